@@ -1,0 +1,600 @@
+"""Simplify and prove: integer index expressions as polynomials over atoms, with variable ranges.
+
+`Arith(ranges)` knows `lo <= var <= hi` (both inclusive, both Exprs, `hi` may name Dims and outer vars).
+
+    a = Arith({b: (ZERO, Const(15))})
+    a.simplify((16*x + b)//16)      x
+    a.prove(b < 16)                 True      (False: never holds; None: undecided)
+    a.bound(16*x + b, {b}, +1)      16*x + 15  (the largest value over b)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import gcd
+
+from .expr import (
+    COMPARE,
+    FALSE,
+    ONE,
+    TRUE,
+    ZERO,
+    Binary,
+    Call,
+    Const,
+    Dim,
+    Expr,
+    Load,
+    Select,
+    Splat,
+    Var,
+    binary,
+    const,
+    free_vars,
+    logical_not,
+    select,
+    walk,
+)
+
+Monomial = tuple[Expr, ...]  # sorted atoms; () is the constant term
+Poly = dict[Monomial, int]
+Ranges = Mapping[Expr, tuple[Expr, Expr]]
+Interval = tuple[int | None, int | None]
+
+
+class Arith:
+    """A simplifier under variable ranges. Results are memoised, so reuse one for a whole function."""
+
+    def __init__(self, ranges: Ranges | None = None, facts: Iterable[Expr] = ()):
+        """`facts`: bool expressions known to hold (comparisons over Dims and Vars)."""
+        self.ranges: dict[Expr, tuple[Expr, Expr]] = dict(ranges or {})
+        self._memo: dict[Expr, Expr] = {}
+        self._polys: dict[Expr, Poly] = {}
+        self._intervals: dict[Expr, Interval] = {}
+        self.facts: list[Poly] = []  # each polynomial is known to be >= 0
+        for fact in facts:
+            self._learn(fact)
+
+    def _learn(self, fact: Expr) -> None:
+        if type(fact) is Binary and fact.op == "and":
+            self._learn(fact.a)
+            self._learn(fact.b)
+        elif type(fact) is Binary and fact.op in ("lt", "le") and fact.a.dtype.is_int:
+            poly = self._sub(self.poly(fact.b), self.poly(fact.a))
+            if fact.op == "lt":
+                poly = _plus(poly, -1)
+            self.facts.append(poly)
+
+    # ---- polynomials --------------------------------------------------------------------------
+    def poly(self, e: Expr) -> Poly:
+        """`e` as sum of coefficient * product of atoms; atoms are simplified non-linear terms."""
+        found = self._polys.get(e)
+        if found is None:
+            found = self._polys[e] = self._poly(e)
+        return found
+
+    def _poly(self, e: Expr) -> Poly:
+        if type(e) is Const:
+            return {(): e.value} if e.value else {}
+        if type(e) is Binary:
+            if e.op == "add":
+                return _add(self.poly(e.a), self.poly(e.b))
+            if e.op == "sub":
+                return self._sub(self.poly(e.a), self.poly(e.b))
+            if e.op == "mul":
+                return _mul(self.poly(e.a), self.poly(e.b))
+            if e.op in ("floordiv", "mod"):
+                return self._divmod(e.op, self.poly(e.a), self.poly(e.b))
+            if e.op in ("min", "max"):
+                return self._minmax(e.op, self.poly(e.a), self.poly(e.b))
+        if isinstance(e, Var):
+            lo_hi = self.ranges.get(e)
+            if lo_hi is not None and lo_hi[0] is lo_hi[1]:
+                return self.poly(lo_hi[0])
+            return {(e,): 1}
+        if isinstance(e, Dim):
+            return {(): e.lo} if e.lo == e.hi else {(e,): 1}
+        simple = self.simplify(e)
+        return {(simple,): 1} if simple is e or type(simple) is not Const else self.poly(simple)
+
+    def _sub(self, p: Poly, q: Poly) -> Poly:
+        return _add(p, {m: -c for m, c in q.items()})
+
+    def _divmod(self, op: str, p: Poly, q: Poly) -> Poly:
+        if not p:
+            return {}
+        quotient, rest = _divide(p, q)
+        # Now p = q * quotient + rest; when 0 <= rest < q the answer is at hand.
+        if not rest or (self.nonneg(rest) and self.nonneg(_plus(self._sub(q, rest), -1))):
+            return quotient if op == "floordiv" else rest
+        divisor = q.get(()) if len(q) == 1 else None
+        if divisor is not None and divisor > 1:
+            # A common factor of divisor and all non-constant terms: floor((g*r + s) / (g*d)).
+            g = divisor
+            for m, c in rest.items():
+                if m:
+                    g = gcd(g, c)
+            if g > 1:
+                inner = {m: c // g for m, c in rest.items()}
+                small = rest.get((), 0) % g
+                if op == "floordiv":
+                    return _add(quotient, self._divmod("floordiv", _clean(inner), {(): divisor // g}))
+                scaled = self._divmod("mod", _clean(inner), {(): divisor // g})
+                return _plus({m: c * g for m, c in scaled.items()}, small)
+            nested = self._nested_div(op, rest, divisor)
+            if nested is not None:
+                return _add(quotient, nested) if op == "floordiv" else nested
+        atom = Binary(op, self.expr(rest), self.expr(q))
+        return _add(quotient, {(atom,): 1}) if op == "floordiv" else {(atom,): 1}
+
+    def _nested_div(self, op: str, p: Poly, divisor: int) -> Poly | None:
+        """(x // a) // b = x // (a * b), for a dividend that is one floordiv atom."""
+        if op == "floordiv" and len(p) == 1:
+            ((m, c),) = p.items()
+            if c == 1 and len(m) == 1 and type(m[0]) is Binary and m[0].op == "floordiv":
+                inner = m[0]
+                if type(inner.b) is Const:
+                    return self._divmod(op, self.poly(inner.a), {(): inner.b.value * divisor})
+        return None
+
+    def _minmax(self, op: str, p: Poly, q: Poly) -> Poly:
+        diff = self._sub(q, p)
+        if self.nonneg(diff):  # p <= q
+            return p if op == "min" else q
+        if self.nonneg({m: -c for m, c in diff.items()}):
+            return q if op == "min" else p
+        a, b = sorted((self.expr(p), self.expr(q)), key=str)
+        return {(Binary(op, a, b),): 1}
+
+    def expr(self, p: Poly) -> Expr:
+        """The canonical expression of a polynomial: sorted terms, positive first, constant last."""
+        if not p:
+            return ZERO
+        result: Expr | None = None
+        order = sorted(p.items(), key=lambda t: (t[0] == (), t[1] < 0, [str(a) for a in t[0]]))
+        for m, c in order:
+            if not m:
+                if result is None:
+                    result = Const(c)
+                else:
+                    result = Binary("add", result, Const(c)) if c > 0 else Binary("sub", result, Const(-c))
+                continue
+            term: Expr = m[0]
+            for a in m[1:]:
+                term = Binary("mul", term, a)
+            size = abs(c)
+            if size != 1:
+                term = Binary("mul", term, Const(size))
+            if result is None:
+                result = term if c > 0 else Binary("mul", term, Const(-1)) if size == 1 else _negated(m, c)
+            else:
+                result = Binary("add" if c > 0 else "sub", result, term)
+        assert result is not None
+        return result
+
+    # ---- simplify ------------------------------------------------------------------------------
+    def simplify(self, e: Expr) -> Expr:
+        """An equal expression in canonical form: equal integer polynomials become the same object."""
+        done = self._memo.get(e)
+        if done is None:
+            done = self._memo[e] = self._simplify(e)
+            self._memo[done] = done
+        return done
+
+    def _simplify(self, e: Expr) -> Expr:
+        if isinstance(e, Const):
+            return e
+        if isinstance(e, Var | Dim):
+            return self.expr(self.poly(e)) if e.dtype.is_int else e
+        scalar_int = e.dtype.is_int and e.dtype.lanes == 1 and e.dtype.bits == 64
+        if type(e) is Binary:
+            if scalar_int and e.op in ("add", "sub", "mul", "floordiv", "mod", "min", "max"):
+                return self.expr(self.poly(e))
+            if e.op in COMPARE and e.a.dtype.is_int and e.a.dtype.lanes == 1:
+                return self._compare(e)
+        if type(e) is Select:
+            cond = self.simplify(e.cond)
+            if cond is TRUE:
+                return self.simplify(e.a)
+            if cond is FALSE:
+                return self.simplify(e.b)
+            return select(cond, self.simplify(e.a), self.simplify(e.b))
+        if type(e) is Call and e.fn == "not":
+            return logical_not(self.simplify(e.args[0]))
+        if type(e) is Load and e.mask is not None and self.simplify(e.mask) is TRUE:
+            return Load(e.buffer, tuple(map(self.simplify, e.indices)))
+        return e.map(self.simplify)
+
+    def _compare(self, e: Binary) -> Expr:
+        decided = self.prove(e)
+        if decided is not None:
+            return TRUE if decided else FALSE
+        # Canonical: all terms moved to one side, then split back by sign so it reads naturally.
+        diff = self._sub(self.poly(e.b), self.poly(e.a))
+        factor = 0
+        for c in diff.values():
+            factor = gcd(factor, c)
+        if factor > 1 and e.op != "lt":
+            diff = {m: c // factor for m, c in diff.items()}
+        right = {m: c for m, c in diff.items() if c > 0}
+        left = {m: -c for m, c in diff.items() if c < 0}
+        return binary(e.op, self.expr(left), self.expr(right))
+
+    # ---- bounds -----------------------------------------------------------------------------------
+    def interval(self, e: Expr) -> Interval:
+        """Numeric bounds of an integer expression; None on a side that is unbounded."""
+        found = self._intervals.get(e)
+        if found is None:
+            self._intervals[e] = (None, None)  # cut cycles through ranges
+            found = self._intervals[e] = self._interval(e)
+        return found
+
+    def _interval(self, e: Expr) -> Interval:
+        if type(e) is Const:
+            return e.value, e.value
+        if isinstance(e, Dim):
+            return e.lo, e.hi
+        if isinstance(e, Var):
+            lo_hi = self.ranges.get(e)
+            if lo_hi is None:
+                return None, None
+            return self.interval(lo_hi[0])[0], self.interval(lo_hi[1])[1]
+        if type(e) is Binary and e.dtype.is_int:
+            if e.op in ("add", "sub", "mul"):
+                return self._poly_interval(self.poly(e))
+            (al, ah), (bl, bh) = self.interval(e.a), self.interval(e.b)
+            if e.op == "floordiv" and bl is not None and bl > 0:
+                return _div_bounds((al, ah), (bl, bh))
+            if e.op == "mod" and bl is not None and bl > 0:
+                top = None if bh is None else bh - 1
+                if al is not None and al >= 0 and ah is not None:
+                    top = ah if top is None else min(top, ah)
+                return 0, top
+            if e.op == "min":
+                highs = [h for h in (ah, bh) if h is not None]
+                return (None if al is None or bl is None else min(al, bl)), min(highs, default=None)
+            if e.op == "max":
+                lows = [x for x in (al, bl) if x is not None]
+                return max(lows, default=None), (None if ah is None or bh is None else max(ah, bh))
+        if type(e) is Select:
+            (al, ah), (bl, bh) = self.interval(e.a), self.interval(e.b)
+            low = None if al is None or bl is None else min(al, bl)
+            return low, (None if ah is None or bh is None else max(ah, bh))
+        return None, None
+
+    def _poly_interval(self, p: Poly) -> Interval:
+        low: int | None = 0
+        high: int | None = 0
+        for m, c in p.items():
+            lo: int | None
+            hi: int | None
+            lo, hi = 1, 1
+            for atom in m:
+                lo, hi = _mul_bounds((lo, hi), self.interval(atom))
+            if c < 0:
+                lo, hi = (None if hi is None else hi * c), (None if lo is None else lo * c)
+            else:
+                lo, hi = (None if lo is None else lo * c), (None if hi is None else hi * c)
+            low = None if low is None or lo is None else low + lo
+            high = None if high is None or hi is None else high + hi
+        return low, high
+
+    def nonneg(self, p: Poly, depth: int = 0) -> bool:
+        """True when the polynomial is known to be >= 0."""
+        low = self._poly_interval(p)[0]
+        if low is not None and low >= 0:
+            return True
+        if all(not m for m in p) or depth > 6:
+            return False
+        # Eliminate the innermost variable by its symbolic bound (innermost: not in another's range).
+        for v in self._elimination_order(p):
+            r = self._eliminate(p, v)
+            if r is not None and r != p and self.nonneg(r, depth + 1):
+                return True
+        # c * (x // d) with d dividing c lies between c/d * (x - d + 1) and c/d * x.
+        for m, c in p.items():
+            for k, atom in enumerate(m):
+                if type(atom) is Binary and atom.op == "floordiv" and type(atom.b) is Const:
+                    d = atom.b.value
+                    if d > 0 and c % d == 0:
+                        others = {m[:k] + m[k + 1 :]: 1}
+                        if self._poly_interval(others)[0] in (None, *range(-9, 0)):
+                            continue
+                        x = self.poly(atom.a)
+                        near = _plus(x, 1 - d) if c > 0 else x
+                        rest = {n: k2 for n, k2 in p.items() if n != m}
+                        r = _add(rest, _mul({(): c // d}, _mul(others, near)))
+                        if self.nonneg(r, depth + 1):
+                            return True
+                elif type(atom) is Binary and atom.op in ("min", "max"):
+                    # min(a, b) <= a and <= b; max(a, b) >= a and >= b: use where the sign allows,
+                    # otherwise both cases must hold.
+                    rest = {n: k2 for n, k2 in p.items() if n != m}
+                    others = _mul({m[:k] + m[k + 1 :]: 1}, {(): c})
+                    if self._poly_interval({m[:k] + m[k + 1 :]: 1})[0] in (None, *range(-9, 0)):
+                        continue
+                    cases = [_add(rest, _mul(others, self.poly(side))) for side in (atom.a, atom.b)]
+                    easy = (atom.op == "max") == (c > 0)
+                    if (any if easy else all)(self.nonneg(q, depth + 1) for q in cases):
+                        return True
+        return depth < 2 and any(self.nonneg(self._sub(p, f), depth + 3) for f in self.facts if f != p) or (
+            p in self.facts
+        )
+
+    def _elimination_order(self, p: Poly) -> list[Expr]:
+        names = {a for m in p for a in m if a in self.ranges}
+        inner = []
+        for v in names:
+            used = any(
+                v in free_vars(b) for w in names if w is not v for b in self.ranges[w]
+            )
+            if not used:
+                inner.append(v)
+        return sorted(inner, key=str)
+
+    def _eliminate(self, p: Poly, v: Expr) -> Poly | None:
+        """`p` minimised over v, when v stands only as a plain factor with a sign-definite coefficient."""
+        lo, hi = self.ranges[v]
+        plo, phi = self.poly(lo), self.poly(hi)
+        result: Poly = {}
+        coeff: Poly = {}
+        for m, c in p.items():
+            count = m.count(v)
+            if count == 0:
+                if any(v in free_vars(a) for a in m):
+                    return None
+                result[m] = c
+            elif count == 1:
+                rest = list(m)
+                rest.remove(v)
+                if any(v in free_vars(a) for a in rest):
+                    return None
+                coeff[tuple(rest)] = coeff.get(tuple(rest), 0) + c
+            else:
+                return None
+        low, high = self._poly_interval(coeff)
+        if low is not None and low >= 0:
+            return _add(result, _mul(coeff, plo))
+        if high is not None and high <= 0:
+            return _add(result, _mul(coeff, phi))
+        return None
+
+    def bound(self, e: Expr, over: Iterable[Expr], sign: int) -> Expr | None:
+        """The largest (sign=+1) or smallest (-1) value of `e` when the variables `over` run through
+        their ranges: an expression of the others, tight for affine `e`; None when not bounded."""
+        over = frozenset(over)
+        e = self.simplify(e)
+        # Innermost first: a variable whose range mentions another in `over` goes before it.
+        remaining = [v for v in sorted(over, key=str)]
+        while not over.isdisjoint(free_vars(e)):
+            ready = [
+                v for v in remaining
+                if not any(v in free_vars(b) for w in remaining if w is not v and w in self.ranges
+                           for b in self.ranges[w])
+            ]  # fmt: skip
+            if not ready:
+                return None
+            for v in ready:
+                remaining.remove(v)
+                bounded = self._bound_one(e, v, sign)
+                if bounded is None:
+                    return None
+                e = self.simplify(bounded)
+        return e
+
+    def _bound_one(self, e: Expr, v: Expr, sign: int) -> Expr | None:
+        if v not in free_vars(e):
+            return e
+        if v not in self.ranges:
+            return None
+        if e is v:
+            return self.ranges[v][1 if sign > 0 else 0]
+        if type(e) is Binary and e.op in ("floordiv", "mod", "min", "max"):
+            if v not in free_vars(e.b) or e.op in ("min", "max"):
+                if e.op == "mod":
+                    low, high = self.bound(e.a, (v,), -1), self.bound(e.a, (v,), 1)
+                    if low is not None and high is not None and type(e.b) is Const:
+                        same = self.simplify(low // e.b - high // e.b)
+                        if same is ZERO:  # v never wraps around
+                            return (high if sign > 0 else low) % e.b
+                    return e.b - 1 if sign > 0 else ZERO
+                a = self._bound_one(e.a, v, sign)
+                b = self._bound_one(e.b, v, sign) if e.op in ("min", "max") else e.b
+                if a is None or b is None:
+                    return None
+                return binary(e.op, a, b)
+            return None
+        if type(e) is Select:
+            a, b = self._bound_one(e.a, v, sign), self._bound_one(e.b, v, sign)
+            if a is None or b is None:
+                return None
+            return binary("max" if sign > 0 else "min", a, b)
+        if type(e) is Binary and e.op in ("add", "sub", "mul"):
+            p = self.poly(e)
+            flipped = {m: -c for m, c in p.items()} if sign > 0 else p
+            r = self._eliminate(flipped, v)
+            if r is not None:
+                return self.expr({m: -c for m, c in r.items()} if sign > 0 else r)
+            # Not plainly affine in v: bound each term on its own (looser, still sound).
+            total: Expr = ZERO
+            for m, c in p.items():
+                if len(m) > 1 and any(v in free_vars(a) for a in m):
+                    return None
+                term = m[0] if m else ONE
+                if len(m) > 1:
+                    term = self.expr({m: 1})
+                b = self._bound_one(term, v, sign if c > 0 else -sign)
+                if b is None:
+                    return None
+                total = total + b * c
+            return total
+        low, high = self.interval(e)
+        side = high if sign > 0 else low
+        return None if side is None else Const(side)
+
+    # ---- prove ------------------------------------------------------------------------------------
+    def prove(self, cond: Expr) -> bool | None:
+        """True: always holds in the ranges. False: never holds. None: not decided."""
+        if type(cond) is Const:
+            return bool(cond.value)
+        if type(cond) is Call and cond.fn == "not":
+            inner = self.prove(cond.args[0])
+            return None if inner is None else not inner
+        if type(cond) is Splat:
+            return self.prove(cond.value)
+        if type(cond) is not Binary:
+            return None
+        if cond.op in ("and", "or"):
+            a, b = self.prove(cond.a), self.prove(cond.b)
+            if cond.op == "and":
+                return False if False in (a, b) else True if a and b else None
+            return True if True in (a, b) else False if a is False and b is False else None
+        if not cond.a.dtype.is_int or cond.a.dtype.lanes > 1:
+            return None
+        diff = self._sub(self.poly(cond.b), self.poly(cond.a))
+        negated = {m: -c for m, c in diff.items()}
+        if cond.op == "le":
+            return True if self.nonneg(diff) else False if self.nonneg(_plus(negated, -1)) else None
+        if cond.op == "lt":
+            return True if self.nonneg(_plus(diff, -1)) else False if self.nonneg(negated) else None
+        if cond.op in ("eq", "ne"):
+            equal: bool | None = None
+            if not diff:
+                equal = True
+            elif self.nonneg(_plus(diff, -1)) or self.nonneg(_plus(negated, -1)):
+                equal = False
+            elif cond.op == "eq" or cond.op == "ne":
+                factor = 0
+                for m, c in diff.items():
+                    factor = gcd(factor, c) if m else factor
+                if factor > 1 and diff.get((), 0) % factor:
+                    equal = False
+            return equal if cond.op == "eq" or equal is None else not equal
+        return None
+
+
+# ---- polynomial arithmetic ------------------------------------------------------------------------
+def _clean(p: Poly) -> Poly:
+    return {m: c for m, c in p.items() if c}
+
+
+def _plus(p: Poly, value: int) -> Poly:
+    q = dict(p)
+    total = q.get((), 0) + value
+    if total:
+        q[()] = total
+    else:
+        q.pop((), None)
+    return q
+
+
+def _add(p: Poly, q: Poly) -> Poly:
+    if not p:
+        return q
+    if not q:
+        return p
+    r = dict(p)
+    for m, c in q.items():
+        total = r.get(m, 0) + c
+        if total:
+            r[m] = total
+        else:
+            del r[m]
+    return r
+
+
+def _mul(p: Poly, q: Poly) -> Poly:
+    r: Poly = {}
+    for m, c in p.items():
+        for n, d in q.items():
+            k = tuple(sorted(m + n, key=str)) if m and n else m or n
+            r[k] = r.get(k, 0) + c * d
+    return _clean(r)
+
+
+def _divide(p: Poly, q: Poly) -> tuple[Poly, Poly]:
+    """quotient, rest with p = q * quotient + rest, taking out every term that divides exactly."""
+    if len(q) != 1:
+        return ({(): 1}, {}) if p == q else ({}, p)
+    ((mq, cq),) = q.items()
+    quotient: Poly = {}
+    rest: Poly = {}
+    for m, c in p.items():
+        left = list(m)
+        exact = True
+        for a in mq:
+            if a in left:
+                left.remove(a)
+            else:
+                exact = False
+                break
+        if not exact:
+            rest[m] = c
+            continue
+        k = c // cq if cq > 0 else 0
+        if c % cq and m != () and mq == ():
+            k = 0 if abs(c) < cq else c // cq
+        if k:
+            quotient[tuple(left)] = k
+        if c - k * cq:
+            rest[m] = c - k * cq
+    return quotient, rest
+
+
+def _negated(m: Monomial, c: int) -> Expr:
+    term: Expr = m[0]
+    for a in m[1:]:
+        term = Binary("mul", term, a)
+    return Binary("mul", term, Const(c))
+
+
+def _mul_bounds(a: Interval, b: Interval) -> Interval:
+    (al, ah), (bl, bh) = a, b
+    if al is not None and al >= 0 and bl is not None and bl >= 0:
+        return al * bl, (0 if ah == 0 or bh == 0 else None if ah is None or bh is None else ah * bh)
+    if None in (al, ah, bl, bh):
+        return None, None
+    corners = [x * y for x in (al, ah) for y in (bl, bh)]  # type: ignore[operator]
+    return min(corners), max(corners)
+
+
+def _div_bounds(a: Interval, b: Interval) -> Interval:
+    (al, ah), (bl, bh) = a, b
+    assert bl is not None
+    low = None if al is None else al // bl if al < 0 else (0 if bh is None else al // bh)
+    high = None if ah is None else ah // bl if ah >= 0 else (-1 if bh is None else ah // bh)
+    return low, high
+
+
+def sizes(values: Iterable[Expr], env: Mapping[str, int]) -> tuple[int, ...]:
+    """Shapes as numbers, given a value for every Dim by name. Raises KeyError for a missing one."""
+    return tuple(evaluate_int(v, env) for v in values)
+
+
+def evaluate_int(e: Expr, env: Mapping[str, int]) -> int:
+    """The value of an index expression, given numbers for its Dims and Vars by name."""
+    if type(e) is Const:
+        return int(e.value)
+    if isinstance(e, Dim | Var):
+        return env[e.name]
+    if type(e) is Binary:
+        from .expr import fold
+
+        value = fold(e.op, evaluate_int(e.a, env), evaluate_int(e.b, env), e.dtype)
+        if value is None:
+            raise ZeroDivisionError(str(e))
+        return int(value)
+    if type(e) is Select:
+        return evaluate_int(e.a if evaluate_int(e.cond, env) else e.b, env)
+    raise TypeError(f"not an index expression: {e}")
+
+
+def dims_of(values: Iterable[Expr]) -> list[Dim]:
+    """The distinct Dims in some expressions, by name."""
+    found = {d for v in values for d in walk(v) if isinstance(d, Dim)}
+    return sorted(found, key=lambda d: d.name)
+
+
+def zero_of(e: Expr) -> Expr:
+    """The zero of an expression's type."""
+    return const(0, e.dtype)

@@ -1,0 +1,116 @@
+"""The record that is an operator. `ops/` creates the instances; graph nodes hold the record itself.
+
+    relu = Op("relu", NoAttrs, infer, (compute,), reference, samples)
+
+`computes[0]` defines the meaning; further ones are named alternatives that the compiler may choose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .types import TensorType
+
+
+class Kind(enum.IntEnum):
+    """Fusion kinds, from the most to the least willing to be fused (docs/schedules.md, ARCHITECTURE 8)."""
+
+    ELEMWISE = 0  # out[i] = f(a[i], b[i])
+    BROADCAST = 1  # out[i, j] = f(a[i, j], b[j]): axes may be missing, order is kept
+    INJECTIVE = 2  # out[i, j] = a[j, i]: each output reads one element of each input, anywhere
+    REDUCTION = 3  # out[i] = sum over k of a[i, k]
+    OUT_FUSABLE = 4  # a contraction (convolution, matmul): elementwise work can be fused onto its output
+    OPAQUE = 5  # never fused
+
+
+class Precision(enum.Enum):
+    """What a change of precision may do to an operator."""
+
+    FOLLOW = "follow"  # computes in whatever type its inputs have
+    LOW = "low"  # gains from low precision inputs (contractions)
+    FLOAT32_INSIDE = "float32 inside"  # accepts low precision but computes in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class NoAttrs:
+    """The attributes of an operator that has none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arg:
+    """What a type rule sees of an argument: its type and, for small integer tensors, its value.
+
+    content: a numpy object array of index expressions with the tensor's (constant) shape, or None.
+    """
+
+    type: TensorType
+    content: np.ndarray | None = None
+
+
+Infer = Callable[..., TensorType | tuple[TensorType, ...]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Compute:
+    """One way to compute an operator as tensor expressions."""
+
+    name: str
+    build: Callable[..., Any]  # (*te.Tensor | None, attrs) -> te.Tensor or tuple of them
+    applies: Callable[..., bool] | None = None  # (types, attrs) -> bool; None: always
+    error: float = 0.0  # max |error| / max |result| beyond rounding (reduced-multiplication algorithms)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Op:
+    """One operator; see the module text.
+
+    infer(*args: Arg | None, attrs) -> TensorType or tuple of them; raises ShapeError.
+    reference(*numpy arrays | None, attrs) -> array or tuple: the numpy meaning. For operators with
+      `shape_math` it must also work on object arrays of index expressions (that is how the values of
+      shape tensors are followed through Shape, Gather, Concat, ...).
+    samples(draw) -> (list of numpy inputs | None, attrs): a Hypothesis strategy body.
+    kind: None derives the fusion kind from computes[0]; a given kind may only be more conservative.
+    """
+
+    name: str
+    attrs: type
+    infer: Infer
+    computes: tuple[Compute, ...]
+    reference: Callable[..., Any]
+    samples: Callable[..., Any]
+    kind: Kind | None = None
+    precision: Precision = Precision.FOLLOW
+    shape_math: bool = False
+    variadic: bool = False  # takes any number of tensors (Concat)
+    rules: tuple[Any, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Op({self.name})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _lookup, (self.name,)
+
+
+REGISTRY: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    """Adds an operator under its name. Raises ValueError when the name is taken."""
+    if op.name in REGISTRY:
+        raise ValueError(f"operator {op.name!r} is registered already")
+    REGISTRY[op.name] = op
+    return op
+
+
+def _lookup(name: str) -> Op:
+    return REGISTRY[name]
+
+
+def shape_of(args: Sequence[Arg | None]) -> list[TensorType | None]:
+    """The types of some arguments."""
+    return [None if a is None else a.type for a in args]
