@@ -203,12 +203,16 @@ def test_a_proper_import_is_accepted(module: str, text: str) -> None:
 
 def test_the_package_list_equals_the_folders() -> None:
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {
-        name.rpartition(".")[0] if path.name != "__init__.py" else name
+    packages = set(setup["packages"])
+    assert setup["package-dir"] == {f"minicompiler.{name}": name for name in MAPPED}
+    holding_modules = {
+        name if path.name == "__init__.py" else name.rpartition(".")[0]
         for name, path in MODULES.items()
     }
-    assert set(setup["packages"]) == folders
-    assert setup["package-dir"] == {f"minicompiler.{name}": name for name in MAPPED}
+    assert holding_modules <= packages
+    for name in packages:
+        folder = setup["package-dir"].get(name, name.replace(".", "/"))
+        assert (ROOT / folder).is_dir(), f"{name} is listed, but there is no folder {folder}"
 
 
 @pytest.mark.parametrize("module", MODULES)

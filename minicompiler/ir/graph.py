@@ -22,7 +22,7 @@ from .expr import Const, Dim, Expr
 from .layout import IndexMap
 from .node import Node, node
 from .op import Arg, NoAttrs, Op
-from .types import Loc, TensorType, dtype_of
+from .types import Loc, TensorType, bool_, dtype_of, index
 
 CONTENT_LIMIT = 64  # integer tensors of up to this many elements carry their value as expressions
 
@@ -120,6 +120,9 @@ def apply(
         attrs = op.attrs()
     seen = [None if a is None else arg_of(a) for a in args]
     try:
+        if op.absorb is not None:
+            kept, attrs = op.absorb(seen, attrs)
+            args, seen = args[:kept], seen[:kept]
         types = op.infer(*seen, attrs)
     except ShapeError as e:
         if not e.locs and locs:
@@ -131,9 +134,9 @@ def apply(
         known = [None if a is None else a.content for a in seen]
         if all(a is None or k is not None for a, k in zip(seen, known, strict=True)):
             got = op.reference(*known, attrs)
-            contents = tuple(
-                _as_content(g, t) for g, t in zip(got if isinstance(got, tuple) else (got,), results, strict=True)
-            )
+            if got is not None:
+                every = got if isinstance(got, tuple) else (got,)
+                contents = tuple(_as_content(g, t) for g, t in zip(every, results, strict=True))
     return Apply(op, tuple(args), attrs, types, locs, contents, (None,) * len(results), name)
 
 
@@ -167,8 +170,7 @@ def content_of(value: Value) -> np.ndarray | None:
     if isinstance(value, Item):
         return value.tuple.contents[value.index]
     if isinstance(value, Constant) and value.data.size <= CONTENT_LIMIT and value.data.dtype.kind in "iub":
-        flat = [Const(int(v)) for v in value.data.reshape(-1)]
-        return _as_content(flat, value.type)
+        return _as_content(value.data, value.type)
     return None
 
 
@@ -182,11 +184,11 @@ def _small_int(t: TensorType) -> bool:
 
 
 def _as_content(items: Any, t: TensorType) -> np.ndarray:
-    shape = tuple(s.value for s in t.shape)  # type: ignore[attr-defined]
-    out = np.empty(shape, dtype=object)
-    flat = list(items.reshape(-1)) if isinstance(items, np.ndarray) else list(np.ravel(items)) if not isinstance(items, list) else items
-    for k, v in enumerate(flat):
-        out.reshape(-1)[k] = v if isinstance(v, Expr) else Const(int(v))
+    """Numbers or expressions as the content of a tensor of type `t` (bools stay bools)."""
+    out = np.empty(tuple(s.value for s in t.shape), dtype=object)  # type: ignore[attr-defined]
+    kind = bool_ if t.dtype.is_bool else index
+    for k, v in enumerate(np.asarray(items).reshape(-1)):
+        out.reshape(-1)[k] = v if isinstance(v, Expr) else Const(v, kind)
     return out
 
 

@@ -72,9 +72,12 @@ class Op:
     infer(*args: Arg | None, attrs) -> TensorType or tuple of them; raises ShapeError.
     reference(*numpy arrays | None, attrs) -> array or tuple: the numpy meaning. For operators with
       `shape_math` it must also work on object arrays of index expressions (that is how the values of
-      shape tensors are followed through Shape, Gather, Concat, ...).
+      shape tensors are followed through Shape, Gather, Concat, ...); None says it cannot follow.
     samples(draw) -> (list of numpy inputs | None, attrs): a Hypothesis strategy body.
     kind: None derives the fusion kind from computes[0]; a given kind may only be more conservative.
+    absorb(args, attrs) -> (number of leading arguments kept, attrs): moves the values of trailing
+      shape arguments (the target of a Reshape) into attrs, as expressions. `graph.apply` does this
+      first, so neither computes nor fused functions ever see a shape argument.
     """
 
     name: str
@@ -87,6 +90,7 @@ class Op:
     precision: Precision = Precision.FOLLOW
     shape_math: bool = False
     variadic: bool = False  # takes any number of tensors (Concat)
+    absorb: Callable[[Sequence[Arg | None], Any], tuple[int, Any]] | None = None
     rules: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:

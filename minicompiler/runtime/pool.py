@@ -4,8 +4,8 @@ In:  the address of `void fn(i32 tid, i32 nthreads, ptr arg, ptr barrier)` and o
 Out: the function has run on every thread when `region` returns; the caller is thread 0.
 
     pool = get_pool(2)
-    pool.region(pool.handle, fn, arg, 2)      # raw ctypes pointer, the hot path; returns threads used
-    with pool.lease() as lease:               # several regions that nobody else may interleave
+    pool.region(pool.handle, fn, arg, 2)   # raw ctypes pointer, the hot path; gives threads used
+    with pool.lease() as lease:            # several regions that nobody else may interleave
         nthreads = lease.size if lease else 1
 
 Workers are Python daemon threads that stay inside one native loop without the GIL: they spin for
@@ -17,434 +17,37 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
-import math
 import os
-import platform
-import string
-import sys
 import threading
 import time
 import weakref
-from pathlib import Path
 from typing import Any
 
-import llvmlite.binding as llvm
-
 from minicompiler.errors import RunError
+from minicompiler.runtime.spmd import LAYOUT, Native
+from minicompiler.target import usable_cores
 
 BARRIER_BYTES = 128
 """Size of a barrier block; it must start zeroed and lie on a multiple of 64 bytes."""
 
-_SPIN_SECONDS = 50e-6
-_MAX_THREADS = 1024
-
-# Pool block. Words that different threads write lie 128 bytes apart, because x86 prefetches lines
-# in pairs. Each worker has a mailbox of its own, so that a region of few threads leaves the other
-# workers asleep, and a worker fetches the whole job with one cache line.
-_LAYOUT = {
-    "SIZE": 0,  # i32: threads of the pool, 1 once its workers are gone
-    "SPINS": 4,  # i32: spins that take about _SPIN_SECONDS
-    "OWNER": 128,  # i64: 0 when free, else the token of the call that holds the pool
-    "EPOCH": 136,  # i32: number of the last region; only the owner touches it
-    "TARGET": 140,  # i32: value of DONE that completes that region; only the owner touches it
-    "DONE": 256,  # i32: completions by workers since the start, wraps around
-    "WAITING": 260,  # i32: 1 while the owner sleeps on DONE
-    "SLEEPERS": 384,  # i32: workers that sleep or are about to
-    "BARRIER": 512,
-    "BOXES": 512,  # + 128 * tid: the mailboxes of the workers 1, 2, ...; their words:
-    "BOX_EPOCH": 0,  # i32: number of the last region this worker takes part in
-    "BOX_NTHREADS": 4,
-    "BOX_FN": 8,
-    "BOX_ARG": 16,
-    "BOX_TARGET": 24,
-    "BOX_ASLEEP": 28,
-    # Barrier block, all in one line: the last thread to arrive already owns what it writes.
-    "BAR_COUNT": 0,  # i32: threads that have arrived
-    "BAR_GENERATION": 4,  # i32: barriers passed so far
-    "BAR_SLEEPERS": 8,  # i32
-    "BARRIER_SPINS": 2000,
-}
-
-_FUTEX_NUMBER = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
-
-_PAUSE = {
-    "x86_64": ("declare void @llvm.x86.sse2.pause()", "call void @llvm.x86.sse2.pause()"),
-    "amd64": ("declare void @llvm.x86.sse2.pause()", "call void @llvm.x86.sse2.pause()"),
-    "aarch64": ("declare void @llvm.aarch64.hint(i32)", "call void @llvm.aarch64.hint(i32 1)"),
-    "arm64": ("declare void @llvm.aarch64.hint(i32)", "call void @llvm.aarch64.hint(i32 1)"),
-}
-
-_FUTEX = """
-declare i64 @syscall(i64, ...)
-define internal void @park(ptr %word, i32 %expected) noinline {
-  %v = zext i32 %expected to i64
-  ; FUTEX_WAIT | FUTEX_PRIVATE_FLAG: sleeps only if the word still holds the expected value
-  %r = call i64 (i64, ...) @syscall(i64 $NUMBER, ptr %word, i64 128, i64 %v, i64 0, i64 0, i64 0)
-  ret void
-}
-define internal void @unpark(ptr %word) noinline {
-  ; FUTEX_WAKE | FUTEX_PRIVATE_FLAG, all sleepers
-  %r = call i64 (i64, ...) @syscall(i64 $NUMBER, ptr %word, i64 129, i64 2147483647,
-                                    i64 0, i64 0, i64 0)
-  ret void
-}
-"""
-
-# Without futex a sleeper polls: every caller of park re-reads the word in a loop.
-_POLL = """
-declare i32 @$SLEEP(i32)
-define internal void @park(ptr %word, i32 %expected) noinline {
-  %r = call i32 @$SLEEP(i32 $AMOUNT)
-  ret void
-}
-define internal void @unpark(ptr %word) noinline {
-  ret void
-}
-"""
-
-_CODE = """
-define void @mc_barrier(ptr %b, i32 %n) {
-  %alone = icmp sle i32 %n, 1
-  br i1 %alone, label %out, label %arrive
-arrive:
-  %count = getelementptr i8, ptr %b, i64 $BAR_COUNT
-  %word = getelementptr i8, ptr %b, i64 $BAR_GENERATION
-  %sleepers = getelementptr i8, ptr %b, i64 $BAR_SLEEPERS
-  ; the generation cannot change before this thread has arrived
-  %g = load atomic i32, ptr %word monotonic, align 4
-  %before = atomicrmw add ptr %count, i32 1 acq_rel
-  %others = sub i32 %n, 1
-  %last = icmp eq i32 %before, %others
-  br i1 %last, label %open, label %spin
-open:
-  store atomic i32 0, ptr %count monotonic, align 4
-  %next = add i32 %g, 1
-  %old = atomicrmw xchg ptr %word, i32 %next seq_cst
-  %s = load atomic i32, ptr %sleepers seq_cst, align 4
-  %nobody = icmp eq i32 %s, 0
-  br i1 %nobody, label %out, label %wake
-wake:
-  call void @unpark(ptr %word)
-  br label %out
-spin:
-  %i = phi i32 [ 0, %arrive ], [ %i1, %again ]
-  %now = load atomic i32, ptr %word acquire, align 4
-  %go = icmp ne i32 %now, %g
-  br i1 %go, label %out, label %again
-again:
-  $PAUSE
-  %i1 = add i32 %i, 1
-  %more = icmp ult i32 %i1, $BARRIER_SPINS
-  br i1 %more, label %spin, label %sleep
-sleep:
-  %t0 = atomicrmw add ptr %sleepers, i32 1 seq_cst
-  br label %check
-check:
-  %cur = load atomic i32, ptr %word seq_cst, align 4
-  %done = icmp ne i32 %cur, %g
-  br i1 %done, label %awake, label %doze
-doze:
-  call void @park(ptr %word, i32 %g)
-  br label %check
-awake:
-  %t1 = atomicrmw sub ptr %sleepers, i32 1 seq_cst
-  br label %out
-out:
-  ret void
-}
-
-; Gives fn to the workers 1 .. n-1 and wakes those that sleep. A null fn ends a worker.
-define internal i32 @post(ptr %pool, ptr %fn, ptr %arg, i32 %n) {
-  %boxes = getelementptr i8, ptr %pool, i64 $BOXES
-  %p_epoch = getelementptr i8, ptr %pool, i64 $EPOCH
-  %p_target = getelementptr i8, ptr %pool, i64 $TARGET
-  %p_sleepers = getelementptr i8, ptr %pool, i64 $SLEEPERS
-  %e0 = load i32, ptr %p_epoch, align 4
-  %e = add i32 %e0, 1
-  store i32 %e, ptr %p_epoch, align 4
-  %t0 = load i32, ptr %p_target, align 4
-  %workers = sub i32 %n, 1
-  %t = add i32 %t0, %workers
-  store i32 %t, ptr %p_target, align 4
-  br label %fill
-fill:
-  %w = phi i32 [ 1, %0 ], [ %w1, %fill_one ]
-  %more = icmp slt i32 %w, %n
-  br i1 %more, label %fill_one, label %filled
-fill_one:
-  %box = getelementptr [128 x i8], ptr %boxes, i32 %w
-  %b_n = getelementptr i8, ptr %box, i64 $BOX_NTHREADS
-  %b_fn = getelementptr i8, ptr %box, i64 $BOX_FN
-  %b_arg = getelementptr i8, ptr %box, i64 $BOX_ARG
-  %b_t = getelementptr i8, ptr %box, i64 $BOX_TARGET
-  store i32 %n, ptr %b_n, align 4
-  store ptr %fn, ptr %b_fn, align 8
-  store ptr %arg, ptr %b_arg, align 8
-  store i32 %t, ptr %b_t, align 4
-  store atomic i32 %e, ptr %box release, align 4
-  %w1 = add i32 %w, 1
-  br label %fill
-filled:
-  ; a worker raises the count of sleepers, fences and looks at its mailbox once more;
-  ; this side fills the mailbox, fences and looks at the count: one of the two sees the other
-  fence seq_cst
-  %s = load atomic i32, ptr %p_sleepers monotonic, align 4
-  %nobody = icmp eq i32 %s, 0
-  br i1 %nobody, label %out, label %wake
-wake:
-  %v = phi i32 [ 1, %filled ], [ %v1, %wake_next ]
-  %left = icmp slt i32 %v, %n
-  br i1 %left, label %look, label %out
-look:
-  %vbox = getelementptr [128 x i8], ptr %boxes, i32 %v
-  %v_asleep = getelementptr i8, ptr %vbox, i64 $BOX_ASLEEP
-  %a = load atomic i32, ptr %v_asleep monotonic, align 4
-  %sleeps = icmp ne i32 %a, 0
-  br i1 %sleeps, label %wake_one, label %wake_next
-wake_one:
-  call void @unpark(ptr %vbox)
-  br label %wake_next
-wake_next:
-  %v1 = add i32 %v, 1
-  br label %wake
-out:
-  ret i32 %t
-}
-
-; Runs fn on min(n, size) threads; the caller must hold the pool. Returns the threads used.
-define i32 @mc_region(ptr %pool, ptr %fn, ptr %arg, i32 %n) {
-  %barrier = getelementptr i8, ptr %pool, i64 $BARRIER
-  %size = load i32, ptr %pool, align 4
-  %fits = icmp slt i32 %n, %size
-  %k = select i1 %fits, i32 %n, i32 %size
-  %alone = icmp sle i32 %k, 1
-  br i1 %alone, label %single, label %fork
-single:
-  call void %fn(i32 0, i32 1, ptr %arg, ptr %barrier)
-  ret i32 1
-fork:
-  %p_done = getelementptr i8, ptr %pool, i64 $DONE
-  %p_waiting = getelementptr i8, ptr %pool, i64 $WAITING
-  %p_spins = getelementptr i8, ptr %pool, i64 $SPINS
-  %spins = load i32, ptr %p_spins, align 4
-  %target = call i32 @post(ptr %pool, ptr %fn, ptr %arg, i32 %k)
-  call void %fn(i32 0, i32 %k, ptr %arg, ptr %barrier)
-  br label %spin
-spin:
-  %i = phi i32 [ 0, %fork ], [ %i1, %again ]
-  %d = load atomic i32, ptr %p_done acquire, align 4
-  %joined = icmp eq i32 %d, %target
-  br i1 %joined, label %out, label %again
-again:
-  $PAUSE
-  %i1 = add i32 %i, 1
-  %more = icmp ult i32 %i1, %spins
-  br i1 %more, label %spin, label %sleep
-sleep:
-  store atomic i32 1, ptr %p_waiting monotonic, align 4
-  fence seq_cst
-  br label %check
-check:
-  %d1 = load atomic i32, ptr %p_done acquire, align 4
-  %joined1 = icmp eq i32 %d1, %target
-  br i1 %joined1, label %awake, label %doze
-doze:
-  call void @park(ptr %p_done, i32 %d1)
-  br label %check
-awake:
-  store atomic i32 0, ptr %p_waiting monotonic, align 4
-  br label %out
-out:
-  ret i32 %k
-}
-
-; Takes the pool for one region. If another call holds it, runs fn on this thread alone.
-define i32 @mc_run(ptr %pool, ptr %fn, ptr %arg, i32 %n) {
-  %single = icmp sle i32 %n, 1
-  br i1 %single, label %alone, label %try
-try:
-  %got = call i32 @mc_acquire(ptr %pool, i64 1)
-  %ok = icmp ne i32 %got, 0
-  br i1 %ok, label %held, label %alone
-held:
-  %k = call i32 @mc_region(ptr %pool, ptr %fn, ptr %arg, i32 %n)
-  call void @mc_release(ptr %pool, i64 1)
-  ret i32 %k
-alone:
-  %barrier = getelementptr i8, ptr %pool, i64 $BARRIER
-  call void %fn(i32 0, i32 1, ptr %arg, ptr %barrier)
-  ret i32 1
-}
-
-define i32 @mc_acquire(ptr %pool, i64 %token) {
-  %owner = getelementptr i8, ptr %pool, i64 $OWNER
-  %pair = cmpxchg ptr %owner, i64 0, i64 %token acquire monotonic
-  %ok = extractvalue { i64, i1 } %pair, 1
-  %r = zext i1 %ok to i32
-  ret i32 %r
-}
-
-; Does nothing unless the token holds the pool.
-define void @mc_release(ptr %pool, i64 %token) {
-  %owner = getelementptr i8, ptr %pool, i64 $OWNER
-  %pair = cmpxchg ptr %owner, i64 %token, i64 0 release monotonic
-  ret void
-}
-
-; Ends all workers; the caller must hold the pool.
-define void @mc_stop(ptr %pool) {
-  %n = load i32, ptr %pool, align 4
-  %t = call i32 @post(ptr %pool, ptr null, ptr null, i32 %n)
-  store i32 1, ptr %pool, align 4
-  ret void
-}
-
-define void @mc_worker(ptr %pool, i32 %tid) {
-  %barrier = getelementptr i8, ptr %pool, i64 $BARRIER
-  %p_done = getelementptr i8, ptr %pool, i64 $DONE
-  %p_waiting = getelementptr i8, ptr %pool, i64 $WAITING
-  %p_sleepers = getelementptr i8, ptr %pool, i64 $SLEEPERS
-  %p_spins = getelementptr i8, ptr %pool, i64 $SPINS
-  %spins = load i32, ptr %p_spins, align 4
-  %boxes = getelementptr i8, ptr %pool, i64 $BOXES
-  %box = getelementptr [128 x i8], ptr %boxes, i32 %tid
-  %p_fn = getelementptr i8, ptr %box, i64 $BOX_FN
-  %p_arg = getelementptr i8, ptr %box, i64 $BOX_ARG
-  %p_n = getelementptr i8, ptr %box, i64 $BOX_NTHREADS
-  %p_target = getelementptr i8, ptr %box, i64 $BOX_TARGET
-  %p_asleep = getelementptr i8, ptr %box, i64 $BOX_ASLEEP
-  br label %idle
-idle:
-  %seen = phi i32 [ 0, %0 ], [ %e, %call ], [ %e, %last_done ], [ %e, %tell ], [ %seen, %awake ]
-  br label %spin
-spin:
-  %i = phi i32 [ 0, %idle ], [ %i1, %again ]
-  %e = load atomic i32, ptr %box acquire, align 4
-  %new = icmp ne i32 %e, %seen
-  br i1 %new, label %work, label %again
-again:
-  $PAUSE
-  %i1 = add i32 %i, 1
-  %more = icmp ult i32 %i1, %spins
-  br i1 %more, label %spin, label %sleep
-sleep:
-  store atomic i32 1, ptr %p_asleep monotonic, align 4
-  %s0 = atomicrmw add ptr %p_sleepers, i32 1 seq_cst
-  fence seq_cst
-  %e1 = load atomic i32, ptr %box monotonic, align 4
-  %late = icmp ne i32 %e1, %seen
-  br i1 %late, label %awake, label %doze
-doze:
-  call void @park(ptr %box, i32 %seen)
-  br label %awake
-awake:
-  store atomic i32 0, ptr %p_asleep monotonic, align 4
-  %s1 = atomicrmw sub ptr %p_sleepers, i32 1 seq_cst
-  br label %idle
-work:
-  %fn = load ptr, ptr %p_fn, align 8
-  %stop = icmp eq ptr %fn, null
-  br i1 %stop, label %out, label %call
-call:
-  %arg = load ptr, ptr %p_arg, align 8
-  %n = load i32, ptr %p_n, align 4
-  %target = load i32, ptr %p_target, align 4
-  call void %fn(i32 %tid, i32 %n, ptr %arg, ptr %barrier)
-  %d0 = atomicrmw add ptr %p_done, i32 1 seq_cst
-  %d = add i32 %d0, 1
-  %last = icmp eq i32 %d, %target
-  br i1 %last, label %last_done, label %idle
-last_done:
-  %w = load atomic i32, ptr %p_waiting seq_cst, align 4
-  %nobody = icmp eq i32 %w, 0
-  br i1 %nobody, label %idle, label %tell
-tell:
-  call void @unpark(ptr %p_done)
-  br label %idle
-out:
-  ret void
-}
-
-; Spins n times on a word that does not change: how long a spin takes is measured with it.
-define void @mc_spin(ptr %word, i32 %n) {
-  br label %spin
-spin:
-  %i = phi i32 [ 0, %0 ], [ %i1, %spin ]
-  %v = load atomic i32, ptr %word acquire, align 4
-  $PAUSE
-  %i1 = add i32 %i, 1
-  %more = icmp ult i32 %i1, %n
-  br i1 %more, label %spin, label %out
-out:
-  ret void
-}
-"""
-
-
-class _Native:
-    """The compiled functions above; built once per process and never freed."""
-
-    def __init__(self) -> None:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        module = llvm.parse_assembly(_source(sys.platform, platform.machine().lower()))
-        machine = llvm.Target.from_default_triple().create_target_machine(opt=2)
-        engine = llvm.create_mcjit_compiler(module, machine)
-        engine.finalize_object()
-        address = engine.get_function_address
-        # Workers may still run this code while the interpreter takes itself apart.
-        engine.detach()
-        word, long, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-        self.barrier = address("mc_barrier")
-        self.run = _function(address("mc_run"), word, pointer, pointer, pointer, word)
-        self.region = _function(address("mc_region"), word, pointer, pointer, pointer, word)
-        self.acquire = _function(address("mc_acquire"), word, pointer, long)
-        self.release = _function(address("mc_release"), None, pointer, long)
-        self.stop = _function(address("mc_stop"), None, pointer)
-        self.worker = _function(address("mc_worker"), None, pointer, word)
-        spin = _function(address("mc_spin"), None, pointer, word)
-        self.spins = _spins_within(_SPIN_SECONDS, spin)
-
-
-def _function(address: int, result: Any, *arguments: Any) -> Any:
-    return ctypes.CFUNCTYPE(result, *arguments)(address)
-
-
-def _source(system: str, machine: str) -> str:
-    """The LLVM text for an operating system (`sys.platform`) and a machine (`platform`)."""
-    declaration, pause = _PAUSE.get(machine, ("", ""))
-    values: dict[str, int | str] = {**_LAYOUT, "PAUSE": pause}
-    if system == "linux" and machine in _FUTEX_NUMBER:
-        sleep, values["NUMBER"] = _FUTEX, _FUTEX_NUMBER[machine]
-    elif system == "win32":
-        sleep, values["SLEEP"], values["AMOUNT"] = _POLL, "Sleep", 1  # milliseconds
-    else:
-        sleep, values["SLEEP"], values["AMOUNT"] = _POLL, "usleep", 200  # microseconds
-    return declaration + string.Template(sleep + _CODE).substitute(values)
-
-
-def _spins_within(seconds: float, spin: Any) -> int:
-    count, word, times = 1000, ctypes.c_int64(), []
-    for _ in range(5):
-        start = time.perf_counter()
-        spin(ctypes.addressof(word), count)
-        times.append(time.perf_counter() - start)
-    return max(100, int(count * seconds / min(times)))
-
+_MAX_THREADS = 4096
+# At exit a daemon thread may hold a pool for ever; then its workers are left as they are.
+_END_SECONDS = 1.0
 
 _lock = threading.RLock()
-_native: _Native | None = None
+_native: Native | None = None
 _pools: dict[int, Pool] = {}
 _living: weakref.WeakSet[Pool] = weakref.WeakSet()
 _process = os.getpid()
-_tokens = itertools.count(2)  # 0 is a free pool, 1 a call of mc_run
+# Who holds a pool: 0 nobody, 1 a call that gives it back in native code, else a lease's token.
+_tokens = itertools.count(2)
 
 
-def _code() -> _Native:
+def _code() -> Native:
     global _native
     with _lock:
         if _native is None:
-            _native = _Native()
+            _native = Native()
         return _native
 
 
@@ -473,15 +76,16 @@ class Pool:
             )
         code = _code()
         # The first 128 bytes of a ctypes buffer are not aligned: one line more, start at a line.
-        buffer = ctypes.create_string_buffer(_LAYOUT["BOXES"] + 128 * (size + 1))
+        buffer = ctypes.create_string_buffer(LAYOUT["BOXES"] + 128 * (size + 1))
         block = -(-ctypes.addressof(buffer) // 128) * 128
         self.region = code.run
         self.handle = ctypes.c_void_p(block)
         self._code = code
         self._size = ctypes.c_int32.from_buffer(buffer, block - ctypes.addressof(buffer))
-        self._owner = ctypes.c_int64.from_address(block + _LAYOUT["OWNER"])
-        ctypes.c_int32.from_address(block + _LAYOUT["SPINS"]).value = code.spins
+        self._owner = ctypes.c_int64.from_address(block + LAYOUT["OWNER"])
+        ctypes.c_int32.from_address(block + LAYOUT["SPINS"]).value = code.spins
         self._size.value = 1
+        self._leases: dict[int, weakref.ref[Lease]] = {}
         self._stopped = False
         threads: list[threading.Thread] = []
         for tid, cpu in zip(range(1, size), _cpus_to_pin(size), strict=True):
@@ -494,15 +98,16 @@ class Pool:
             try:
                 thread.start()
             except RuntimeError as error:
-                _end(code, block, threads)
+                _end(code, buffer, block, threads)
                 raise RunError(
                     f"cannot start thread {tid} of {size}: {error}",
                     hint="use fewer threads or raise the limit of processes (ulimit -u)",
                 ) from error
             threads.append(thread)
             self._size.value = tid + 1
-        # Runs at the latest when the interpreter exits.
-        self._end = weakref.finalize(self, _end, code, block, threads)
+        # Ends the workers of a pool that nobody uses any more, at the latest at exit.
+        self._workers = (code, buffer, block, threads)
+        self._finalizer = weakref.finalize(self, _end, *self._workers)
         _living.add(self)
 
     @property
@@ -514,6 +119,7 @@ class Pool:
         """`region` with defaults, for calls that are not hot. Returns the threads used."""
         if not fn:
             raise RunError("a region needs the address of a function, got a null pointer")
+        self._reclaim()
         return int(self.region(self.handle, fn, arg, self.size if nthreads is None else nthreads))
 
     def lease(self) -> Lease:
@@ -523,30 +129,55 @@ class Pool:
                 f"this pool of threads is shut down ({self!r})",
                 hint="get_pool(n) makes a new one",
             )
+        self._reclaim()
         return Lease(self)
 
     def shutdown(self) -> None:
-        """End the workers once the running call is over. Later regions run on the caller alone."""
+        """End the workers once the running call is over. Later regions run on the caller alone.
+
+        Raises:
+            RunError: a call or lease has held the pool for a second; it goes on working.
+        """
+        if self._stopped:
+            return
         with _lock:
             for size, pool in list(_pools.items()):
                 if pool is self:
                     del _pools[size]
+        if not _end(*self._workers):
+            raise RunError(
+                f"{self!r} is still in use and cannot be shut down",
+                hint="end its calls and leases first",
+            )
         self._stopped = True
-        self._end()
+        self._finalizer.detach()
 
     def __repr__(self) -> str:
         return f"Pool(size={self.size}{', stopped' if self._stopped else ''})"
+
+    def _reclaim(self) -> None:
+        """Free the pool from a lease that no longer exists.
+
+        Ctrl-C can strike between the native call and the Python instruction after it, so that a
+        lease is taken but its `with` block never ends. (A `__del__` would swallow a Ctrl-C.)
+        """
+        owner = self._owner.value
+        if owner > 1:
+            lease = self._leases.get(owner)
+            if lease is None or lease() is None:
+                self._code.release(self.handle, owner)
 
     def _forget_workers(self) -> None:
         """In the child of a fork: no worker exists here, and whoever held the pool does not."""
         self._size.value = 1
         self._owner.value = 0
+        self._leases.clear()
 
 
 class Lease:
     """The right to use a pool; see `Pool.lease`. Given back at the end of the `with` block."""
 
-    __slots__ = ("_pool", "_token")
+    __slots__ = ("__weakref__", "_pool", "_token")
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -568,14 +199,13 @@ class Lease:
 
     def __enter__(self) -> Lease | None:
         pool = self._pool
+        pool._leases[self._token] = weakref.ref(self)
         return self if pool._code.acquire(pool.handle, self._token) else None
 
     def __exit__(self, *_: object) -> None:
-        # Compares the token, so it is harmless where the lease was not granted or has ended.
+        # Compares the token, so it is harmless where the lease was not granted.
         self._pool._code.release(self._pool.handle, self._token)
-
-    # Ctrl-C between the acquisition and the start of the `with` body skips __exit__.
-    __del__ = __exit__
+        self._pool._leases.pop(self._token, None)
 
 
 def get_pool(size: int | None = None) -> Pool:
@@ -594,11 +224,22 @@ def get_pool(size: int | None = None) -> Pool:
 
 
 def available_threads(requested: int | None = None) -> int:
-    """Threads worth starting: the affinity mask, the container's CPU quota and the request."""
-    limits = [len(_affinity()), math.ceil(_cpu_quota()) if _cpu_quota() < math.inf else _MAX_THREADS]
-    if requested is not None:
-        limits.append(requested)
-    return max(1, min(limits))
+    """Threads worth starting: the usable cores (affinity, container quota), at most `requested`."""
+    cores = usable_cores()
+    return cores if requested is None else max(1, min(cores, requested))
+
+
+def _cpus_to_pin(size: int) -> list[int | None]:
+    """A CPU for each worker of a pool that fills the affinity mask exactly, else None for each.
+
+    With CPUs to spare the scheduler places threads better than we could: it knows which CPUs are
+    busy with other processes (a second pool would pin to the same ones) or share a core.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cpus = sorted(os.sched_getaffinity(0))
+        if len(cpus) == size:
+            return list(cpus[1:])
+    return [None] * (size - 1)
 
 
 def _work(loop: Any, buffer: object, block: int, tid: int, cpu: int | None) -> None:
@@ -609,18 +250,18 @@ def _work(loop: Any, buffer: object, block: int, tid: int, cpu: int | None) -> N
     loop(block, tid)
 
 
-def _end(code: _Native, block: int, threads: list[threading.Thread]) -> None:
-    token = next(_tokens)
-    deadline = time.monotonic() + 5.0
-    while not code.acquire(block, token):
-        # At exit a daemon thread may hold the pool for ever: then the workers stay asleep.
+def _end(code: Native, buffer: object, block: int, threads: list[threading.Thread]) -> bool:
+    """End the workers and wait for them; false if the pool stays busy."""
+    deadline = time.monotonic() + _END_SECONDS
+    while not code.acquire(block, 1):
         if time.monotonic() > deadline:
-            return
+            return False
         time.sleep(0.001)
     code.stop(block)
-    code.release(block, token)
+    code.release(block, 1)
     for thread in threads:
-        thread.join(timeout=5.0)
+        thread.join(_END_SECONDS)
+    return True
 
 
 def _after_fork() -> None:

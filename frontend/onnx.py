@@ -1,0 +1,514 @@
+"""ONNX models: from a file, bytes or a ModelProto to a graph Function.
+
+    fn = load("bert.onnx", dims={"batch": (1, 64), "sequence": (8, 512, 8)})
+
+Symbolic dimensions of inputs become `Dim`s with the given bounds (default: 1 and up), or constants
+where `dims` holds a number. Weights are views of the file's bytes or memory maps. All operators that
+are not supported are reported at once. Spec: https://onnx.ai/onnx/repo-docs/IR.html
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+
+from minicompiler.errors import ImportModelError, ShapeError
+from minicompiler.ir.expr import Const, Dim, Expr
+from minicompiler.ir.graph import Apply, Constant, Function, Input, Value, type_of
+from minicompiler.ir.types import Loc, TensorType
+
+from .onnx_data import element_type, parse, tensor_array
+from .onnx_node import OnnxNode, items
+from .onnx_ops import CONVERTERS
+
+Source = Union[str, "os.PathLike[str]", bytes, ModelProto]
+Bounds = Union[int, tuple[int, Union[int, None]], tuple[int, Union[int, None], int]]
+OLDEST_OPSET = 7
+_ONNX = ("", "ai.onnx")
+_NAMED = 3  # nodes named per unsupported operator
+_EXPANSION_DEPTH = 8
+
+
+def load(source: Source, dims: Mapping[str, Bounds] | None = None) -> Function:
+    """Imports a model.
+
+    Args:
+        source: a path, the bytes of a file, or a model in memory (which is not changed).
+        dims: bounds of symbolic dimensions by name: a number makes the dimension constant, otherwise
+            (lo, hi) or (lo, hi, multiple), both ends included; hi may be None.
+
+    Raises:
+        ImportModelError: unreadable file, unsupported operators (all of them), broken graph.
+        ShapeError: operators whose inputs do not fit together, naming the node.
+    """
+    folder: Path | None = None
+    owned = True
+    if isinstance(source, ModelProto):
+        model, file, owned = source, source.graph.name or "model", False
+    elif isinstance(source, bytes | bytearray | memoryview):
+        file = "model"
+        model = parse(bytes(source), file)
+    else:
+        path = Path(source)
+        file, folder = path.name, path.parent
+        try:
+            data = path.read_bytes()
+        except OSError as e:
+            raise ImportModelError(f"{path} cannot be read: {e.strerror or e}") from e
+        model = parse(data, file)
+        del data
+    if len(model.functions):
+        model, owned = _inlined(model), True
+    return _Importer(model, file, folder, dims or {}, owned).run()
+
+
+def _inlined(model: ModelProto) -> ModelProto:
+    """The model with its own functions expanded. Weights stay out of it: they may be gigabytes."""
+    from onnx import inliner
+
+    slim = ModelProto()
+    slim.CopyFrom(ModelProto(ir_version=model.ir_version, opset_import=model.opset_import))
+    slim.functions.extend(model.functions)
+    g = model.graph
+    slim.graph.CopyFrom(GraphProto(name=g.name, node=g.node, input=g.input, output=g.output))
+    done = inliner.inline_local_functions(slim)
+    done.graph.initializer.extend(g.initializer)
+    return done
+
+
+Env = dict[str, Value]
+
+
+class _Importer:
+    """One model on its way in."""
+
+    def __init__(
+        self, model: ModelProto, file: str, folder: Path | None, dims: Mapping[str, Bounds], owned: bool
+    ) -> None:
+        self.model, self.file, self.folder, self.owned = model, file, folder, owned
+        self.bounds = dims
+        self.dims: dict[str, Expr] = {}
+        self.opsets = self._opsets()
+        self.depth = 0
+
+    def run(self) -> Function:
+        g = self.model.graph
+        env: Env = {}
+        for t in g.initializer:
+            env[t.name] = self._constant(t)
+        for s in g.sparse_initializer:
+            raise ImportModelError(f"{self.file}: initializer {s.values.name!r} is sparse: not supported")
+        params = []
+        for value in g.input:
+            if value.name not in env:
+                p = Input(value.name, self._input_type(value))
+                env[value.name] = p
+                params.append(p)
+        self._check_dims()
+        self._check_operators(g.node, self.opsets)
+        self._nodes(g.node, env, self.opsets)
+        results = []
+        for value in g.output:
+            if value.name not in env:
+                raise ImportModelError(
+                    f"{self.file}: the output {value.name!r} is not computed by any node",
+                    hint=_nearest(value.name, env),
+                )
+            results.append(env[value.name])
+        name = Path(self.file).stem or "model"
+        return Function(name, tuple(params), tuple(results), False, tuple(v.name for v in g.output))
+
+    # ---- head of the model ------------------------------------------------------------------------
+    def _opsets(self) -> dict[str, int]:
+        found = {("" if o.domain in _ONNX else o.domain): o.version for o in self.model.opset_import}
+        version = found.get("")
+        newest = onnx.defs.onnx_opset_version()
+        if version is None:
+            if not found:
+                raise ImportModelError(f"{self.file} does not say which version of ONNX operators it uses")
+        elif not OLDEST_OPSET <= version <= newest:
+            raise ImportModelError(
+                f"{self.file} uses opset {version}; {OLDEST_OPSET} to {newest} are known",
+                hint="convert it with onnx.version_converter"
+                if version < OLDEST_OPSET
+                else "install a newer version of the package onnx",
+            )
+        return found
+
+    def _constant(self, tensor: TensorProto) -> Constant:
+        return Constant(tensor_array(tensor, self.folder, self.file, self.owned), tensor.name)
+
+    def _input_type(self, value: Any) -> TensorType:
+        kind = value.type.WhichOneof("value")
+        if kind != "tensor_type":
+            raise ImportModelError(
+                f"{self.file}: the input {value.name!r} is a {kind or 'value without type'}, not a tensor"
+            )
+        t = value.type.tensor_type
+        if not t.HasField("shape"):
+            raise ImportModelError(
+                f"{self.file}: the input {value.name!r} has no shape",
+                hint="run onnx.shape_inference, or export with named dynamic dimensions",
+            )
+        shape = [self._size(value.name, k, d) for k, d in enumerate(t.shape.dim)]
+        return TensorType(tuple(shape), element_type(t.elem_type, f"the input {value.name!r}", self.file))
+
+    def _size(self, name: str, axis: int, d: Any) -> Expr:
+        if d.HasField("dim_value") and d.dim_value >= 0:
+            return Const(d.dim_value)
+        label = d.dim_param or f"{name}.{axis}"
+        if label not in self.dims:
+            self.dims[label] = _dim(label, self.bounds.get(label, (1, None)))
+        return self.dims[label]
+
+    def _check_dims(self) -> None:
+        unknown = [name for name in self.bounds if name not in self.dims]
+        if unknown:
+            known = ", ".join(map(repr, self.dims)) or "none"
+            raise ImportModelError(
+                f"{self.file} has no dimension {', '.join(map(repr, unknown))}; its dimensions are: {known}",
+                hint=_nearest(unknown[0], self.dims),
+            )
+
+    # ---- operators ----------------------------------------------------------------------------------
+    def _check_operators(self, nodes: Iterable[NodeProto], opsets: Mapping[str, int]) -> None:
+        """Raises one error for all operators that cannot be imported."""
+        missing: dict[str, list[str]] = {}
+        for n in _all_nodes(nodes):
+            if _key(n) not in CONVERTERS and _schema_with_body(n, opsets) is None:
+                missing.setdefault(_key(n), []).append(n.name or next(iter(n.output), ""))
+        if not missing:
+            return
+        lines = []
+        for op, names in sorted(missing.items()):
+            shown = ", ".join(f'"{n}"' for n in names[:_NAMED])
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            near = difflib.get_close_matches(op, CONVERTERS, 1)
+            alike = f"   (nearest supported: {near[0]})" if near else ""
+            lines.append(f"{len(names)} x {op}: {shown}{more}{alike}")
+        count = len(missing)
+        raise ImportModelError(
+            f"{self.file} uses {count} operator{'s' if count > 1 else ''} that "
+            f"{'are' if count > 1 else 'is'} not supported",
+            excerpt="\n".join(lines),
+            hint="add a converter to minicompiler.frontend.onnx_ops.CONVERTERS",
+        )
+
+    # ---- nodes --------------------------------------------------------------------------------------
+    def _nodes(
+        self,
+        nodes: Sequence[NodeProto],
+        env: Env,
+        opsets: Mapping[str, int],
+        at: Loc | None = None,
+        given: Mapping[str, AttributeProto] | None = None,
+    ) -> None:
+        """Converts nodes into `env`. `at`: the location to use for all; `given`: the attributes of the
+        function call that the nodes are the body of."""
+        position = {id(n): k for k, n in enumerate(nodes, 1)}
+        for n in self._ordered(nodes, env):
+            label = n.name or next((o for o in n.output if o), "")
+            loc = at or Loc(label, self.file, position[id(n)], n.op_type)
+            results = self._convert(n, env, opsets, loc, given or {})
+            wanted = [k for k, o in enumerate(n.output) if o]
+            if wanted and wanted[-1] >= len(results):
+                raise ImportModelError(
+                    f"{n.op_type} with {len(n.output)} results: only {len(results)} are supported", (loc,)
+                )
+            env.update((n.output[k], results[k]) for k in wanted)
+
+    def _convert(
+        self,
+        n: NodeProto,
+        env: Env,
+        opsets: Mapping[str, int],
+        loc: Loc,
+        given: Mapping[str, AttributeProto],
+    ) -> tuple[Value, ...]:
+        inputs = tuple(env[i] if i else None for i in n.input)
+        convert = CONVERTERS.get(_key(n))
+        if convert is None:
+            return self._expand(n, inputs, env, opsets, loc, given)
+
+        def subgraph(name: str, params: Sequence[Input] = ()) -> tuple[Function, list[Value]]:
+            return self._subgraph(_graph(n, name), env, opsets, params)
+
+        node = OnnxNode(
+            n.op_type,
+            opsets.get("" if n.domain in _ONNX else n.domain, 1),
+            inputs,
+            self._attributes(n, given),
+            tuple(n.output),
+            loc,
+            subgraph,
+        )
+        try:
+            made = convert(node)
+        except (ImportModelError, ShapeError) as e:
+            e.locs = e.locs or (loc,)
+            raise
+        if isinstance(made, tuple):
+            return made
+        return items(made) if isinstance(made, Apply) else (made,)
+
+    def _attributes(self, n: NodeProto, given: Mapping[str, AttributeProto]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for a in n.attribute:
+            if a.ref_attr_name:
+                if a.ref_attr_name not in given:
+                    continue
+                a = _renamed(given[a.ref_attr_name], a.name)
+            if a.type == AttributeProto.TENSOR:
+                found[a.name] = tensor_array(a.t, self.folder, self.file)
+            elif a.type == AttributeProto.STRING:
+                found[a.name] = a.s.decode("utf-8", "replace")
+            elif a.type == AttributeProto.STRINGS:
+                found[a.name] = [s.decode("utf-8", "replace") for s in a.strings]
+            elif a.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
+                found[a.name] = onnx.helper.get_attribute_value(a)
+        return found
+
+    def _ordered(self, nodes: Sequence[NodeProto], env: Env) -> list[NodeProto]:
+        """Nodes after what they read (files should be sorted, some are not)."""
+        makers: dict[str, int] = {}
+        for k, n in enumerate(nodes):
+            for o in n.output:
+                if o and (o in makers or (o in env and not isinstance(env[o], Constant))):
+                    raise ImportModelError(
+                        f"{self.file}: the value {o!r} is computed twice", (_loc(n, self.file, k + 1),)
+                    )
+                if o:
+                    makers[o] = k
+        order: list[NodeProto] = []
+        state = [0] * len(nodes)  # 1: waits for its inputs, 2: done
+        for start in range(len(nodes)):
+            stack = [(start, False)]
+            while stack:
+                k, ready = stack.pop()
+                if ready:
+                    state[k] = 2
+                    order.append(nodes[k])
+                    continue
+                if state[k]:
+                    continue
+                state[k] = 1
+                stack.append((k, True))
+                for name in _reads(nodes[k]):
+                    source = makers.get(name)
+                    if source is None and name not in env:
+                        raise ImportModelError(
+                            f"{self.file}: {nodes[k].op_type} reads {name!r}, which is neither an input, "
+                            "an initializer nor the result of a node",
+                            (_loc(nodes[k], self.file, k + 1),),
+                            hint=_nearest(name, [*env, *makers]),
+                        )
+                    if source is not None and state[source] == 1:
+                        raise ImportModelError(
+                            f"{self.file}: the graph has a cycle: {nodes[k].op_type} reads {name!r}, "
+                            "which depends on its own result",
+                            (_loc(nodes[k], self.file, k + 1), _loc(nodes[source], self.file, source + 1)),
+                        )
+                    if source is not None and not state[source]:
+                        stack.append((source, False))
+        return order
+
+    def _subgraph(
+        self, g: GraphProto, outer: Env, opsets: Mapping[str, int], params: Sequence[Input]
+    ) -> tuple[Function, list[Value]]:
+        """A branch or loop body. Values of the outer graph that it reads become further parameters."""
+        env: Env = {}
+        captured: list[Value] = []
+        extra: list[Input] = []
+        for name in _free_names(g):
+            source = outer.get(name)
+            if isinstance(source, Constant):
+                env[name] = source
+            elif source is not None:
+                made = Input(name, type_of(source))
+                env[name] = made
+                extra.append(made)
+                captured.append(source)
+        env.update((t.name, self._constant(t)) for t in g.initializer)
+        own = []
+        for k, value in enumerate(g.input):
+            p = params[k].with_(name=value.name) if k < len(params) else None
+            p = p or Input(value.name, self._input_type(value))
+            env[value.name] = p
+            own.append(p)
+        self._nodes(g.node, env, opsets)
+        results = tuple(env[v.name] for v in g.output)
+        names = tuple(v.name for v in g.output)
+        return Function(g.name or "body", (*own, *extra), results, False, names), captured
+
+    # ---- operators defined by other operators ---------------------------------------------------------
+    def _expand(
+        self,
+        n: NodeProto,
+        inputs: tuple[Value | None, ...],
+        env: Env,
+        opsets: Mapping[str, int],
+        loc: Loc,
+        given: Mapping[str, AttributeProto],
+    ) -> tuple[Value, ...]:
+        """Imports a node through the function body that the ONNX specification gives its operator."""
+        schema = _schema_with_body(n, opsets)
+        assert schema is not None
+        if self.depth > _EXPANSION_DEPTH:
+            raise ImportModelError(f"{n.op_type} is defined by itself", (loc,))
+        body = _body(schema, n, inputs, opsets)
+        attributes = {a.name: a for a in n.attribute}
+        for a in n.attribute:
+            if a.ref_attr_name and a.ref_attr_name in given:
+                attributes[a.name] = _renamed(given[a.ref_attr_name], a.name)
+        for default in body.attribute_proto:
+            attributes.setdefault(default.name, default)
+        for name, spec in schema.attributes.items():
+            if spec.default_value.name:
+                attributes.setdefault(name, spec.default_value)
+        inner: Env = {}
+        for k, name in enumerate(body.input):
+            value = inputs[k] if k < len(inputs) else None
+            if value is not None:
+                inner[name] = value
+        absent = {name for name in body.input if name not in inner}
+        nodes = [_without_inputs(m, absent) for m in body.node]
+        versions = {("" if o.domain in _ONNX else o.domain): o.version for o in body.opset_import}
+        versions = versions or dict(opsets)
+        self._check_operators(nodes, versions)
+        self.depth += 1
+        self._nodes(nodes, inner, versions, loc, attributes)
+        self.depth -= 1
+        return tuple(inner[o] for o in body.output)
+
+
+# ---- views of protos ----------------------------------------------------------------------------------
+def _key(n: NodeProto) -> str:
+    return n.op_type if n.domain in _ONNX else f"{n.domain}.{n.op_type}"
+
+
+def _loc(n: NodeProto, file: str, position: int) -> Loc:
+    return Loc(n.name or next((o for o in n.output if o), ""), file, position, n.op_type)
+
+
+def _all_nodes(nodes: Iterable[NodeProto]) -> list[NodeProto]:
+    """The nodes, and those of graphs in their attributes."""
+    found = []
+    stack = list(nodes)
+    while stack:
+        n = stack.pop()
+        found.append(n)
+        for a in n.attribute:
+            for g in (a.g, *a.graphs):
+                stack.extend(g.node)
+    return found
+
+
+def _graph(n: NodeProto, name: str) -> GraphProto:
+    return next(a.g for a in n.attribute if a.name == name)
+
+
+def _reads(n: NodeProto) -> list[str]:
+    """The values a node needs, those of its subgraphs included."""
+    found = [i for i in n.input if i]
+    for a in n.attribute:
+        for g in (a.g, *a.graphs):
+            if g.node or g.output:
+                found.extend(_free_names(g))
+    return found
+
+
+def _free_names(g: GraphProto) -> list[str]:
+    """The names a subgraph reads from around it, in order of first use."""
+    own = {v.name for v in g.input} | {t.name for t in g.initializer}
+    own |= {o for n in g.node for o in n.output}
+    read = [r for n in g.node for r in _reads(n)] + [v.name for v in g.output]
+    return [name for name in dict.fromkeys(read) if name not in own]
+
+
+def _renamed(a: AttributeProto, name: str) -> AttributeProto:
+    copy = AttributeProto()
+    copy.CopyFrom(a)
+    copy.name = name
+    return copy
+
+
+def _without_inputs(n: NodeProto, absent: set[str]) -> NodeProto:
+    if absent.isdisjoint(n.input):
+        return n
+    copy = NodeProto()
+    copy.CopyFrom(n)
+    del copy.input[:]
+    copy.input.extend("" if i in absent else i for i in n.input)
+    return copy
+
+
+def _schema_with_body(n: NodeProto, opsets: Mapping[str, int]) -> Any:
+    """The operator's schema when the specification defines it through other operators."""
+    domain = "" if n.domain in _ONNX else n.domain
+    if domain not in opsets or not onnx.defs.has(n.op_type, domain):
+        return None
+    try:
+        schema = onnx.defs.get_schema(n.op_type, opsets[domain], domain)
+    except onnx.defs.SchemaError:
+        return None
+    return schema if schema.has_function or schema.has_context_dependent_function else None
+
+
+def _body(
+    schema: Any, n: NodeProto, inputs: Sequence[Value | None], opsets: Mapping[str, int]
+) -> onnx.FunctionProto:
+    """The newest function body that is not newer than the model's opset."""
+    opset = opsets["" if n.domain in _ONNX else n.domain]
+    if schema.has_function:
+        versions = [v for v in schema.function_opset_versions if v <= opset]
+        version = max(versions, default=min(schema.function_opset_versions))
+        return onnx.FunctionProto.FromString(schema.get_function_with_opset_version(version))
+    versions = [v for v in schema.context_dependent_function_opset_versions if v <= opset]
+    version = max(versions, default=min(schema.context_dependent_function_opset_versions))
+    types = []
+    for value in inputs:
+        proto = onnx.TypeProto()
+        if value is not None:
+            t = type_of(value)
+            shape = [s.value if type(s) is Const else str(s) for s in t.shape]
+            code = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(t.dtype.numpy))
+            proto = onnx.helper.make_tensor_type_proto(code, shape)
+        types.append(proto.SerializeToString())
+    text = schema.get_context_dependent_function_with_opset_version(version, n.SerializeToString(), types)
+    return onnx.FunctionProto.FromString(text)
+
+
+# ---- names and dims --------------------------------------------------------------------------------------
+def _dim(name: str, bounds: Bounds) -> Expr:
+    if isinstance(bounds, int | np.integer) and not isinstance(bounds, bool):
+        if bounds < 0:
+            raise ImportModelError(f"dims: {name!r} is {bounds}, a size cannot be negative")
+        return Const(int(bounds))
+    ok = isinstance(bounds, tuple | list) and len(bounds) in (2, 3)
+    lo, hi, multiple = (*bounds, 1)[:3] if ok else (1, None, 1)  # type: ignore[misc]
+    ok = ok and all(
+        isinstance(v, int) and not isinstance(v, bool) for v in (lo, multiple, 0 if hi is None else hi)
+    )
+    if not ok or lo < 0 or multiple < 1 or (hi is not None and hi < lo):
+        raise ImportModelError(
+            f"dims: {name!r} has the bounds {bounds!r}",
+            hint="give a number, (lo, hi) or (lo, hi, multiple) with 0 <= lo <= hi and multiple >= 1",
+        )
+    # Sizes are multiples, so the bounds can be tightened to the multiples they contain.
+    lo = -(-lo // multiple) * multiple
+    hi = None if hi is None else hi // multiple * multiple
+    if hi is not None and hi < lo:
+        raise ImportModelError(f"dims: {name!r} has no multiple of {multiple} in {bounds!r}")
+    return Const(lo) if lo == hi else Dim(name, lo, hi, multiple)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, [k for k in known if k], 1)
+    return f"did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,239 @@
+"""Tensor expressions -> one PrimFunc: a block per stage, in row-major loops, nothing scheduled yet.
+
+    A = te.placeholder(...); C = matmul(A, B); D = relu(C + bias)
+    from_tensors("fused_matmul_add_relu", [A, B, bias], [D])
+
+Cheap elementwise stages are inlined where that repeats no work worth naming; what remains are the
+results, reductions, and values that several stages share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from minicompiler import te
+from minicompiler.ir.arith import Arith, dims_of
+from minicompiler.ir.expr import (
+    ONE,
+    TRUE,
+    ZERO,
+    Binary,
+    Call,
+    Const,
+    Expr,
+    Load,
+    Reduce,
+    Select,
+    Var,
+    binary,
+    const,
+    free_vars,
+    rewrite,
+    select,
+    substitute,
+    walk,
+)
+from minicompiler.ir.layout import IndexMap
+from minicompiler.ir.tir import SERIAL, Block, Buffer, For, Iter, PrimFunc, Scope, Stmt, Store
+from minicompiler.ir.types import DType, Loc
+
+COMBINE = {"sum": "add", "prod": "mul", "max": "max", "min": "min", "and": "and", "or": "or"}
+CHEAP = 6  # arithmetic operations worth repeating rather than storing
+
+
+def from_tensors(
+    name: str,
+    params: Sequence[te.Tensor],
+    results: Sequence[te.Tensor],
+    constants: Sequence[te.Tensor] = (),
+    layouts: Mapping[te.Tensor, IndexMap | None] | None = None,
+    locs: tuple[Loc, ...] = (),
+) -> PrimFunc:
+    """One function computing `results` from `params`. Layouts apply to params and results.
+
+    constants: the params that are known while compiling (weights).
+    """
+    layouts = layouts or {}
+    order = _inline(list(te.closure(results)), results)
+    buffers: dict[te.Tensor, Buffer] = {}
+    names: set[str] = set()
+
+    def unique(base: str) -> str:
+        made, k = base, 2
+        while made in names:
+            made, k = f"{base}_{k}", k + 1
+        names.add(made)
+        return made
+
+    dims = dims_of([s for t in (*params, *order) for s in t.shape])
+    names.update(d.name for d in dims)
+    for k, p in enumerate(params):
+        buffers[p] = Buffer(unique(f"p{k}"), p.dtype, p.shape, Scope.PARAM, layouts.get(p), p in constants)
+    for k, r in enumerate(results):
+        if r in buffers:
+            raise ValueError("a result must be computed, not a parameter")
+        buffers[r] = Buffer(unique(f"r{k}"), r.dtype, r.shape, Scope.PARAM, layouts.get(r))
+    internal = []
+    for t in order:
+        if t.body is not None and t not in buffers:
+            buffers[t] = Buffer(unique(t.name), t.dtype, t.shape, Scope.GLOBAL)
+            internal.append(buffers[t])
+    phases = tuple(_stage(t, buffers, unique) for t in order if t.body is not None)
+    outs = tuple(buffers[r] for r in results)
+    return PrimFunc(name, (*[buffers[p] for p in params], *outs), len(outs), tuple(dims), tuple(internal), phases, locs)
+
+
+# ---- inlining ----------------------------------------------------------------------------------------
+def _inline(order: list[te.Tensor], results: Sequence[te.Tensor]) -> list[te.Tensor]:
+    """The tensors that stay stages, with the others substituted into their bodies."""
+    uses: dict[te.Tensor, list[te.Tensor]] = {}
+    for t in order:
+        for i in te.inputs(t):
+            uses.setdefault(i, []).append(t)
+    arith = Arith()
+    bodies: dict[te.Tensor, te.Tensor] = {}
+    inlined: dict[te.Tensor, te.Tensor] = {}
+
+    def one(e: Expr) -> Expr | None:
+        if type(e) is Load:
+            if e.buffer in inlined:
+                source = inlined[e.buffer]
+                assert source.body is not None
+                value = substitute(source.body, dict(zip(source.axes, e.indices, strict=True)))
+                return value if e.mask is None else select(e.mask, value, const(0, value.dtype))
+            if e.buffer in bodies:
+                return Load(bodies[e.buffer], e.indices, e.mask)
+        return None
+
+    stay = []
+    for t in order:
+        new = t
+        if t.body is not None:
+            body = rewrite(t.body, one)
+            if body is not t.body:
+                new = te.Tensor(t.name, t.shape, t.dtype, t.axes, body)
+        if t.body is not None and t not in results and _worth_inlining(new, t, uses.get(t, [])):
+            inlined[t] = new
+        else:
+            if t not in results:
+                bodies[t] = new
+            stay.append((t, new))
+    del arith
+    # Results keep their identity for the caller, so their new bodies are put in place.
+    final = []
+    for t, new in stay:
+        if new is not t and t in results:
+            t.body = new.body
+            new = t
+        final.append(new)
+    return final
+
+
+def _worth_inlining(t: te.Tensor, original: te.Tensor, consumers: list[te.Tensor]) -> bool:
+    assert t.body is not None
+    if type(t.body) is Reduce:
+        return False
+    cost = 0
+    gathers = False
+    for e in walk(t.body):
+        if e.dtype.is_float:
+            cost += 1 if type(e) is Binary else 12 if type(e) is Call else 0
+            cost += 6 if type(e) is Binary and e.op in ("div", "pow") else 0
+        elif type(e) is Select and any(type(x) is Load for x in walk(e)):
+            gathers = True
+        cost += 2 if type(e) is Select else 0
+        if type(e) is Load and any(type(x) is Load for i in e.indices for x in walk(i)):
+            gathers = True
+    for c in consumers:
+        if c.body is not None and type(c.body) is Reduce:
+            once = all(
+                set(c.axes) | set(c.body.axes) <= free_of(e) | _unit_axes(c)
+                for e in walk(c.body) if type(e) is Load and e.buffer is original
+            )  # fmt: skip
+            if not once and (cost > 0 or gathers):
+                return False
+            if not _linear(c.body, original) and cost > 0:
+                return False
+    return len(consumers) <= 1 or cost <= CHEAP
+
+
+def free_of(e: Load) -> frozenset[Expr]:
+    """The variables in a load's indices."""
+    return frozenset().union(*[free_vars(i) for i in e.indices], frozenset())
+
+
+def _unit_axes(t: te.Tensor) -> set[Expr]:
+    return {a for a, s in zip(t.axes, t.shape, strict=True) if s is ONE}
+
+
+def _linear(body: Reduce, operand: te.Tensor) -> bool:
+    """False for a contraction (a product of two loads): its operands stay plain loads, because that
+    is what packing and vectorising need to see."""
+    b = body.body
+    return not (
+        type(b) is Binary and b.op == "mul" and type(b.a) is Load and type(b.b) is Load
+        and b.a.buffer is not b.b.buffer
+    )  # fmt: skip
+
+
+# ---- one stage -----------------------------------------------------------------------------------------
+def identity_of(combiner: str, dtype: DType) -> Expr:
+    """The neutral element of a combiner."""
+    if combiner in ("max", "min"):
+        if dtype.is_float:
+            return const(float("-inf") if combiner == "max" else float("inf"), dtype)
+        if dtype.is_bool:
+            return const(combiner == "min", dtype)
+        low = -(1 << (dtype.bits - 1)) if dtype.is_signed else 0
+        high = (1 << (dtype.bits - (1 if dtype.is_signed else 0))) - 1
+        return const(low if combiner == "max" else high, dtype)
+    return const({"sum": 0, "prod": 1, "and": True, "or": False}[combiner], dtype)
+
+
+def _stage(t: te.Tensor, buffers: Mapping[te.Tensor, Buffer], unique) -> Stmt:  # type: ignore[no-untyped-def]
+    """The loops and the block that compute one tensor."""
+    assert t.body is not None
+    target = buffers[t]
+    loops: list[tuple[Var, Expr]] = []
+    iters: list[Iter] = []
+    mapping: dict[Expr, Expr] = {}
+
+    def iterate(var: Var, extent: Expr, letter: str, reduce: bool) -> None:
+        if extent is ONE:
+            mapping[var] = ZERO
+            return
+        loop = unique(letter)
+        loops.append((Var(loop), extent))
+        v = Var(unique("v" + loop))
+        iters.append(Iter(v, extent, reduce, Var(loop)))
+        mapping[var] = v
+
+    for k, (a, extent) in enumerate(zip(t.axes, t.shape, strict=True)):
+        iterate(a, extent, f"i{k}", False)
+    body = t.body
+    if type(body) is Reduce:
+        for k, (a, extent) in enumerate(zip(body.axes, body.extents, strict=True)):
+            iterate(a, extent, f"k{k}", True)
+
+    def to_buffers(e: Expr) -> Expr | None:
+        return Load(buffers[e.buffer], e.indices, e.mask) if type(e) is Load else None
+
+    at = tuple(mapping[a] for a in t.axes)
+    init = None
+    if type(body) is Reduce:
+        value = substitute(rewrite(body.body, to_buffers), mapping)
+        own = Load(target, at)
+        if any(i.reduce for i in iters):
+            init = Store(target, at, identity_of(body.combiner, t.dtype))
+            value = binary(COMBINE[body.combiner], own, value)
+    else:
+        value = substitute(rewrite(body, to_buffers), mapping)
+    # A block is called like the buffer it fills; the block of a result like its tensor.
+    name = target.name if target.scope is Scope.GLOBAL else unique(t.name)
+    result: Stmt = Block(name, tuple(iters), TRUE, init, Store(target, at, value))
+    for var, extent in reversed(loops):
+        result = For(var, extent, SERIAL, result)
+    return result
+
+
+__all__ = ["COMBINE", "Const", "from_tensors", "identity_of"]

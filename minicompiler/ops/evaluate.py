@@ -1,0 +1,262 @@
+"""Reference semantics in numpy: of tensor expressions, and of graphs node by node.
+
+    evaluate([y], {x: array}, {"batch": 2})     the values of te tensors: index variables become
+                                                broadcast ranges, a Load fancy indexing
+    run_reference(fn, {"input": array})         a graph through the operators' numpy references
+
+A Load checks its indices where it is selected and raises IndexError when they leave the tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import te
+from ..errors import InternalError, RunError
+from ..ir.arith import evaluate_int
+from ..ir.expr import (
+    Binary,
+    Call,
+    Cast,
+    Const,
+    Dim,
+    Expr,
+    Load,
+    Reduce,
+    Select,
+    Var,
+    walk,
+)
+from ..ir.graph import Apply, Constant, Function, Item, topological
+from ..ir.types import DType
+
+Array = np.ndarray
+
+
+# ---- scalar functions ---------------------------------------------------------------------------
+_math_erf = np.frompyfunc(math.erf, 1, 1)
+
+
+def erf(x: Array) -> Array:
+    """The error function; computed in float64."""
+    return np.asarray(_math_erf(np.asarray(x, dtype=np.float64)), dtype=np.float64).astype(x.dtype)
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)) without overflow."""
+    e = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1 / (1 + e), e / (1 + e)).astype(x.dtype)
+
+
+def truncated_div(a: Array, b: Array) -> Array:
+    """Integer division toward zero."""
+    q = np.floor_divide(a, b)
+    return (q + ((np.remainder(a, b) != 0) & ((a < 0) != (b < 0)))).astype(q.dtype)
+
+
+_CALLS: dict[str, Callable[..., Array]] = {
+    "exp": np.exp, "log": np.log, "tanh": np.tanh, "erf": erf, "sqrt": np.sqrt,
+    "rsqrt": lambda x: 1 / np.sqrt(x), "floor": np.floor, "ceil": np.ceil, "round": np.rint,
+    "trunc": np.trunc, "abs": np.abs, "sin": np.sin, "cos": np.cos, "tan": np.tan,
+    "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "sinh": np.sinh, "cosh": np.cosh,
+    "asinh": np.arcsinh, "acosh": np.arccosh, "atanh": np.arctanh, "log1p": np.log1p,
+    "sigmoid": sigmoid, "isnan": np.isnan, "isinf": np.isinf, "not": np.logical_not,
+}  # fmt: skip
+_BINARY: dict[str, Callable[[Array, Array], Array]] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "floordiv": np.floor_divide,
+    "mod": np.remainder, "min": np.minimum, "max": np.maximum, "pow": np.power,
+    "lt": np.less, "le": np.less_equal, "eq": np.equal, "ne": np.not_equal,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+    "shl": np.left_shift, "shr": np.right_shift,
+}  # fmt: skip
+_REDUCE: dict[str, np.ufunc] = {
+    "sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum,
+    "and": np.bitwise_and, "or": np.bitwise_or,
+}  # fmt: skip
+
+
+# ---- tensor expressions -------------------------------------------------------------------------
+def evaluate(
+    results: Sequence[te.Tensor], feeds: Mapping[te.Tensor, Array], dims: Mapping[str, int]
+) -> list[Array]:
+    """The values of `results`, given those of the placeholders and the symbolic dimensions.
+
+    Raises IndexError where a selected Load leaves its tensor.
+    """
+    values: dict[te.Tensor, Array] = dict(feeds)
+    with np.errstate(all="ignore"):
+        for t in te.closure(results):
+            if t not in values:
+                if t.body is None:
+                    raise InternalError(f"no value was given for the placeholder {t}")
+                values[t] = _tensor(t, values, dims)
+    return [values[t] for t in results]
+
+
+def _tensor(t: te.Tensor, values: Mapping[te.Tensor, Array], dims: Mapping[str, int]) -> Array:
+    body = t.body
+    assert body is not None
+    extents = [evaluate_int(s, dims) for s in t.shape]
+    axes: list[Expr] = list(t.axes)
+    if isinstance(body, Reduce):
+        axes += body.axes
+        extents += [evaluate_int(e, dims) for e in body.extents]
+    rank = len(axes)
+    env: dict[Expr, Array] = {}
+    for k, (axis, n) in enumerate(zip(axes, extents, strict=True)):
+        env[axis] = np.arange(n).reshape((1,) * k + (n,) + (1,) * (rank - k - 1))
+    inner = body.body if isinstance(body, Reduce) else body
+    full = np.broadcast_to(_Grid(env, values, dims, t.name).at(inner, None), extents)
+    if isinstance(body, Reduce):
+        over = tuple(range(len(t.axes), rank))
+        ufunc = _REDUCE[body.combiner]
+        # maximum and minimum have no identity of their own; an empty range is never reduced.
+        options: dict[str, Any] = {"dtype": full.dtype} if body.combiner in ("sum", "prod") else {}
+        full = ufunc.reduce(full, axis=over, **options)
+    return np.array(full, dtype=t.dtype.numpy)
+
+
+class _Grid:
+    """The expressions of one tensor over its whole index grid."""
+
+    def __init__(
+        self,
+        env: Mapping[Expr, Array],
+        values: Mapping[te.Tensor, Array],
+        dims: Mapping[str, int],
+        name: str,
+    ) -> None:
+        self.env, self.values, self.dims, self.name = env, values, dims, name
+        self.memo: dict[tuple[Expr, int], Array] = {}
+        self.kept: list[Array] = []  # keeps masks alive, since their ids are part of memo keys
+
+    def at(self, e: Expr, active: Array | None) -> Array:
+        """The value of `e`; only the places where `active` (None: all) are looked at."""
+        key = (e, id(active))
+        found = self.memo.get(key)
+        if found is None:
+            found = self.memo[key] = self._compute(e, active)
+        return found
+
+    def _compute(self, e: Expr, active: Array | None) -> Array:
+        if isinstance(e, Const):
+            return np.asarray(e.value, dtype=e.dtype.numpy)
+        if isinstance(e, Var):
+            return self.env[e]
+        if isinstance(e, Dim):
+            return np.asarray(self.dims[e.name], dtype=np.int64)
+        if isinstance(e, Select):
+            cond = self.at(e.cond, active)
+            yes = cond if active is None else cond & active
+            no = ~cond if active is None else ~cond & active
+            self.kept += [yes, no]
+            return np.where(cond, self.at(e.a, yes), self.at(e.b, no))
+        if isinstance(e, Load):
+            return self._load(e, active)
+        if isinstance(e, Binary):
+            return self._binary(e.op, self.at(e.a, active), self.at(e.b, active), e.a.dtype)
+        if isinstance(e, Cast):
+            a = self.at(e.a, active)
+            return a.astype(e.dtype.numpy)
+        if isinstance(e, Call):
+            args = [self.at(a, active) for a in e.args]
+            return np.asarray(_CALLS[e.fn](*args), dtype=e.dtype.numpy)
+        raise InternalError(f"a tensor expression holds {type(e).__name__}: {e}")
+
+    def _binary(self, op: str, a: Array, b: Array, dtype: DType) -> Array:
+        if op == "div":
+            return truncated_div(a, b) if dtype.is_int else np.asarray(a / b, dtype=a.dtype)
+        if op == "pow" and dtype.is_int:
+            b = np.maximum(b, 0)
+        return np.asarray(_BINARY[op](a, b))
+
+    def _load(self, e: Load, active: Array | None) -> Array:
+        x = self.values[e.buffer]
+        where = []
+        for axis, index in enumerate(e.indices):
+            i = self.at(index, active)
+            size = x.shape[axis]
+            bad = (i < 0) | (i >= size)
+            if active is not None:
+                bad = bad & active
+            if bad.any():
+                at = int(np.broadcast_to(i, bad.shape)[bad].reshape(-1)[0])
+                raise IndexError(f"{self.name}: index {at} of {e} leaves axis {axis} of size {size}")
+            where.append(np.clip(i, 0, max(size - 1, 0)))
+        if x.size == 0:
+            shape = np.broadcast_shapes(*(w.shape for w in where))
+            return np.zeros(shape, x.dtype)
+        return x[tuple(where)] if where else x
+
+
+# ---- graphs -------------------------------------------------------------------------------------
+def run_reference(fn: Function, feeds: Mapping[str, Array] | Sequence[Array]) -> list[Array]:
+    """The results of a graph for numpy inputs, by name or in order.
+
+    Raises RunError where an input does not fit the type of its parameter.
+    """
+    if isinstance(feeds, Mapping):
+        missing = [p.name for p in fn.params if p.name not in feeds]
+        if missing:
+            raise RunError(f"{fn.name}: no value was given for {', '.join(missing)}")
+        arrays = [np.asarray(feeds[p.name]) for p in fn.params]
+    else:
+        arrays = [np.asarray(a) for a in feeds]
+    return _run(fn, arrays, {})
+
+
+def _run(fn: Function, arrays: Sequence[Array], outer: Mapping[str, int]) -> list[Array]:
+    dims = dict(outer)
+    values: dict[int, Any] = {}
+    for p, a in zip(fn.params, arrays, strict=True):
+        if a.ndim != p.type.rank or a.dtype != p.type.dtype.numpy:
+            raise RunError(f"{fn.name}: {p.name} is {p.type}, got {a.dtype}{list(a.shape)}")
+        for size, got in zip(p.type.shape, a.shape, strict=True):
+            if isinstance(size, Dim):
+                dims.setdefault(size.name, got)
+        values[id(p)] = a
+    for v in topological(fn.results):
+        if isinstance(v, Constant):
+            values[id(v)] = v.data
+        elif isinstance(v, Item):
+            values[id(v)] = values[id(v.tuple)][v.index]
+        elif isinstance(v, Apply):
+            args = [None if a is None else values[id(a)] for a in v.args]
+            if isinstance(v.op, Function):
+                got = _run(v.op, [a for a in args if a is not None], dims)
+                values[id(v)] = got[0] if len(got) == 1 else tuple(got)
+            else:
+                with np.errstate(all="ignore"):
+                    values[id(v)] = v.op.reference(*args, bind_attrs(v.attrs, dims))
+    return [values[id(r)] for r in fn.results]
+
+
+def bind_attrs(attrs: Any, dims: Mapping[str, int]) -> Any:
+    """Attributes with every index expression replaced by its number. KeyError: a dim has no value."""
+    fields = {f.name: getattr(attrs, f.name) for f in dataclasses.fields(attrs)}
+    bound = {k: _bind(v, dims) for k, v in fields.items()}
+    same = all(bound[k] is fields[k] for k in fields)
+    return attrs if same else dataclasses.replace(attrs, **bound)
+
+
+def _bind(value: Any, dims: Mapping[str, int]) -> Any:
+    if isinstance(value, Expr):
+        return evaluate_int(value, dims)
+    if isinstance(value, tuple) and any(isinstance(v, Expr) for v in value):
+        return tuple(_bind(v, dims) for v in value)
+    return value
+
+
+def is_symbolic(attrs: Any) -> bool:
+    """True when attributes mention a symbolic dimension: the reference cannot run before binding."""
+    for field in dataclasses.fields(attrs):
+        value = getattr(attrs, field.name)
+        for v in value if isinstance(value, tuple) else (value,):
+            if isinstance(v, Expr) and any(isinstance(x, Dim | Var) for x in walk(v)):
+                return True
+    return False

@@ -1,0 +1,207 @@
+"""What primitives and rules ask of a loop nest: where things are, what a region of code touches.
+
+    find_loop(func, "i_o")              the For, and the statements above it
+    region(func, loop.body, buffer)     [(lowest index, extent) per dimension] touched inside
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from minicompiler.ir.arith import Arith
+from minicompiler.ir.expr import (
+    ZERO,
+    Binary,
+    Expr,
+    Load,
+    conjuncts,
+    free_vars,
+    maximum,
+    minimum,
+    substitute,
+    walk,
+)
+from minicompiler.ir.tir import Block, Buffer, For, If, PrimFunc, Stmt, Store, statements, sub_statements
+
+Path = tuple[Stmt, ...]
+Box = list[tuple[Expr, Expr]]  # (lowest index, extent) per dimension
+
+
+@dataclass(frozen=True)
+class Access:
+    """One load or store of a buffer inside a block, its indices in terms of loop variables."""
+
+    block: Block
+    buffer: Buffer
+    indices: tuple[Expr, ...]
+    is_store: bool
+
+
+def find_loop(func: PrimFunc, name: str) -> tuple[For, Path] | None:
+    """The loop with this variable name and its ancestors (outermost first), or None."""
+    return _find(func, lambda s: isinstance(s, For) and s.var.name == name)  # type: ignore[return-value]
+
+
+def find_block(func: PrimFunc, name: str) -> tuple[Block, Path] | None:
+    """The block with this name and its ancestors, or None."""
+    return _find(func, lambda s: isinstance(s, Block) and s.name == name)  # type: ignore[return-value]
+
+
+def _find(func: PrimFunc, test):  # type: ignore[no-untyped-def]
+    for phase in func.phases:
+        stack: list[tuple[Stmt, Path]] = [(phase, ())]
+        while stack:
+            s, path = stack.pop()
+            if test(s):
+                return s, path
+            stack.extend((x, (*path, s)) for x in reversed(sub_statements(s)))
+    return None
+
+
+def blocks(s: Stmt | PrimFunc) -> Iterator[Block]:
+    """The blocks below, in program order."""
+    return (x for x in statements(s) if isinstance(x, Block))
+
+
+def loops(s: Stmt | PrimFunc) -> Iterator[For]:
+    """The loops below, outer before inner."""
+    return (x for x in statements(s) if isinstance(x, For))
+
+
+def loops_in(path: Path) -> list[For]:
+    """The loops of a path, outermost first."""
+    return [s for s in path if isinstance(s, For)]
+
+
+def arith_of(func: PrimFunc) -> Arith:
+    """An Arith that knows the range of every loop variable and block iterator of the function."""
+    ranges: dict[Expr, tuple[Expr, Expr]] = {}
+    for s in statements(func):
+        if isinstance(s, For):
+            ranges[s.var] = (ZERO, s.extent - 1)
+        elif isinstance(s, Block):
+            for i in s.iters:
+                ranges[i.var] = (ZERO, i.extent - 1)
+    return Arith(ranges)
+
+
+def values_of(block: Block) -> dict[Expr, Expr]:
+    """Iterator variable -> its value in loop variables."""
+    return {i.var: i.value for i in block.iters}
+
+
+def accesses(s: Stmt | PrimFunc, arith: Arith, buffer: Buffer | None = None) -> list[Access]:
+    """The loads and stores below `s` (of one buffer, or of all)."""
+    found = []
+    for block in blocks(s):
+        mapping = values_of(block)
+        for store in (block.init, block.body):
+            if store is None:
+                continue
+            for load in [x for e in (store.value, *store.indices) for x in walk(e) if type(x) is Load]:
+                if buffer is None or load.buffer is buffer:
+                    found.append(Access(block, load.buffer, _resolve(load.indices, mapping, arith), False))
+            if buffer is None or store.buffer is buffer:
+                found.append(Access(block, store.buffer, _resolve(store.indices, mapping, arith), True))
+    return found
+
+
+def _resolve(indices: Sequence[Expr], mapping: dict[Expr, Expr], arith: Arith) -> tuple[Expr, ...]:
+    return tuple(arith.simplify(substitute(i, mapping)) for i in indices)
+
+
+def region(body: Stmt, buffer: Buffer, arith: Arith, found: Sequence[Access] | None = None) -> Box:
+    """The smallest box (as far as it can be told) that the accesses of `buffer` below `body` touch,
+    as expressions of the variables outside. A dimension with no bound is taken whole."""
+    inner = [loop.var for loop in loops(body)]
+    box: Box = []
+    found = accesses(body, arith, buffer) if found is None else found
+    for d, extent in enumerate(buffer.shape):
+        low: Expr | None = None
+        high: Expr | None = None
+        for a in found:
+            lo, hi = arith.bound(a.indices[d], inner, -1), arith.bound(a.indices[d], inner, +1)
+            if lo is None or hi is None or any(type(x) is Load for e in (lo, hi) for x in walk(e)):
+                low, high = ZERO, extent - 1
+                break
+            low = lo if low is None else arith.simplify(minimum(low, lo))
+            high = hi if high is None else arith.simplify(maximum(high, hi))
+        if low is None or high is None:
+            low, high = ZERO, extent - 1
+        box.append((low, arith.simplify(high - low + 1)))
+    return box
+
+
+def reduce_loops(block: Block, around: Sequence[For]) -> list[For]:
+    """Those of the given loops that the block reduces over."""
+    used = frozenset().union(*[free_vars(i.value) for i in block.iters if i.reduce], frozenset())
+    return [loop for loop in around if loop.var in used]
+
+
+def spatial_loops(block: Block, around: Sequence[For]) -> list[For]:
+    """Those of the given loops that choose which element the block computes."""
+    used = frozenset().union(*[free_vars(i.value) for i in block.iters if not i.reduce], frozenset())
+    return [loop for loop in around if loop.var in used]
+
+
+def is_reduction(block: Block) -> bool:
+    """True when the block combines several iterations into one element."""
+    return any(i.reduce for i in block.iters)
+
+
+def readers(func: PrimFunc, buffer: Buffer) -> list[Block]:
+    """The blocks that load from `buffer`, except an update reading back its own element."""
+    found = []
+    for block in blocks(func):
+        if any(ld.buffer is buffer for ld in block_loads(block)) and block.body.buffer is not buffer:
+            found.append(block)
+    return found
+
+
+def writers(func: PrimFunc, buffer: Buffer) -> list[Block]:
+    """The blocks that store to `buffer`."""
+    return [b for b in blocks(func) if b.body.buffer is buffer]
+
+
+def block_loads(block: Block) -> list[Load]:
+    """The distinct loads in a block's body and init."""
+    found: dict[Load, None] = {}
+    for store in (block.init, block.body):
+        if store is not None:
+            for e in (store.value, *store.indices):
+                for x in walk(e):
+                    if type(x) is Load:
+                        found[x] = None
+    return list(found)
+
+
+def operand_loads(block: Block) -> list[Load]:
+    """The loads of a block, the running value of a reduction left out."""
+    own = block.body
+    return [x for x in block_loads(block) if not (x.buffer is own.buffer and x.indices == own.indices)]
+
+
+def where_parts(block: Block) -> list[Expr]:
+    """The conditions of a block, one by one."""
+    return conjuncts(block.where)
+
+
+def contains(s: Stmt, inner: Stmt) -> bool:
+    """True when `inner` is `s` or stands below it."""
+    return any(x is inner for x in statements(s))
+
+
+def enclosing_condition(path: Path) -> bool:
+    """True when an If stands on the path (primitives leave such code alone)."""
+    return any(isinstance(s, If) for s in path)
+
+
+def update_operand(block: Block) -> tuple[str, Expr] | None:
+    """(combiner, operand) of a reduction whose body is `C[..] = combine(C[..], operand)`."""
+    v = block.body.value
+    if type(v) is Binary and type(v.a) is Load:
+        own: Store = block.body
+        if v.a.buffer is own.buffer and v.a.indices == own.indices:
+            return v.op, v.b
+    return None

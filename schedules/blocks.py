@@ -1,0 +1,572 @@
+"""Primitives that move, split or rehouse blocks: inline, compute_at, decompose_reduction, stage, rfactor."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from minicompiler.ir.arith import Arith
+from minicompiler.ir.expr import (
+    TRUE,
+    ZERO,
+    Const,
+    Expr,
+    Load,
+    Var,
+    all_of,
+    binary,
+    const,
+    const_int,
+    eq,
+    free_vars,
+    minimum,
+    rewrite,
+    select,
+    substitute,
+)
+from minicompiler.ir.layout import IndexMap
+from minicompiler.ir.tir import (
+    SERIAL,
+    Alloc,
+    Block,
+    Buffer,
+    For,
+    Iter,
+    Scope,
+    Seq,
+    Stmt,
+    Store,
+    is_empty,
+    map_statements,
+    seq,
+    statements,
+)
+
+from . import analysis
+from .loops import drop_conditions
+
+if TYPE_CHECKING:
+    from .schedule import Schedule
+
+IDENTITY = {"add": 0, "mul": 1, "max": float("-inf"), "min": float("inf"), "and": True, "or": False}
+
+
+# ---- inline -----------------------------------------------------------------------------------------
+def inline(s: Schedule, name: str) -> None:
+    """P[i] = f(i); C[j] = g(P[h(j)])   ->   C[j] = g(f(h(j)))"""
+    block, _ = s.block(name)
+    buffer = block.body.buffer
+    if analysis.is_reduction(block):
+        s.refuse(f"block {name} is a reduction", block, "compute_at moves it instead")
+    if buffer in s.func.params:
+        s.refuse(f"{buffer.name} is a result of the function", block)
+    if len(analysis.writers(s.func, buffer)) > 1 or block.where is not TRUE:
+        s.refuse(f"block {name} does not define all of {buffer.name} by itself", block)
+    axes = [_plain_iter(block, i) for i in block.body.indices]
+    if any(a is None and i is not ZERO for a, i in zip(axes, block.body.indices, strict=True)):
+        s.refuse(f"block {name} does not store at plain iterators", block)
+
+    def one(e: Expr) -> Expr | None:
+        if type(e) is Load and e.buffer is buffer:
+            mapping = {a.var: i for a, i in zip(axes, e.indices, strict=True) if a is not None}
+            value = substitute(block.body.value, mapping)
+            return value if e.mask is None else select(e.mask, value, const(0, value.dtype))
+        return None
+
+    def into(x: Stmt) -> Stmt | None:
+        if x is block:
+            return Seq(())
+        if isinstance(x, Block) and any(ld.buffer is buffer for ld in analysis.block_loads(x)):
+            return x.with_(body=x.body.with_(value=rewrite(x.body.value, one)))
+        return None
+
+    s.edit(into)
+    s.func = s.func.with_(buffers=tuple(b for b in s.func.buffers if b is not buffer))
+
+
+def _plain_iter(block: Block, index: Expr) -> Iter | None:
+    return next((i for i in block.iters if i.var is index and not i.reduce), None)
+
+
+# ---- compute_at -------------------------------------------------------------------------------------
+def compute_at(s: Schedule, name: str, loop_name: str) -> None:
+    """Moves a block into a loop, over just the part its partner there needs or makes.
+
+    producer: before its first reader in the loop, over what the readers below touch.
+    consumer: after the last writer in the loop, over what was written below; under a reduction loop of
+      the writer it runs on the last iteration only.
+    """
+    block, _ = s.block(name)
+    loop, path = s.loop(loop_name)
+    if analysis.contains(loop, block):
+        s.refuse(f"block {name} is inside {loop_name} already", block)
+    arith = analysis.arith_of(s.func)
+    below = list(analysis.blocks(loop.body))
+    buffer = block.body.buffer
+    if any(buffer in {x.buffer for x in analysis.block_loads(b)} for b in below):
+        nest, place = _as_producer(s, block, loop, arith)
+    else:
+        nest, place = _as_consumer(s, block, loop, path, arith)
+    s.edit(lambda x: Seq(()) if x is block else None)
+    target, _ = s.loop(loop_name)
+    parts = list(target.body.stmts) if isinstance(target.body, Seq) else [target.body]
+    parts.insert(place, nest)
+    s.swap(target, target.with_(body=seq(parts)))
+
+
+def _children(s: Stmt) -> list[Stmt]:
+    return list(s.stmts) if isinstance(s, Seq) else [s]
+
+
+def _as_producer(s: Schedule, block: Block, loop: For, arith: Arith) -> tuple[Stmt, int]:
+    buffer = block.body.buffer
+    if buffer in s.func.params:
+        s.refuse(f"{buffer.name} is a result of the function: all of it must be computed", block)
+    if len(analysis.writers(s.func, buffer)) > 1:
+        s.refuse(f"several blocks write {buffer.name}", block)
+    for r in analysis.readers(s.func, buffer):
+        if not analysis.contains(loop, r):
+            s.refuse(f"block {r.name} outside of {loop.var} reads {buffer.name} too", r)
+    box = analysis.region(loop.body, buffer, arith)
+    bind: dict[Expr, tuple[Expr, Expr]] = {}
+    for d, index in enumerate(block.body.indices):
+        it = _plain_iter(block, index)
+        if it is not None:
+            bind[it.var] = box[d]
+        elif index is not ZERO:
+            s.refuse(f"block {block.name} does not store at plain iterators", block)
+    nest = _nest(s, block, bind, arith, [])
+    kids = _children(loop.body)
+    first = next(k for k, x in enumerate(kids) if buffer in _loaded(x))
+    return nest, first
+
+
+def _loaded(s: Stmt) -> set[Buffer]:
+    return {x.buffer for b in analysis.blocks(s) for x in analysis.block_loads(b)}
+
+
+def _as_consumer(
+    s: Schedule, block: Block, loop: For, path: analysis.Path, arith: Arith
+) -> tuple[Stmt, int]:
+    kids = _children(loop.body)
+    written = {b.body.buffer for b in analysis.blocks(loop.body)}
+    mine = [x for x in analysis.operand_loads(block) if x.buffer in written]
+    if not mine:
+        s.refuse(f"block {block.name} neither reads nor makes anything that {loop.var} does", block)
+    bind: dict[Expr, tuple[Expr, Expr]] = {}
+    conditions: list[Expr] = []
+    around = [*analysis.loops_in(path), loop]
+    for load in mine:
+        makers = analysis.writers(s.func, load.buffer)
+        if any(not analysis.contains(loop, w) for w in makers):
+            s.refuse(f"{load.buffer.name} is also written outside of {loop.var}", block)
+        box = analysis.region(loop.body, load.buffer, arith)
+        for d, index in enumerate(load.indices):
+            it = _plain_iter(block, index)
+            if it is None:
+                if const_int(index) is None:
+                    s.refuse(f"block {block.name} reads {load.buffer.name} at `{index}`, not at a plain iterator",
+                             block)  # fmt: skip
+            elif bind.setdefault(it.var, box[d]) != box[d]:
+                s.refuse(f"block {block.name} needs two different regions along {it.var}", block)
+        for w in makers:
+            for r in analysis.reduce_loops(w, around):
+                conditions.append(eq(r.var, arith.simplify(r.extent - 1)))
+    for other in analysis.operand_loads(block):
+        for w in analysis.writers(s.func, other.buffer):
+            if not analysis.contains(loop, w) and _comes_after(s, w, loop):
+                s.refuse(f"block {w.name}, which {block.name} reads, runs after {loop.var}", block)
+    nest = _nest(s, block, bind, arith, list(dict.fromkeys(conditions)))
+    last = max(k for k, x in enumerate(kids) if {x2.buffer for x2 in mine} & _written(x))
+    return nest, last + 1
+
+
+def _written(s: Stmt) -> set[Buffer]:
+    return {b.body.buffer for b in analysis.blocks(s)}
+
+
+def _comes_after(s: Schedule, block: Block, loop: For) -> bool:
+    order = list(statements(s.func))
+    ids = [id(x) for x in order]
+    return ids.index(id(block)) > ids.index(id(loop))
+
+
+def _nest(
+    s: Schedule,
+    block: Block,
+    bind: dict[Expr, tuple[Expr, Expr]],
+    arith: Arith,
+    conditions: list[Expr],
+) -> Stmt:
+    """The block under new loops: bound iterators run over (lowest, extent), the others over everything."""
+    loops: list[tuple[Var, Expr]] = []
+    iters = []
+    where = [*conditions]
+    for it in block.iters:
+        low, extent = bind.get(it.var, (ZERO, it.extent))
+        extent = arith.simplify(extent)
+        if extent is Const(1):
+            value = low
+        else:
+            var = s.fresh_var(_base(it.var.name))
+            loops.append((var, extent))
+            arith.ranges[var] = (ZERO, extent - 1)
+            value = arith.simplify(low + var)
+        iters.append(it.with_(value=value))
+        for cond in (value < it.extent, ZERO <= value):
+            if arith.prove(cond) is not True:
+                where.append(cond)
+    inner: Stmt = block.with_(iters=tuple(iters), where=all_of(where))
+    # Reduction loops inside, in their original order.
+    reduce = {it.var for it in block.iters if it.reduce}
+    by_reduce = [
+        (v, x) for v, x in loops if any(v in free_vars(i.value) for i in iters if i.var in reduce)
+    ]
+    ordered = [t for t in loops if t not in by_reduce] + by_reduce
+    for var, extent in reversed(ordered):
+        inner = For(var, extent, SERIAL, inner)
+    return inner
+
+
+def _base(name: str) -> str:
+    """The loop name that goes with an iterator variable."""
+    return name[1:] if name.startswith("v") and len(name) > 1 else name
+
+
+# ---- decompose_reduction ------------------------------------------------------------------------------
+def decompose_reduction(s: Schedule, name: str, loop_name: str) -> str:
+    """for k: block C (init, body)   ->   block C_init; for k: block C (body)
+
+    The init runs just before `loop`, over the loops below it that choose the element, and only in the
+    first iteration of reduction loops further out.
+    """
+    block, path = s.block(name)
+    loop, _ = s.loop(loop_name)
+    if block.init is None:
+        s.refuse(f"block {name} has no init", block)
+    assert block.init is not None
+    around = analysis.loops_in(path)
+    if loop not in around:
+        s.refuse(f"loop {loop_name} is not around block {name}", loop)
+    outside, inside = around[: around.index(loop)], around[around.index(loop) :]
+    made = _init_nest(s, block, outside, inside)
+    s.edit(
+        lambda x: x.with_(init=None) if x is block else None,
+    )
+    new_loop, _ = s.loop(loop_name)
+    s.swap(new_loop, seq([made[0], new_loop]))
+    return made[1]
+
+
+def _init_nest(s: Schedule, block: Block, outside: list[For], inside: list[For]) -> tuple[Stmt, str]:
+    assert block.init is not None
+    arith = analysis.arith_of(s.func)
+    spatial = [x for x in inside if x in analysis.spatial_loops(block, inside)]
+    reducing = analysis.reduce_loops(block, inside)
+    for x in spatial:
+        if any(r.var in free_vars(x.extent) for r in reducing):
+            s.refuse(f"the extent of {x.var} depends on a reduction loop", x)
+    if any(x in reducing for x in spatial):
+        s.refuse(f"block {block.name} has a loop that is both spatial and reducing", block)
+    mapping: dict[Expr, Expr] = {x.var: s.fresh_var(x.var.name) for x in spatial}
+    first: dict[Expr, Expr] = {x.var: ZERO for x in reducing}
+    conditions = []
+    for i in block.iters:
+        if i.reduce:
+            cond = eq(arith.simplify(substitute(i.value, first)), ZERO)
+            if arith.prove(cond) is not True:
+                conditions.append(arith.simplify(cond))
+    # A condition on the reduction index (a masked tail) does not concern the init.
+    for part in analysis.where_parts(block):
+        if not any(r.var in free_vars(part) for r in analysis.reduce_loops(block, outside + inside)):
+            conditions.append(substitute(part, mapping))
+    name = s.fresh(block.name + "_init")
+    iters = tuple(i.with_(value=substitute(i.value, mapping)) for i in block.iters if not i.reduce)
+    inner: Stmt = Block(name, iters, all_of(conditions), None, block.init, "init")
+    for x in reversed(spatial):
+        inner = For(mapping[x.var], substitute(x.extent, mapping), x.kind, inner)  # type: ignore[arg-type]
+    return inner, name
+
+
+# ---- stage -----------------------------------------------------------------------------------------------
+def stage(s: Schedule, name: str, at: str | None, scope: Scope, layout: IndexMap | None) -> str:
+    """for i_o: for i_i: ... B[i_o*8 + i_i] ...   ->   for i_o: alloc T[8]
+                                                          T[j] = B[i_o*8 + j]      (if read before written)
+                                                          for i_i: ... T[i_i] ...
+                                                          B[i_o*8 + j] = T[j]      (if used afterwards)
+
+    The new buffer covers the whole box that is touched, masked iterations included: conditions on the
+    element are dropped from blocks that write it (what lies beyond the original is never written
+    back; their other loads are clamped to memory), and what is loaded beyond the original is zero.
+    """
+    buffer = s.buffer(name)
+    arith = analysis.arith_of(s.func)
+    if at is None:
+        return _stage_root(s, buffer, scope, layout, arith)
+    loop, path = s.loop(at)
+    found = analysis.accesses(loop.body, arith, buffer)
+    if not found:
+        s.refuse(f"nothing in {at} touches {name}", loop)
+    box = analysis.region(loop.body, buffer, arith, found)
+    outer = {x.var for x in analysis.loops_in(path)} | {loop.var}
+    for low, extent in box:
+        if scope is Scope.REGISTER and const_int(extent) is None:
+            s.refuse(f"a register buffer needs constant extents; {at} touches {extent} of {name}", loop)
+        if any(v in outer for v in free_vars(extent)):
+            s.refuse(f"what {at} touches of {name} varies in size: {extent}", loop)
+        del low
+    new = Buffer(s.fresh(buffer.name + "_s"), buffer.dtype, tuple(x for _, x in box), scope, layout)
+    writing = [a for a in found if a.is_store]
+    body = _redirect(s, loop.body, buffer, new, [low for low, _ in box], arith, bool(writing))
+    parts: list[Stmt] = []
+    copy_in = _read_first(s, loop, path, buffer, arith, found)
+    if copy_in is not None:
+        parts.append(_copy(s, new, buffer, box, arith, copy_in, into=True))
+    parts.append(body)
+    if writing and _live_after(s, loop, path, buffer, box):
+        parts.append(_copy(s, new, buffer, box, arith, TRUE, into=False))
+    s.swap(loop, loop.with_(body=Alloc(new, seq(parts))))
+    if not any(st.buffer is buffer for b in analysis.blocks(s.func) for st in (b.init, b.body) if st) and not any(
+        x.buffer is buffer for b in analysis.blocks(s.func) for x in analysis.block_loads(b)
+    ):
+        s.func = s.func.with_(buffers=tuple(b for b in s.func.buffers if b is not buffer))
+    return new.name
+
+
+def _stage_root(s: Schedule, buffer: Buffer, scope: Scope, layout: IndexMap | None, arith: Arith) -> str:
+    if scope is not Scope.GLOBAL:
+        s.refuse("staging for the whole function needs the global scope")
+    if analysis.writers(s.func, buffer):
+        s.refuse(f"{buffer.name} is written by this function", hint="stage it inside a loop")
+    new = Buffer(s.fresh(buffer.name + "_s"), buffer.dtype, buffer.shape, scope, layout)
+    box = [(ZERO, x) for x in buffer.shape]
+    low = [ZERO] * len(box)
+    first = next((k for k, p in enumerate(s.func.phases) if buffer in _loaded(p)), None)
+    if first is None:
+        s.refuse(f"nothing reads {buffer.name}")
+    assert first is not None
+    phases = [
+        _redirect(s, p, buffer, new, low, arith, False) if buffer in _loaded(p) else p for p in s.func.phases
+    ]
+    phases.insert(first, _copy(s, new, buffer, box, arith, TRUE, into=True))
+    s.func = s.func.with_(phases=tuple(phases), buffers=(*s.func.buffers, new))
+    return new.name
+
+
+def _redirect(
+    s: Schedule, body: Stmt, old: Buffer, new: Buffer, low: list[Expr], arith: Arith, written: bool
+) -> Stmt:
+    """Accesses of `old` go to `new`, relative to the lowest index."""
+
+    def shift(indices: tuple[Expr, ...]) -> tuple[Expr, ...]:
+        return tuple(i if lo is ZERO else i - lo for i, lo in zip(indices, low, strict=True))
+
+    def one(e: Expr) -> Expr | None:
+        if type(e) is Load and e.buffer is old:
+            return Load(new, shift(e.indices), e.mask)
+        return None
+
+    def store(x: Store | None) -> Store | None:
+        if x is None:
+            return None
+        indices = shift(x.indices) if x.buffer is old else x.indices
+        return Store(new if x.buffer is old else x.buffer, indices, rewrite(x.value, one))
+
+    def go(x: Stmt) -> Stmt | None:
+        if not isinstance(x, Block):
+            return None
+        made = dataclasses.replace(x, init=store(x.init), body=store(x.body))
+        if written and x.body.buffer is old:
+            made = _unconditional(made, new, arith)
+        return made
+
+    return map_statements(body, go)
+
+
+def _unconditional(block: Block, tile: Buffer, arith: Arith) -> Block:
+    """Drops the conditions on which element is computed: a tile has room for all, and nothing beyond
+    the original is written back. Loads of other buffers that could then leave them are clamped."""
+    reducing = frozenset().union(*[free_vars(i.value) for i in block.iters if i.reduce], frozenset())
+    dropped = [c for c in analysis.where_parts(block) if not reducing & free_vars(c)]
+    # A condition without any of the block's own iterators (k_o == last) says whether, not where.
+    spatial = frozenset().union(*[free_vars(i.value) for i in block.iters if not i.reduce], frozenset())
+    dropped = [c for c in dropped if spatial & free_vars(c)]
+    if not dropped:
+        return block
+    mapping = analysis.values_of(block)
+    inside = Arith({**arith.ranges, **{i.var: (ZERO, i.extent - 1) for i in block.iters}})
+
+    def clamp(e: Expr) -> Expr | None:
+        if type(e) is not Load or e.buffer is tile or e.mask is not None:
+            return None
+        indices = []
+        for i, room in zip(e.indices, e.buffer.padded_shape, strict=True):
+            value = arith.simplify(substitute(i, mapping))
+            safe = inside.prove(value < room)
+            indices.append(i if safe is True else minimum(i, room - 1))
+        return Load(e.buffer, tuple(indices))
+
+    body = block.body.with_(value=rewrite(block.body.value, clamp))
+    init = None if block.init is None else block.init.with_(value=rewrite(block.init.value, clamp))
+    return block.with_(where=drop_conditions(block.where, dropped), body=body, init=init)
+
+
+def _read_first(
+    s: Schedule, loop: For, path: analysis.Path, buffer: Buffer, arith: Arith, found: list[analysis.Access]
+) -> Expr | None:
+    """None: everything is written before it is read. Otherwise the condition under which the old
+    content is needed (TRUE: always)."""
+    around = [*analysis.loops_in(path), loop]
+    first = next(b for b in analysis.blocks(loop.body) if any(a.block is b for a in found))
+    own = [a for a in found if a.block is first]
+    reads_other = any(
+        x.buffer is buffer and x.indices != first.body.indices for x in analysis.block_loads(first)
+    )
+    if first.body.buffer is not buffer or reads_other or not any(a.is_store for a in own):
+        return TRUE
+    if first.init is None and any(x.buffer is buffer for x in analysis.block_loads(first)):
+        return TRUE
+    # Written first: by an init (in the first reduction iteration only) or by a plain store.
+    conditions = [c for c in analysis.where_parts(first) if first.tag == "init"]
+    if first.init is not None:
+        inner = {x.var: ZERO for x in analysis.loops(loop.body)}
+        for i in first.iters:
+            if i.reduce:
+                conditions.append(eq(arith.simplify(substitute(i.value, dict(inner))), ZERO))
+    outer_vars = {x.var for x in around}
+    needed = [c for c in conditions if free_vars(c) <= outer_vars and arith.prove(c) is not True]
+    if not needed:
+        return None
+    return arith.simplify(~all_of(needed)) if len(needed) == 1 else ~all_of(needed)
+
+
+def _live_after(s: Schedule, loop: For, path: analysis.Path, buffer: Buffer, box: analysis.Box) -> bool:
+    """True when what was written in one iteration of `loop` is used after it."""
+    if buffer in s.func.params:
+        return True
+    inside = {id(b) for b in analysis.blocks(loop.body)}
+    for b in analysis.blocks(s.func):
+        if id(b) not in inside and buffer in {
+            *(x.buffer for x in analysis.block_loads(b)), b.body.buffer
+        }:  # fmt: skip
+            return True
+    # A loop around that does not move the box comes back to the same elements (a reduction loop).
+    moved = frozenset().union(*[free_vars(low) for low, _ in box], frozenset())
+    return any(
+        const_int(x.extent) != 1 and x.var not in moved
+        for x in [*analysis.loops_in(path), loop]
+        if any(analysis.reduce_loops(b, [x]) for b in analysis.blocks(loop.body) if b.body.buffer is buffer)
+    )
+
+
+def _copy(
+    s: Schedule, new: Buffer, old: Buffer, box: analysis.Box, arith: Arith, cond: Expr, into: bool
+) -> Stmt:
+    """The block that fills the staged buffer, or writes it back."""
+    name = s.fresh(f"{new.name}_{'in' if into else 'out'}")
+    iters: list[Iter] = []
+    loops: list[tuple[Var, Expr]] = []
+    inside: list[Expr] = []
+    old_index: list[Expr] = []
+    for d, ((low, extent), room) in enumerate(zip(box, new.padded_shape, strict=True)):
+        span = room if into else extent
+        if span is Const(1):
+            value: Expr = ZERO
+        else:
+            var = s.fresh_var(f"{new.name}_{d}")
+            loops.append((var, span))
+            value = var
+            arith.ranges[var] = (ZERO, span - 1)
+        it = Iter(s.fresh_var(f"v{new.name}_{d}"), span, False, value)
+        iters.append(it)
+        at = it.var if low is ZERO else low + it.var
+        old_index.append(at)
+        absolute = arith.simplify(low + value)
+        for c in (absolute < old.shape[d], ZERO <= absolute):
+            if arith.prove(c) is not True:
+                inside.append(c)
+    local = tuple(it.var for it in iters)
+    if into:
+        in_iters = {it.value: it.var for it in iters if isinstance(it.value, Var)}
+        guard = substitute(all_of(inside), in_iters)  # type: ignore[arg-type]
+        value = select(guard, Load(old, tuple(old_index)), const(0, old.dtype))
+        body = Store(new, local, value)
+        where = cond
+    else:
+        body = Store(old, tuple(old_index), Load(new, local))
+        where = binary("and", cond, all_of(inside))
+    inner: Stmt = Block(name, tuple(iters), where, None, body, "copy_in" if into else "copy_out")
+    for var, extent in reversed(loops):
+        inner = For(var, extent, SERIAL, inner)
+    return inner
+
+
+# ---- rfactor -----------------------------------------------------------------------------------------------
+def rfactor(s: Schedule, name: str, loop_name: str) -> tuple[str, str]:
+    """C[i] = sum over k_o, k_i   ->   P[i, k_i] = sum over k_o;  C[i] = sum over k_i of P[i, k_i]
+
+    A masked tail of the reduction becomes the combiner's identity, so each partial result is defined.
+    """
+    block, path = s.block(name)
+    loop, _ = s.loop(loop_name)
+    update = analysis.update_operand(block)
+    if block.init is None or update is None or update[0] not in IDENTITY:
+        s.refuse(f"block {name} is not a reduction with a known combiner", block)
+    assert block.init is not None and update is not None
+    around = analysis.loops_in(path)
+    reducing = analysis.reduce_loops(block, around)
+    if loop not in reducing:
+        s.refuse(f"block {name} does not reduce over {loop_name}", loop)
+    combiner, operand = update
+    arith = analysis.arith_of(s.func)
+    dtype = block.body.buffer.dtype
+    spatial = [i for i in block.iters if not i.reduce]
+    # Partial block: one reduce iterator per remaining reduction loop, the factored loop is spatial.
+    lane = Iter(s.fresh_var("v" + loop_name), loop.extent, False, loop.var)
+    others = [Iter(s.fresh_var("v" + x.var.name), x.extent, True, x.var) for x in reducing if x is not loop]
+    to_iters: dict[Expr, Expr] = {loop.var: lane.var, **{i.value: i.var for i in others}}
+    mapping = {i.var: substitute(i.value, to_iters) for i in block.iters if i.reduce}
+    value = substitute(operand, mapping)
+    keep, masks = [], []
+    reduce_vars = {x.var for x in reducing}
+    for part in analysis.where_parts(block):
+        (masks if reduce_vars & free_vars(part) else keep).append(part)
+    if masks:
+        spatial_of = {i.value: i.var for i in spatial if isinstance(i.value, Var)}
+        cond = substitute(all_of(masks), {**to_iters, **spatial_of})
+        value = select(cond, value, const(IDENTITY[combiner], value.dtype))
+    partial = Buffer(s.fresh(block.body.buffer.name + "_rf"), dtype,
+                     (*[i.extent for i in spatial], loop.extent), Scope.GLOBAL)  # fmt: skip
+    at = (*[i.var for i in spatial], lane.var)
+    rf_name = s.fresh(name + "_rf")
+    rf_block = Block(
+        rf_name, (*spatial, lane, *others), all_of(keep),
+        Store(partial, at, const(IDENTITY[combiner], dtype)),
+        Store(partial, at, binary(combiner, Load(partial, at), value)),
+    )  # fmt: skip
+    # The loops from the outermost reducing one on are repeated for the combining block.
+    cut = around.index(reducing[0])
+    inside = [x for x in around[cut:] if x not in reducing]
+    fresh: dict[Expr, Expr] = {x.var: s.fresh_var(x.var.name) for x in inside}
+    last = s.fresh_var(loop_name)
+    last_iter = Iter(s.fresh_var("v" + loop_name), loop.extent, True, last)
+    final_iters = (*[i.with_(value=substitute(i.value, fresh)) for i in spatial], last_iter)
+    own = block.body
+    final: Stmt = Block(
+        name, final_iters, substitute(all_of(keep), fresh), block.init,
+        own.with_(value=binary(combiner, Load(own.buffer, own.indices),
+                               Load(partial, (*[i.var for i in spatial], last_iter.var)))),
+    )  # fmt: skip
+    final = For(last, loop.extent, SERIAL, final)
+    for x in reversed(inside):
+        final = For(fresh[x.var], substitute(x.extent, fresh), SERIAL, final)  # type: ignore[arg-type]
+    top = around[cut]
+    s.edit(lambda x: rf_block if x is block else None)
+    moved, _ = s.loop(top.var.name)
+    s.swap(moved, seq([moved, final]))
+    s.func = s.func.with_(buffers=(*s.func.buffers, partial))
+    del arith
+    return rf_name, partial.name
+
+
+__all__ = ["compute_at", "decompose_reduction", "inline", "is_empty", "rfactor", "stage"]

@@ -1,0 +1,220 @@
+"""Primitives that change loops: split, fuse, reorder, mark. Blocks keep their meaning throughout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from minicompiler.ir.expr import (
+    Const,
+    Expr,
+    all_of,
+    binary,
+    ceildiv,
+    conjuncts,
+    const_int,
+    free_vars,
+    minimum,
+)
+from minicompiler.ir.tir import (
+    PARALLEL,
+    SERIAL,
+    UNROLL,
+    VECTOR,
+    Alloc,
+    Block,
+    For,
+    LoopKind,
+    Seq,
+    Stmt,
+    map_statements,
+    statements,
+    substitute_stmt,
+)
+
+from . import analysis
+
+if TYPE_CHECKING:
+    from .schedule import Schedule
+
+TAILS = ("perfect", "mask", "guard", "cut")
+MAX_UNROLL = 4096
+
+
+def split(s: Schedule, name: str, factor: int, tail: str) -> tuple[str, str]:
+    """i -> i_o, i_i with i = i_o * factor + i_i.
+
+        for i in 100:          ->   for i_o in 13:
+            C[i] = ...                  for i_i in 8:
+                                            C[i_o*8 + i_i] = ...   where i_o*8 + i_i < 100   (mask)
+
+    tail: what happens when `factor` does not divide the extent.
+      perfect  refuse unless it is known to divide
+      mask     blocks below get a condition (vector stores are masked)
+      guard    the inner loop runs min(factor, rest) times (no condition in its body)
+      cut      a second nest does the rest; its loops and blocks end in `_t`
+    """
+    loop, _ = s.loop(name)
+    if tail not in TAILS:
+        s.refuse(f"unknown tail {tail!r}", loop, f"one of: {', '.join(TAILS)}")
+    if not isinstance(factor, int) or factor < 1:
+        s.refuse(f"the factor must be a positive integer, got {factor!r}", loop)
+    if loop.kind is not SERIAL:
+        s.refuse(f"loop {name} is marked {loop.kind.value} already", loop, "split before mark")
+    arith = analysis.arith_of(s.func)
+    extent = arith.simplify(loop.extent)
+    divides = arith.simplify(extent % factor) is Const(0)
+    outer, inner = s.fresh_var(name + "_o"), s.fresh_var(name + "_i")
+    index = outer * factor + inner
+    body = substitute_stmt(loop.body, {loop.var: index})
+    if divides:
+        s.swap(loop, For(outer, arith.simplify(extent // factor), SERIAL, For(inner, Const(factor), SERIAL, body)))
+        return outer.name, inner.name
+    if tail == "perfect":
+        s.refuse(
+            f"{factor} is not known to divide the extent {extent}", loop,
+            'use tail="mask", or a factor that divides it',
+        )  # fmt: skip
+    blocks_outer = arith.simplify(ceildiv(extent, factor))
+    if tail == "mask":
+        body = add_condition(body, index < extent)
+        s.swap(loop, For(outer, blocks_outer, SERIAL, For(inner, Const(factor), SERIAL, body)))
+    elif tail == "guard":
+        rest = minimum(Const(factor), extent - outer * factor)
+        s.swap(loop, For(outer, blocks_outer, SERIAL, For(inner, rest, SERIAL, body)))
+    else:
+        whole = arith.simplify(extent // factor)
+        rest_var = s.fresh_var(name + "_t")
+        rest_body = substitute_stmt(_renamed(s, loop.body), {loop.var: whole * factor + rest_var})
+        main = For(outer, whole, SERIAL, For(inner, Const(factor), SERIAL, body))
+        s.swap(loop, Seq((main, For(rest_var, arith.simplify(extent % factor), SERIAL, rest_body))))
+    return outer.name, inner.name
+
+
+def add_condition(body: Stmt, cond: Expr) -> Stmt:
+    """Every block below runs only where `cond` holds too."""
+    def one(x: Stmt) -> Stmt | None:
+        return x.with_(where=binary("and", x.where, cond)) if isinstance(x, Block) else None
+
+    return map_statements(body, one)
+
+
+def _renamed(s: Schedule, body: Stmt) -> Stmt:
+    """A copy with fresh loop, block and buffer names."""
+    mapping: dict[Expr, Expr] = {}
+    for x in statements(body):
+        if isinstance(x, For):
+            mapping[x.var] = s.fresh_var(x.var.name + "_t")
+        elif isinstance(x, Alloc):
+            s.refuse("a nest that holds a staged buffer cannot be cut", x, "split before staging")
+
+    def one(x: Stmt) -> Stmt | None:
+        if isinstance(x, For):
+            return x.with_(var=mapping[x.var])
+        if isinstance(x, Block):
+            return x.with_(name=s.fresh(x.name + "_t"))
+        return None
+
+    return substitute_stmt(map_statements(body, one), mapping)
+
+
+def fuse(s: Schedule, names: list[str]) -> str:
+    """Directly nested loops a, b -> one loop f with a = f // extent(b), b = f % extent(b)."""
+    if len(names) < 2:
+        s.refuse("needs at least two loops")
+    chain = [s.loop(n)[0] for n in names]
+    for a, b in zip(chain, chain[1:], strict=False):
+        if a.body is not b:
+            s.refuse(f"loop {b.var} is not directly inside {a.var}", b, "reorder first")
+        if a.kind is not SERIAL or b.kind is not SERIAL:
+            s.refuse("only serial loops can be fused", a)
+        if a.var in free_vars(b.extent):
+            s.refuse(f"the extent of {b.var} depends on {a.var}", b)
+    arith = analysis.arith_of(s.func)
+    fused = s.fresh_var("_".join(names) if sum(map(len, names)) < 20 else names[0] + "_f")
+    extent: Expr = Const(1)
+    for x in chain:
+        extent = extent * x.extent
+    mapping: dict[Expr, Expr] = {}
+    rest: Expr = fused
+    for x in reversed(chain[1:]):
+        mapping[x.var] = rest % x.extent
+        rest = rest // x.extent
+    mapping[chain[0].var] = rest
+    body = substitute_stmt(chain[-1].body, mapping)
+    s.swap(chain[0], For(fused, arith.simplify(extent), SERIAL, body))
+    return fused.name
+
+
+def reorder(s: Schedule, names: list[str]) -> None:
+    """Loops of one nest exchanged: any order of a block's iterations computes the same elements, and
+    the init of a reduction still comes first because it belongs to reduction index zero."""
+    if len(set(names)) != len(names) or len(names) < 2:
+        s.refuse("needs at least two different loops")
+    found = [s.loop(n) for n in names]
+    depth = {x.var.name: len(path) for x, path in found}
+    outermost = min(found, key=lambda f: len(f[1]))[0]
+    innermost = max(found, key=lambda f: len(f[1]))[0]
+    chain: list[For] = []
+    here: Stmt = outermost
+    while True:
+        if not isinstance(here, For):
+            s.refuse("the loops do not form one nest without statements between", here)
+        assert isinstance(here, For)
+        chain.append(here)
+        if here is innermost:
+            break
+        here = here.body
+    if any(n not in [x.var.name for x in chain] for n in names):
+        s.refuse("the loops do not stand in one nest", outermost)
+    below = list(analysis.blocks(innermost.body))
+    if len(below) > 1:
+        for x in chain:
+            for b in below:
+                if analysis.reduce_loops(b, [x]):
+                    s.refuse(f"{x.var} is a reduction loop of {b.name}, and other blocks stand below it", x)
+    slots = [k for k, x in enumerate(chain) if x.var.name in depth and x.var.name in names]
+    by_name = {x.var.name: x for x in chain}
+    order = list(chain)
+    for k, n in zip(slots, names, strict=True):
+        order[k] = by_name[n]
+    for k, x in enumerate(order):
+        inner = {y.var for y in order[k + 1 :]}
+        if inner & free_vars(x.extent):
+            s.refuse(f"the extent of {x.var} depends on a loop that would come inside it", x)
+    body = innermost.body
+    for x in reversed(order):
+        body = x.with_(body=body)
+    s.swap(outermost, body)
+
+
+def mark(s: Schedule, name: str, kind: LoopKind) -> None:
+    """PARALLEL and VECTOR need iterations that do not touch each other's results; VECTOR and UNROLL a
+    constant extent."""
+    loop, path = s.loop(name)
+    if kind in (VECTOR, UNROLL):
+        extent = const_int(loop.extent)
+        if extent is None or extent > MAX_UNROLL:
+            s.refuse(f"{kind.value} needs a constant extent of at most {MAX_UNROLL}, not {loop.extent}", loop)
+    if kind in (PARALLEL, VECTOR):
+        local = {x.buffer for x in statements(loop.body) if isinstance(x, Alloc)}
+        for b in analysis.blocks(loop.body):
+            if b.body.buffer in local:
+                continue
+            if analysis.reduce_loops(b, [loop]):
+                s.refuse(f"block {b.name} reduces over {name}: its iterations add to one element", loop,
+                         "rfactor makes a reduction loop independent")  # fmt: skip
+            if not analysis.spatial_loops(b, [loop]):
+                s.refuse(f"every iteration of {name} writes the same elements of {b.body.buffer.name}", loop)
+    if kind is PARALLEL and any(isinstance(x, For | Seq) for x in path):
+        s.refuse(f"a parallel loop must be the outermost of its phase, {name} is not", loop,
+                 "reorder it outwards, or fuse it with the loops around it")  # fmt: skip
+    if kind is VECTOR and any(isinstance(x, For) for x in statements(loop.body)):
+        inner = [x for x in statements(loop.body) if isinstance(x, For) and x.kind not in (UNROLL,)]
+        if inner:
+            s.refuse(f"a vector loop must be innermost; {inner[0].var} stands inside {name}", loop)
+    s.swap(loop, loop.with_(kind=kind))
+
+
+def drop_conditions(where: Expr, parts: list[Expr]) -> Expr:
+    """A conjunction without some of its parts."""
+    return all_of(c for c in conjuncts(where) if c not in parts)

@@ -1,0 +1,255 @@
+"""A schedule: an immutable PrimFunc, and the list of steps that made it what it is.
+
+    s = Schedule(func, target)
+    o, i = s.split("i0", 8)          every primitive is a method here; steps refer to loops by name
+    s.mark(i, VECTOR)
+    s.func                           the scheduled function
+    json.dumps(s.trace())            the steps, readable; replay(func, trace) gives the same function
+
+A primitive that cannot show it is legal raises ScheduleError and leaves the schedule unchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from minicompiler.errors import ScheduleError
+from minicompiler.ir.expr import Var
+from minicompiler.ir.layout import IndexMap, axes
+from minicompiler.ir.node import Node
+from minicompiler.ir.tir import (
+    Alloc,
+    Block,
+    Buffer,
+    For,
+    LoopKind,
+    PrimFunc,
+    Scope,
+    Stmt,
+    is_empty,
+    map_statements,
+    script,
+    statements,
+)
+from minicompiler.target import Target
+
+from . import analysis, blocks, loops
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One applied primitive: its name, its JSON-able arguments, the names it made."""
+
+    primitive: str
+    args: dict[str, Any]
+    made: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        made = f"{', '.join(self.made)} = " if self.made else ""
+        return f"{made}{self.primitive}({', '.join(f'{k}={v!r}' for k, v in self.args.items())})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A decision a rule asked for: what could be chosen and what was."""
+
+    name: str
+    options: tuple[Any, ...]
+    chosen: Any
+
+
+class Schedule:
+    """See the module text. `decisions` answers `choose` calls by name (a record being replayed, or a
+    draw of the tuner); what it does not name takes its default."""
+
+    def __init__(
+        self,
+        func: PrimFunc,
+        target: Target,
+        decisions: Mapping[str, Any] | None = None,
+        after_step: Callable[[PrimFunc], None] | None = None,
+    ) -> None:
+        self.func, self.target = func, target
+        self.decisions = dict(decisions or {})
+        self.steps: list[Step] = []
+        self.choices: list[Choice] = []
+        self._after = after_step
+        self._names: set[str] | None = None
+
+    # ---- reading -----------------------------------------------------------------------------------
+    def loop(self, name: str) -> tuple[For, analysis.Path]:
+        """The loop of that name and the statements above it. Raises ScheduleError."""
+        found = analysis.find_loop(self.func, name)
+        if found is None:
+            names = [x.var.name for x in analysis.loops(self.func)]
+            self.refuse(f"there is no loop {name!r}", hint=f"loops: {', '.join(names)}")
+        return found  # type: ignore[return-value]
+
+    def block(self, name: str) -> tuple[Block, analysis.Path]:
+        """The block of that name and the statements above it. Raises ScheduleError."""
+        found = analysis.find_block(self.func, name)
+        if found is None:
+            names = [b.name for b in analysis.blocks(self.func)]
+            self.refuse(f"there is no block {name!r}", hint=f"blocks: {', '.join(names)}")
+        return found  # type: ignore[return-value]
+
+    def buffer(self, name: str) -> Buffer:
+        """The buffer of that name. Raises ScheduleError."""
+        allocated = [s.buffer for s in statements(self.func) if isinstance(s, Alloc)]
+        every = (*self.func.params, *self.func.buffers, *allocated)
+        for b in every:
+            if b.name == name:
+                return b
+        self.refuse(f"there is no buffer {name!r}", hint=f"buffers: {', '.join(b.name for b in every)}")
+        raise AssertionError
+
+    def loops_of(self, block: str) -> list[str]:
+        """Names of the loops around a block, outermost first."""
+        return [x.var.name for x in analysis.loops_in(self.block(block)[1])]
+
+    def trace(self) -> list[dict[str, Any]]:
+        """The steps as JSON-able records."""
+        return [dataclasses.asdict(s) for s in self.steps]
+
+    def choose(self, name: str, options: Sequence[Any], default: Any) -> Any:
+        """A decision of a rule. The default compiles; the tuner and a database give `decisions`."""
+        chosen = self.decisions.get(name, default)
+        if chosen not in options:
+            self.refuse(f"choice {name} = {chosen!r} is not one of {list(options)}")
+        self.choices.append(Choice(name, tuple(options), chosen))
+        return chosen
+
+    # ---- for the primitives ----------------------------------------------------------------------------
+    def refuse(self, message: str, at: Node | None = None, hint: str = "") -> None:
+        """Raises ScheduleError showing the loop nest with `at` marked."""
+        raise ScheduleError(message, self.func.locs, f"in {self.func.name}\n" + script(self.func, at), hint)
+
+    def fresh(self, name: str) -> str:
+        """`name`, or it with a number, unused in this function."""
+        if self._names is None:
+            self._names = set()
+            for s in statements(self.func):
+                if isinstance(s, For):
+                    self._names.add(s.var.name)
+                elif isinstance(s, Block):
+                    self._names.update([s.name, *(i.var.name for i in s.iters)])
+                elif isinstance(s, Alloc):
+                    self._names.add(s.buffer.name)
+            self._names.update(b.name for b in (*self.func.params, *self.func.buffers))
+            self._names.update(d.name for d in self.func.dims)
+        unique, k = name, 2
+        while unique in self._names:
+            unique, k = f"{name}_{k}", k + 1
+        self._names.add(unique)
+        return unique
+
+    def fresh_var(self, name: str) -> Var:
+        return Var(self.fresh(name))
+
+    def edit(self, f: Callable[[Stmt], Stmt | None]) -> None:
+        """Applies f bottom-up to every statement and drops what became empty."""
+        phases = [map_statements(p, f) for p in self.func.phases]
+        self.func = self.func.with_(phases=tuple(p for p in phases if not is_empty(p)))
+
+    def swap(self, old: Stmt, new: Stmt) -> None:
+        """Replaces one statement."""
+        self.edit(lambda s: new if s is old else None)
+
+    def _apply(self, primitive: str, run: Callable[[], Any], **args: Any) -> Any:
+        before, names = self.func, self._names
+        self._names = None
+        try:
+            made = run()
+        except ScheduleError as e:
+            self.func, self._names = before, names
+            shown = ", ".join(f"{k}={v!r}" for k, v in args.items())
+            raise ScheduleError(f"{primitive}({shown}): {e.message}", e.locs, e.excerpt, e.hint) from None
+        self._names = None
+        names_made = made if isinstance(made, tuple) else (made,) if isinstance(made, str) else ()
+        self.steps.append(Step(primitive, args, names_made))
+        if self._after is not None:
+            self._after(self.func)
+        return made
+
+    # ---- loop primitives (loops.py) -----------------------------------------------------------------------
+    def split(self, loop: str, factor: int, tail: str = "perfect") -> tuple[str, str]:
+        """Loop i becomes i_o around i_i, i = i_o * factor + i_i. See loops.split for the tails."""
+        return self._apply("split", lambda: loops.split(self, loop, factor, tail), loop=loop, factor=factor, tail=tail)
+
+    def fuse(self, *names: str) -> str:
+        """Directly nested loops become one, outermost named first."""
+        return self._apply("fuse", lambda: loops.fuse(self, list(names)), names=list(names))
+
+    def reorder(self, *names: str) -> None:
+        """The named loops of one nest take the given order, outermost first."""
+        self._apply("reorder", lambda: loops.reorder(self, list(names)), names=list(names))
+
+    def mark(self, loop: str, kind: LoopKind | str) -> None:
+        """How a loop runs: PARALLEL, VECTOR, UNROLL, SERIAL."""
+        k = LoopKind(kind)
+        self._apply("mark", lambda: loops.mark(self, loop, k), loop=loop, kind=k.value)
+
+    # ---- block primitives (blocks.py) ---------------------------------------------------------------------
+    def inline(self, block: str) -> None:
+        """An elementwise block disappears into its readers."""
+        self._apply("inline", lambda: blocks.inline(self, block), block=block)
+
+    def compute_at(self, block: str, loop: str) -> None:
+        """A producer is computed just before, a consumer just after, its partner inside `loop`."""
+        self._apply("compute_at", lambda: blocks.compute_at(self, block, loop), block=block, loop=loop)
+
+    def decompose_reduction(self, block: str, loop: str) -> str:
+        """The init of a reduction becomes a block of its own just before `loop`; its name."""
+        return self._apply(
+            "decompose_reduction", lambda: blocks.decompose_reduction(self, block, loop), block=block, loop=loop
+        )
+
+    def stage(
+        self,
+        buffer: str,
+        at: str | None,
+        scope: Scope | str = Scope.REGISTER,
+        layout: IndexMap | Sequence[Sequence[int]] | None = None,
+    ) -> str:
+        """What `at` (a loop; None: the whole function) touches of a buffer is held in a new buffer:
+        loaded if read before written, written back if used later. The new buffer's name."""
+        sc = Scope(scope)
+        imap = layout if isinstance(layout, IndexMap) or layout is None else layout_from(layout)
+        return self._apply(
+            "stage",
+            lambda: blocks.stage(self, buffer, at, sc, imap),
+            buffer=buffer, at=at, scope=sc.value, layout=None if imap is None else layout_to(imap),
+        )  # fmt: skip
+
+    def rfactor(self, block: str, loop: str) -> tuple[str, str]:
+        """A reduction loop becomes an axis of partial results, combined afterwards:
+        (block of the partial results, their buffer). Changes the order of summation."""
+        return self._apply("rfactor", lambda: blocks.rfactor(self, block, loop), block=block, loop=loop)
+
+
+def replay(func: PrimFunc, trace: Sequence[Mapping[str, Any]], target: Target) -> Schedule:
+    """Applies a trace to a function: the same steps give a structurally equal result."""
+    s = Schedule(func, target)
+    for step in trace:
+        args = dict(step["args"])
+        names = args.pop("names", [])
+        getattr(s, step["primitive"])(*names, **args)
+    return s
+
+
+def layout_to(layout: IndexMap) -> list[list[int]]:
+    """A layout as JSON: (logical axis, divisor, modulus or 0) per physical dimension."""
+    return [list(t) for t in layout.splits()]
+
+
+def layout_from(parts: Sequence[Sequence[int]]) -> IndexMap:
+    """The inverse of `layout_to`."""
+    rank = 1 + max(p[0] for p in parts)
+    d = axes(rank)
+    exprs = []
+    for axis, divisor, modulus in parts:
+        e = d[axis] // divisor
+        exprs.append(e % modulus if modulus else e)
+    return IndexMap(rank, tuple(exprs))

@@ -1,0 +1,514 @@
+"""The thread pool: regions, barriers, leases, fork, exit, and that idle workers cost nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+
+import llvmlite.binding as llvm
+import pytest
+
+from minicompiler.errors import RunError
+from minicompiler.runtime import pool as pool_module
+from minicompiler.runtime import spmd
+from minicompiler.runtime.pool import Pool, available_threads, barrier_address, get_pool
+
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+# The argument of every kernel is an array of i32: word 0 counts errors, word 1 is a parameter,
+# and from word 16 on each thread has a word of its own, 16 words apart.
+KERNELS = """
+define internal ptr @slot(ptr %arg, i32 %tid) {
+  %i = mul i32 %tid, 16
+  %j = add i32 %i, 16
+  %p = getelementptr i32, ptr %arg, i32 %j
+  ret ptr %p
+}
+
+; Adds the number of threads to the thread's word.
+define void @tally(i32 %tid, i32 %n, ptr %arg, ptr %barrier) {
+  %p = call ptr @slot(ptr %arg, i32 %tid)
+  %old = atomicrmw add ptr %p, i32 %n monotonic
+  ret void
+}
+
+; Word 1 phases. In each, a thread publishes the phase and passes the barrier; then every other
+; thread must have published it, and can be at most one phase ahead.
+define void @phases(i32 %tid, i32 %n, ptr %arg, ptr %barrier) {
+  %p_last = getelementptr i32, ptr %arg, i32 1
+  %last = load i32, ptr %p_last
+  %mine = call ptr @slot(ptr %arg, i32 %tid)
+  br label %phase
+phase:
+  %k = phi i32 [ 1, %0 ], [ %k1, %end ]
+  store atomic i32 %k, ptr %mine monotonic, align 4
+  call void inttoptr (i64 BARRIER to ptr)(ptr %barrier, i32 %n)
+  br label %look
+look:
+  %t = phi i32 [ 0, %phase ], [ %t1, %next ]
+  %other = call ptr @slot(ptr %arg, i32 %t)
+  %v = load atomic i32, ptr %other monotonic, align 4
+  %ahead = sub i32 %v, %k
+  %bad = icmp ugt i32 %ahead, 1
+  br i1 %bad, label %error, label %next
+error:
+  %e = atomicrmw add ptr %arg, i32 1 monotonic
+  br label %next
+next:
+  %t1 = add i32 %t, 1
+  %more = icmp slt i32 %t1, %n
+  br i1 %more, label %look, label %end
+end:
+  %k1 = add i32 %k, 1
+  %again = icmp sle i32 %k1, %last
+  br i1 %again, label %phase, label %out
+out:
+  ret void
+}
+
+; Tells in the thread's word that it runs, then waits until word 1 is set.
+define void @hold(i32 %tid, i32 %n, ptr %arg, ptr %barrier) {
+  %p = call ptr @slot(ptr %arg, i32 %tid)
+  store atomic i32 1, ptr %p monotonic, align 4
+  %go = getelementptr i32, ptr %arg, i32 1
+  br label %wait
+wait:
+  %v = load atomic volatile i32, ptr %go monotonic, align 4
+  %set = icmp ne i32 %v, 0
+  br i1 %set, label %out, label %wait
+out:
+  ret void
+}
+
+; Calls region(pool, fn, arg, n) %count times without Python in between.
+define void @repeat(ptr %region, ptr %pool, ptr %fn, ptr %arg, i32 %n, i32 %count) {
+  br label %call
+call:
+  %i = phi i32 [ 0, %0 ], [ %i1, %call ]
+  %r = call i32 %region(ptr %pool, ptr %fn, ptr %arg, i32 %n)
+  %i1 = add i32 %i, 1
+  %more = icmp slt i32 %i1, %count
+  br i1 %more, label %call, label %out
+out:
+  ret void
+}
+"""
+
+
+class Kernels:
+    def __init__(self) -> None:
+        text = KERNELS.replace("BARRIER", str(barrier_address()))
+        machine = llvm.Target.from_default_triple().create_target_machine()
+        self.engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), machine)
+        self.engine.finalize_object()
+        for name in ("tally", "phases", "hold"):
+            setattr(self, name, self.engine.get_function_address(name))
+        pointer, word = ctypes.c_void_p, ctypes.c_int32
+        prototype = ctypes.CFUNCTYPE(None, pointer, pointer, pointer, pointer, word, word)
+        self.repeat = prototype(self.engine.get_function_address("repeat"))
+
+    tally: int
+    phases: int
+    hold: int
+
+
+class Words:
+    """The argument of a kernel, for up to 64 threads."""
+
+    def __init__(self, parameter: int = 0) -> None:
+        self.words = (ctypes.c_int32 * (16 * 65))()
+        self.words[1] = parameter
+        self.address = ctypes.addressof(self.words)
+
+    @property
+    def errors(self) -> int:
+        return self.words[0]
+
+    def per_thread(self, count: int) -> list[int]:
+        return [self.words[16 + 16 * tid] for tid in range(count)]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return Kernels()
+
+
+@pytest.fixture
+def make_pool() -> Iterator[Callable[[int], Pool]]:
+    made: list[Pool] = []
+
+    def make(size: int) -> Pool:
+        made.append(Pool(size))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.shutdown()
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.001)
+
+
+def checked_phases(kernels: Kernels, pool: Pool, nthreads: int, phases: int) -> None:
+    words = Words(phases)
+    assert pool.run(kernels.phases, words.address, nthreads) == nthreads
+    assert words.errors == 0
+    assert words.per_thread(nthreads) == [phases] * nthreads
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_a_region_runs_once_on_every_thread(
+    size: int, kernels: Kernels, make_pool: Callable[[int], Pool]
+) -> None:
+    pool = make_pool(size)
+    assert pool.size == size
+    for nthreads in [*range(1, size + 1), size + 7]:
+        words = Words()
+        used = pool.run(kernels.tally, words.address, nthreads)
+        assert used == min(nthreads, size)
+        assert words.per_thread(size + 1) == [used] * used + [0] * (size + 1 - used)
+
+
+def test_many_regions_lose_nothing(kernels: Kernels) -> None:
+    pool, words = get_pool(2), Words()
+    address = ctypes.cast(pool.region, ctypes.c_void_p)
+    kernels.repeat(address, pool.handle, kernels.tally, words.address, 2, 100_000)
+    assert words.per_thread(3) == [200_000, 200_000, 0]
+
+
+def test_regions_of_changing_width_with_pauses(
+    kernels: Kernels, make_pool: Callable[[int], Pool]
+) -> None:
+    # Pauses around the spin time meet workers that are just going to sleep.
+    pool, words = make_pool(3), Words()
+    expected = [0, 0, 0]
+    for i in range(1500):
+        nthreads = 1 + i % 3
+        assert pool.run(kernels.tally, words.address, nthreads) == nthreads
+        for tid in range(nthreads):
+            expected[tid] += nthreads
+        end = time.perf_counter() + (i % 100) * 2e-6
+        while time.perf_counter() < end:
+            pass
+    assert words.per_thread(3) == expected
+
+
+@pytest.mark.parametrize(("nthreads", "phases"), [(1, 1000), (2, 50_000), (3, 200), (8, 100)])
+def test_no_thread_passes_a_barrier_early(
+    nthreads: int, phases: int, kernels: Kernels, make_pool: Callable[[int], Pool]
+) -> None:
+    # More threads than cores must get through as well: waiting threads give up the processor.
+    pool = make_pool(nthreads)
+    for _ in range(3):
+        checked_phases(kernels, pool, nthreads, phases)
+
+
+def test_the_polling_fallback(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, make_pool: Callable[[int], Pool]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(spmd.sys, "platform", "darwin")
+        native = spmd.Native()
+    monkeypatch.setattr(pool_module, "_native", native)
+    pool = make_pool(2)
+    text = KERNELS.replace("BARRIER", str(native.barrier))
+    machine = llvm.Target.from_default_triple().create_target_machine()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), machine)
+    phases = engine.get_function_address("phases")
+    for _ in range(5):
+        words = Words(50)
+        assert pool.run(phases, words.address) == 2
+        assert (words.errors, words.per_thread(2)) == (0, [50, 50])
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin", "win32"])
+@pytest.mark.parametrize("machine", ["x86_64", "amd64", "aarch64", "arm64", "riscv64", "other"])
+def test_the_native_text_is_valid_for_every_system(system: str, machine: str) -> None:
+    module = llvm.parse_assembly(spmd._source(system, machine))
+    module.verify()
+    external = {f.name for f in module.functions if f.is_declaration}
+    external = {name for name in external if not name.startswith("llvm.")}
+    assert len(external) == 1 and external <= {"syscall", "usleep", "Sleep"}
+
+
+def test_idle_workers_take_no_processor_time(kernels: Kernels) -> None:
+    pool, words = get_pool(2), Words()
+    pool.run(kernels.tally, words.address)
+    time.sleep(0.02)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.02
+    assert pool.run(kernels.tally, words.address) == 2
+
+
+@pytest.mark.skipif(CPUS < 2, reason="needs two processors")
+def test_hot_regions_and_barriers_make_no_system_call(kernels: Kernels) -> None:
+    pool, words = get_pool(2), Words()
+    address = ctypes.cast(pool.region, ctypes.c_void_p)
+
+    def best(call: Callable[[], object], count: int) -> float:
+        seconds = []
+        deadline = time.monotonic() + 3.0
+        while not seconds or (min(seconds) / count > 1e-6 and time.monotonic() < deadline):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds) / count
+
+    run = best(
+        lambda: kernels.repeat(address, pool.handle, kernels.tally, words.address, 2, 1000), 1000
+    )
+    phases = Words(1000)
+    barrier = best(lambda: pool.run(kernels.phases, phases.address), 1000)
+    # Usually 0.1 us and below; a wake-up by the system takes more than 5 us.
+    assert run < 3e-6
+    assert barrier < 3e-6
+
+
+def test_a_busy_pool_leaves_the_second_caller_alone(kernels: Kernels) -> None:
+    pool, held = get_pool(2), Words()
+    first: list[int] = []
+    caller = threading.Thread(target=lambda: first.append(pool.run(kernels.hold, held.address)))
+    caller.start()
+    until(lambda: held.per_thread(2) == [1, 1])
+    try:
+        with pool.lease() as lease:
+            assert lease is None
+        words = Words(10)
+        assert pool.run(kernels.phases, words.address) == 1
+        assert (words.errors, words.per_thread(2)) == (0, [10, 0])
+    finally:
+        held.words[1] = 1
+        caller.join()
+    assert first == [2]
+    checked_phases(kernels, pool, 2, 100)
+
+
+def test_several_callers_at_once(kernels: Kernels) -> None:
+    pool = get_pool(2)
+    widths: list[tuple[int, list[int]]] = []
+
+    def call() -> None:
+        words = Words()
+        total = 0
+        for i in range(500):
+            if i % 2:
+                with pool.lease() as lease:
+                    runner = lease or pool
+                    total += runner.run(kernels.tally, words.address, 2 if lease else 1)
+            else:
+                total += pool.run(kernels.tally, words.address)
+        widths.append((total, words.per_thread(2)))
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(widths) == 4
+    for total, (first, second) in widths:
+        # 500 regions, of which total - 500 had two threads, which add 2 each.
+        assert (first, second) == (500 + (total - 500), 2 * (total - 500))
+
+
+def test_a_lease_ends_with_its_block(kernels: Kernels) -> None:
+    pool, words = get_pool(2), Words()
+    with pool.lease() as lease:
+        assert lease is not None and lease.size == 2
+        assert lease.run(kernels.tally, words.address) == 2
+        assert pool.run(kernels.tally, words.address) == 1
+        with pool.lease() as second:
+            assert second is None
+        assert lease.run(kernels.tally, words.address) == 2
+    with pytest.raises(RunError, match="lease of the thread pool has ended"):
+        lease.run(kernels.tally, words.address)
+    assert pool.run(kernels.tally, words.address) == 2
+
+
+def test_a_lease_whose_block_was_never_entered_is_given_back(kernels: Kernels) -> None:
+    pool, words = get_pool(2), Words()
+    lease = pool.lease()
+    assert lease.__enter__() is lease  # as if Ctrl-C came right after it
+    assert pool.run(kernels.tally, words.address) == 1
+    del lease
+    assert pool.run(kernels.tally, words.address) == 2
+    with pool.lease() as other:
+        assert other is not None
+
+
+def test_exceptions_at_any_point_leave_the_pool_usable(kernels: Kernels) -> None:
+    pool, words = get_pool(2), Words()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    interrupts = 0
+    try:
+        for i in range(200):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-4 + 1e-6 * i, 1.0)
+                while True:
+                    with pool.lease() as lease:
+                        assert lease is not None
+                        lease.run(kernels.tally, words.address)
+                    pool.run(kernels.tally, words.address)
+            except KeyboardInterrupt:
+                interrupts += 1
+            lease = None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert interrupts == 200
+    with pool.lease() as lease:
+        assert lease is not None
+    checked_phases(kernels, pool, 2, 100)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_gets_pools_of_its_own(kernels: Kernels) -> None:
+    pool = get_pool(2)
+    checked_phases(kernels, pool, 2, 10)
+    with pool.lease():
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                assert pool.size == 1
+                checked_phases(kernels, pool, 1, 10)
+                fresh = get_pool(2)
+                assert fresh is not pool
+                checked_phases(kernels, fresh, 2, 10)
+                fresh.shutdown()
+                status = 0
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+    assert status == 0
+    assert get_pool(2) is pool
+    checked_phases(kernels, pool, 2, 10)
+
+
+def test_shutdown_ends_the_workers(kernels: Kernels) -> None:
+    pool = Pool(3)
+    workers = pool._workers[3]
+    assert all(worker.is_alive() for worker in workers)
+    with pool.lease(), pytest.raises(RunError, match="still in use"):
+        pool.shutdown()
+    pool.shutdown()
+    pool.shutdown()
+    assert not any(worker.is_alive() for worker in workers)
+    with pytest.raises(RunError, match="shut down"):
+        pool.lease()
+    checked_phases(kernels, pool, 1, 10)
+    assert Words().errors == 0
+
+
+def test_get_pool_keeps_one_pool_per_size() -> None:
+    pool = get_pool(3)
+    assert get_pool(3) is pool
+    assert get_pool().size == available_threads()
+    pool.shutdown()
+    assert get_pool(3) is not pool
+    get_pool(3).shutdown()
+
+
+def test_an_unused_pool_ends_its_workers() -> None:
+    pool = Pool(2)
+    (worker,) = pool._workers[3]
+    gone = weakref.ref(pool)
+    del pool
+    gc.collect()
+    assert gone() is None
+    assert not worker.is_alive()
+
+
+@pytest.mark.parametrize("size", [0, -1, True, 2.0, "2", 1 << 20])
+def test_impossible_sizes(size: object) -> None:
+    with pytest.raises(RunError, match="is not possible"):
+        Pool(size)  # type: ignore[arg-type]
+
+
+def test_a_null_function_is_refused() -> None:
+    with pytest.raises(RunError, match="null pointer"):
+        get_pool(2).run(0)
+
+
+def test_a_thread_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RunError, match="cannot start thread 2 of 3"):
+        Pool(3)
+    assert not started[0].is_alive()
+
+
+def test_available_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "usable_cores", lambda: 4)
+    assert available_threads() == 4
+    assert [available_threads(n) for n in (0, 1, 3, 9)] == [1, 1, 3, 4]
+
+
+@pytest.mark.skipif(CPUS < 2, reason="needs two processors")
+def test_workers_are_pinned_only_when_they_fill_the_machine(
+    make_pool: Callable[[int], Pool],
+) -> None:
+    mine = os.sched_getaffinity(0)
+
+    def masks(size: int) -> list[set[int]]:
+        workers = make_pool(size)._workers[3]
+        # A worker pins itself, so give it the time to do so.
+        time.sleep(0.05)
+        return [os.sched_getaffinity(worker.native_id or 0) for worker in workers]
+
+    full = masks(CPUS)
+    assert all(len(mask) == 1 for mask in full)
+    assert len(set.union(*full)) == CPUS - 1
+    assert masks(CPUS + 1) == [mine] * CPUS
+    assert os.sched_getaffinity(0) == mine
+
+
+@pytest.mark.parametrize("ending", ["", "import sys; sys.exit(0)", "threading.Thread(target=use)"])
+def test_the_interpreter_exits_cleanly(ending: str) -> None:
+    program = """
+        import ctypes, threading
+        import llvmlite.binding as llvm
+        from minicompiler.runtime.pool import get_pool
+        pool = get_pool(2)
+        text = "define void @f(i32 %t, i32 %n, ptr %a, ptr %b) { ret void }"
+        machine = llvm.Target.from_default_triple().create_target_machine()
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), machine)
+        fn = engine.get_function_address("f")
+        engine.detach()
+        def use():
+            while True:
+                pool.run(fn)
+        threading.Thread(target=use, daemon=True).start()
+        for _ in range(100):
+            pool.run(fn)
+    """
+    command = [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(program) + ending]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
