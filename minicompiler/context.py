@@ -29,7 +29,7 @@ class Options:
     level: int = 3
     threads: int = 0
     checked: bool = False
-    fold_bytes: int = 64 << 20
+    fold_bytes: int = 16 << 20
     record: bool = True
 
 

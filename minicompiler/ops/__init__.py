@@ -1,11 +1,25 @@
 """The operators: importing this package registers all of them in `ir.op.REGISTRY`.
 
-Each is a module-level variable of its family's file: `ops.elementwise.add`, `ops.conv.conv`.
+Each is a module-level variable of its family's file, under its own name (with a trailing
+underscore where Python uses the name): `ops.elementwise.add`, `ops.conv.conv`, `ops.shape.shape_`.
 """
 
-from . import activations, conv, elementwise, evaluate, linalg, norm, pool, reduce, shape
+from . import (
+    activations,
+    conv,
+    elementwise,
+    evaluate,
+    index,
+    linalg,
+    norm,
+    pieces,
+    pool,
+    reduce,
+    resize,
+    shape,
+)
 
 __all__ = [
-    "activations", "conv", "elementwise", "evaluate", "index", "linalg", "norm", "pool", "reduce",
-    "shape",
+    "activations", "conv", "elementwise", "evaluate", "index", "linalg", "norm", "pieces", "pool",
+    "reduce", "resize", "shape",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ The padded input is a tensor of its own, so the contraction itself is Load * Loa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +20,13 @@ from ..ir.types import DType, TensorType
 from .draws import Draw, array, choice, flag, integer
 from .rules import (
     direct,
-    elements,
     fail,
     float32_inside,
     inside,
     need_const,
     need_rank,
     need_same,
+    optional,
     result,
     same_dtype,
     same_size,
@@ -79,8 +80,8 @@ def _kernel(op: str, w: Arg) -> tuple[int, ...]:
     return tuple(need_const(op, "the kernel size", s) for s in w.type.shape[2:])
 
 
-def _conv_infer(x: Arg, w: Arg, *rest: object) -> TensorType:
-    bias, a = _optional(rest)
+def _conv_infer(x: Arg, w: Arg, *rest: Any) -> TensorType:
+    bias, a = optional(rest)
     rank = need_rank("conv", x, 3)
     if w.type.rank != rank:
         fail(f"conv: the weight {w.type} does not have the {rank} dimensions of the input {x.type}")
@@ -100,13 +101,8 @@ def _conv_infer(x: Arg, w: Arg, *rest: object) -> TensorType:
     return result((x.type.shape[0], out, *spatial), same_dtype("conv", x, w, bias))
 
 
-def _optional(rest: tuple) -> tuple:
-    """(third argument or None, attrs) of what follows two arguments."""
-    return (rest[0], rest[1]) if len(rest) == 2 else (None, rest[0])
-
-
-def _conv_compute(x: te.Tensor, w: te.Tensor, *rest: object) -> te.Tensor:
-    bias, a = _optional(rest)
+def _conv_compute(x: te.Tensor, w: te.Tensor, *rest: Any) -> te.Tensor:
+    bias, a = optional(rest)
     out, cg, *kernel = (need_const("conv", "the weight's size", s) for s in w.shape)
     windows = a.windows("conv", tuple(kernel))
     source, weight = widened(x), widened(w)
@@ -130,8 +126,8 @@ def _conv_compute(x: te.Tensor, w: te.Tensor, *rest: object) -> te.Tensor:
     return _finished(te.compute(shape, body, "conv", reduce=("sum", over)), bias, x.dtype)
 
 
-def _conv_reference(x: Array, w: Array, *rest: object) -> Array:
-    bias, a = _optional(rest)
+def _conv_reference(x: Array, w: Array, *rest: Any) -> Array:
+    bias, a = optional(rest)
     windows = a.windows("conv", w.shape[2:])
     counts = np_counts(windows, x.shape[2:])
     view = np_windows(np_padded(x, 2, windows, 0), 2, windows, counts)
@@ -215,8 +211,8 @@ class ConvTransposeAttrs:
         )
 
 
-def _transpose_infer(x: Arg, w: Arg, *rest: object) -> TensorType:
-    bias, a = _optional(rest)
+def _transpose_infer(x: Arg, w: Arg, *rest: Any) -> TensorType:
+    bias, a = optional(rest)
     rank = need_rank("conv_transpose", x, 3)
     if w.type.rank != rank:
         fail(f"conv_transpose: the weight {w.type} and the input {x.type} differ in rank")
@@ -232,9 +228,9 @@ def _transpose_infer(x: Arg, w: Arg, *rest: object) -> TensorType:
     return result((x.type.shape[0], out, *spatial), same_dtype("conv_transpose", x, w, bias))
 
 
-def _transpose_compute(x: te.Tensor, w: te.Tensor, *rest: object) -> te.Tensor:
+def _transpose_compute(x: te.Tensor, w: te.Tensor, *rest: Any) -> te.Tensor:
     """A convolution of stride 1 with the flipped kernel over the input with zeros in between."""
-    bias, a = _optional(rest)
+    bias, a = optional(rest)
     cin, og, *kernel = (need_const("conv_transpose", "the weight's size", s) for s in w.shape)
     windows = a.windows(tuple(kernel))
     r, cg, sizes = windows.rank, cin // a.groups, x.shape[2:]
@@ -274,8 +270,8 @@ def _transpose_compute(x: te.Tensor, w: te.Tensor, *rest: object) -> te.Tensor:
     return _finished(made, bias, x.dtype)
 
 
-def _transpose_reference(x: Array, w: Array, *rest: object) -> Array:
-    bias, a = _optional(rest)
+def _transpose_reference(x: Array, w: Array, *rest: Any) -> Array:
+    bias, a = optional(rest)
     windows = a.windows(w.shape[2:])
     g, og = a.groups, w.shape[1]
     full = [(s - 1) * windows.strides[k] + windows.span(k) for k, s in enumerate(x.shape[2:])]

@@ -19,7 +19,6 @@ from .. import te
 from ..ir.expr import (
     Binary,
     Call,
-    Const,
     Expr,
     binary,
     cast,

@@ -248,6 +248,12 @@ def on_contents(f: Callable[..., Expr], *arrays: np.ndarray) -> np.ndarray:
     return np.asarray(lifted(*arrays), dtype=object)
 
 
+def optional(rest: Sequence[Any], count: int = 1) -> tuple[Any, ...]:
+    """(optional arguments, None where absent, attrs) of what follows an operator's other arguments."""
+    *given, attrs = rest
+    return (*given, *(None,) * (count - len(given)), attrs)
+
+
 def changed(attrs: Any, **fields: Any) -> Any:
     """A copy of an attrs record with some fields replaced."""
     return dataclasses.replace(attrs, **fields)

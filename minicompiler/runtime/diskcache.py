@@ -79,25 +79,10 @@ class DiskCache:
             descriptor = os.open(path, _OPEN)
         except OSError:
             return None
-        with open(descriptor, "rb") as file:
-            # Checks the open file, not the path: that may be another file by now.
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or not _is_ours(status):
-                self._warn("trust", f'"{path}" is ignored: another user owns it or may write it')
-                return None
-            try:
-                header, blobs = savefile.read_open(file, str(path))
-                stored, value, metadata = blobs["key"], blobs["value"], header["metadata"]
-            except (RunError, KeyError):
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                return None
-            if stored != key:
-                return None
-            if time.time() - status.st_mtime > _TOUCH_SECONDS:
-                with contextlib.suppress(OSError):
-                    os.utime(path)
-            return Entry(bytes(value), metadata)
+        try:
+            return self._load(descriptor, path, key)
+        finally:
+            os.close(descriptor)
 
     def put(self, key: bytes, value: bytes, metadata: Mapping[str, Any] | None = None) -> None:
         """Store an entry in place of an earlier one; `metadata` must be JSON."""
@@ -118,7 +103,7 @@ class DiskCache:
                 raise
             self._warn("write", f"cannot store a kernel: {error.message}")
             return
-        self._unchecked += len(value)
+        self._unchecked += len(key) + len(value)
         if self._unchecked > self.limit // 16:
             self._unchecked = 0
             self._evict()
@@ -136,6 +121,26 @@ class DiskCache:
                 path.unlink()
                 count += path.suffix == _SUFFIX
         return count
+
+    def _load(self, descriptor: int, path: Path, key: bytes) -> Entry | None:
+        # Checks the open file, not the path: that may be another file by now.
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or not _is_ours(status):
+            self._warn("trust", f'"{path}" is ignored: another user owns it or may write it')
+            return None
+        try:
+            header, blobs = savefile.read_descriptor(descriptor, str(path))
+            stored, value, metadata = blobs["key"], blobs["value"], header["metadata"]
+        except (RunError, KeyError):
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+        if bytes(stored) != key:
+            return None
+        if time.time() - status.st_mtime > _TOUCH_SECONDS:
+            with contextlib.suppress(OSError):
+                os.utime(path)
+        return Entry(bytes(value), metadata)
 
     def _path(self, key: bytes) -> Path:
         return self.folder / (hashlib.blake2b(key, digest_size=20).hexdigest() + _SUFFIX)
@@ -185,7 +190,7 @@ class DiskCache:
     def _warn(self, topic: str, message: str) -> None:
         if (self.folder, topic) not in _warned:
             _warned.add((self.folder, topic))
-            warnings.warn(f"minicompiler: {message}", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"minicompiler: {message}", RuntimeWarning, stacklevel=4)
 
 
 def _is_ours(status: os.stat_result) -> bool:

@@ -22,7 +22,7 @@ import stat
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -106,20 +106,22 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
     except OSError as error:
         raise RunError(f'cannot read "{path}": {error.strerror or error}') from error
-    with open(descriptor, "rb") as file:
-        return read_open(file, path)
+    try:
+        return read_descriptor(descriptor, path)
+    finally:
+        os.close(descriptor)
 
 
-def read_open(file: BinaryIO, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_descriptor(descriptor: int, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """`read` for a file that is already open; `path` is for the messages."""
-    status = os.fstat(file.fileno())
+    status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         what = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise RunError(f'cannot read "{path}": it is {what}')
     if status.st_size == 0:
         raise RunError(f'"{path}" is empty', hint=_HINT)
     try:
-        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        content = memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
     except (OSError, ValueError) as error:
         raise RunError(f'cannot read "{path}": {error}') from error
     header_end = _check_preamble(content, path)

@@ -1,0 +1,233 @@
+"""Converters of ONNX operators that work element by element, and of reductions over axes.
+
+    Add -> add, Sum(a, b, c) -> add(add(a, b), c), Clip -> clip with its bounds as attributes
+
+Each takes an OnnxNode and returns the value(s) of its results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from minicompiler.ir.graph import Value, type_of
+from minicompiler.ir.op import Op
+from minicompiler.ir.types import DType, TensorType
+from minicompiler.ops import activations as act
+from minicompiler.ops import elementwise as el
+from minicompiler.ops import reduce as red
+
+from .onnx_data import element_type
+from .onnx_node import OnnxNode
+
+Converter = Callable[[OnnxNode], Any]
+
+
+def direct(op: Op, inputs: int) -> Converter:
+    """An operator with the same inputs and no attributes."""
+    return lambda n: n.apply(op, *(n.arg(k) for k in range(inputs)))
+
+
+def with_attrs(op: Op, **defaults: Any) -> Converter:
+    """A function of one tensor whose attributes have the same names in both worlds."""
+
+    def convert(n: OnnxNode) -> Value:
+        given = {name: n.attr(name, default) for name, default in defaults.items()}
+        return n.apply(op, n.arg(0), attrs=op.attrs(**given))
+
+    return convert
+
+
+def cast_to(n: OnnxNode, x: Value, dtype: DType, name: str = "") -> Value:
+    """`x` with another element type; `x` itself when it has it already."""
+    if type_of(x).dtype is dtype:
+        return x
+    return n.apply(el.cast_, x, attrs=el.CastAttrs(dtype), name=name)
+
+
+# ---- two and more operands ----------------------------------------------------------------------
+def _folded(op: Op, mean: bool = False) -> Converter:
+    """An operator on any number of tensors, pairwise from the left."""
+
+    def convert(n: OnnxNode) -> Value:
+        result = n.arg(0)
+        for k in range(1, len(n.inputs)):
+            result = n.apply(op, result, n.arg(k))
+        if mean and len(n.inputs) > 1:
+            count = n.constant(len(n.inputs), type_of(result).dtype.numpy)
+            result = n.apply(el.div, result, count)
+        return result
+
+    return convert
+
+
+def _pow(n: OnnxNode) -> Value:
+    return n.apply(el.power, n.arg(0), cast_to(n, n.arg(1), n.type(0).dtype))
+
+
+def _mod(n: OnnxNode) -> Value:
+    fmod = n.attr("fmod", 0) or n.type(0).dtype.is_float
+    return n.apply(el.fmod if fmod else el.mod, n.arg(0), n.arg(1))
+
+
+def _bit_shift(n: OnnxNode) -> Value:
+    left = n.attr("direction") == "LEFT"
+    return n.apply(el.shift_left if left else el.shift_right, n.arg(0), n.arg(1))
+
+
+def _clip(n: OnnxNode) -> Value:
+    """Bounds that are constants become attributes; others are tensors."""
+    x = n.arg(0)
+    if n.opset < 11:
+        low, high = n.attr("min", None), n.attr("max", None)
+        return n.apply(el.clip, x, attrs=el.ClipAttrs(low, high))
+    from .onnx_node import constant_value
+
+    constant = [n.opt(k) is None or constant_value(n.arg(k)) is not None for k in (1, 2)]
+    if all(constant):
+        return n.apply(el.clip, x, attrs=el.ClipAttrs(n.scalar(1), n.scalar(2)))
+    if n.opt(1) is not None:
+        x = n.apply(el.maximum_, x, n.arg(1))
+    return x if n.opt(2) is None else n.apply(el.minimum_, x, n.arg(2))
+
+
+# ---- one operand --------------------------------------------------------------------------------
+def _cast(n: OnnxNode) -> Value:
+    dtype = element_type(n.attr("to"), f"the result of {n.op_type}", n.loc.file)
+    return n.apply(el.cast_, n.arg(0), attrs=el.CastAttrs(dtype))
+
+
+def _cast_like(n: OnnxNode) -> Value:
+    return n.apply(el.cast_, n.arg(0), attrs=el.CastAttrs(n.type(1).dtype))
+
+
+def _is_inf(n: OnnxNode) -> Value:
+    attrs = el.IsInfAttrs(bool(n.attr("detect_positive", 1)), bool(n.attr("detect_negative", 1)))
+    return n.apply(el.isinf, n.arg(0), attrs=attrs)
+
+
+def _dropout(n: OnnxNode) -> Any:
+    """Inference: the identity, and a mask of ones where it is asked for."""
+    if n.opt(2) is not None and n.scalar(2):
+        n.fail("Dropout in training mode is not supported", "export the model for inference")
+    x = n.arg(0)
+    same = n.apply(el.identity, x)
+    if len(n.outputs) < 2 or not n.outputs[1]:
+        return same
+    dtype = type_of(x).dtype
+    # x == x is false for NaN only; equality of the integer zero with itself is always true.
+    zero = x if dtype.is_bool else cast_to(n, x, DType("bool"))
+    always = n.apply(el.logical_or, zero, n.apply(el.logical_not, zero, name=""), name=n.outputs[1])
+    return same, always
+
+
+# ---- reductions ---------------------------------------------------------------------------------
+def _reduction(op: Op, on_bool: Op | None = None) -> Converter:
+    def convert(n: OnnxNode) -> Value:
+        axes = n.ints(1, "axes")
+        if not axes:
+            if n.attr("noop_with_empty_axes", 0):
+                return n.apply(el.identity, n.arg(0))
+            axes = None
+        chosen = on_bool if on_bool is not None and n.type(0).dtype.is_bool else op
+        return n.apply(chosen, n.arg(0), attrs=red.ReduceAttrs(axes, bool(n.attr("keepdims", 1))))
+
+    return convert
+
+
+def _arg_reduction(op: Op) -> Converter:
+    def convert(n: OnnxNode) -> Value:
+        last = bool(n.attr("select_last_index", 0))
+        attrs = red.ArgAttrs(n.attr("axis", 0), bool(n.attr("keepdims", 1)), last)
+        return n.apply(op, n.arg(0), attrs=attrs)
+
+    return convert
+
+
+def _cumsum(n: OnnxNode) -> Value:
+    exclusive, reverse = bool(n.attr("exclusive", 0)), bool(n.attr("reverse", 0))
+    return n.apply(red.cumsum, n.arg(0), attrs=red.CumsumAttrs(int(n.scalar(1)), exclusive, reverse))
+
+
+def _global(op: Op) -> Converter:
+    """A reduction over the spatial axes."""
+
+    def convert(n: OnnxNode) -> Value:
+        t: TensorType = n.type(0)
+        return n.apply(op, n.arg(0), attrs=red.ReduceAttrs(tuple(range(2, t.rank)), True))
+
+    return convert
+
+
+def _global_lp(n: OnnxNode) -> Value:
+    p = n.attr("p", 2)
+    if p not in (1, 2):
+        n.fail(f"GlobalLpPool with p = {p} is not supported", "p may be 1 or 2")
+    return _global(red.reduce_l1 if p == 1 else red.reduce_l2)(n)  # type: ignore[no-any-return]
+
+
+def _lp_norm(n: OnnxNode) -> Value:
+    p = n.attr("p", 2)
+    over = red.ReduceAttrs((n.attr("axis", -1),), True)
+    norm = n.apply(red.reduce_l1 if p == 1 else red.reduce_l2, n.arg(0), attrs=over, name="")
+    return n.apply(el.div, n.arg(0), norm)
+
+
+_UNARY = {
+    "Abs": el.abs_, "Acos": el.acos, "Acosh": el.acosh, "Asin": el.asin, "Asinh": el.asinh,
+    "Atan": el.atan, "Atanh": el.atanh, "BitwiseNot": el.bitwise_not, "Ceil": el.ceil, "Cos": el.cos,
+    "Cosh": el.cosh, "Erf": el.erf, "Exp": el.exp, "Floor": el.floor, "HardSwish": act.hard_swish,
+    "Identity": el.identity, "IsNaN": el.isnan, "Log": el.log, "Mish": act.mish, "Neg": el.neg,
+    "Not": el.logical_not, "Reciprocal": el.reciprocal, "Relu": act.relu, "Round": el.round_,
+    "Sigmoid": el.sigmoid, "Sign": el.sign, "Sin": el.sin, "Sinh": el.sinh, "Softplus": act.softplus,
+    "Softsign": act.softsign, "Sqrt": el.sqrt, "Tan": el.tan, "Tanh": el.tanh,
+}  # fmt: skip
+_BINARY = {
+    "Add": el.add, "And": el.logical_and, "BitwiseAnd": el.bitwise_and, "BitwiseOr": el.bitwise_or,
+    "BitwiseXor": el.bitwise_xor, "Div": el.div, "Equal": el.equal, "Greater": el.greater,
+    "GreaterOrEqual": el.greater_equal, "Less": el.less, "LessOrEqual": el.less_equal, "Mul": el.mul,
+    "Or": el.logical_or, "PRelu": act.prelu, "Sub": el.sub, "Xor": el.logical_xor,
+}  # fmt: skip
+MATH: dict[str, Converter] = {
+    **{name: direct(op, 1) for name, op in _UNARY.items()},
+    **{name: direct(op, 2) for name, op in _BINARY.items()},
+    "ArgMax": _arg_reduction(red.argmax),
+    "ArgMin": _arg_reduction(red.argmin),
+    "BitShift": _bit_shift,
+    "Cast": _cast,
+    "CastLike": _cast_like,
+    "Celu": with_attrs(act.celu, alpha=1.0),
+    "Clip": _clip,
+    "CumSum": _cumsum,
+    "Dropout": _dropout,
+    "Elu": with_attrs(act.elu, alpha=1.0),
+    "Gelu": with_attrs(act.gelu, approximate="none"),
+    "GlobalAveragePool": _global(red.reduce_mean),
+    "GlobalLpPool": _global_lp,
+    "GlobalMaxPool": _global(red.reduce_max),
+    "HardSigmoid": with_attrs(act.hard_sigmoid, alpha=0.2, beta=0.5),
+    "IsInf": _is_inf,
+    "LeakyRelu": with_attrs(act.leaky_relu, alpha=0.01),
+    "LpNormalization": _lp_norm,
+    "Max": _folded(el.maximum_),
+    "Mean": _folded(el.add, mean=True),
+    "Min": _folded(el.minimum_),
+    "Mod": _mod,
+    "Pow": _pow,
+    "ReduceL1": _reduction(red.reduce_l1),
+    "ReduceL2": _reduction(red.reduce_l2),
+    "ReduceLogSum": _reduction(red.reduce_log_sum),
+    "ReduceLogSumExp": _reduction(red.reduce_log_sum_exp),
+    "ReduceMax": _reduction(red.reduce_max, red.reduce_any),
+    "ReduceMean": _reduction(red.reduce_mean),
+    "ReduceMin": _reduction(red.reduce_min, red.reduce_all),
+    "ReduceProd": _reduction(red.reduce_prod),
+    "ReduceSum": _reduction(red.reduce_sum),
+    "ReduceSumSquare": _reduction(red.reduce_sum_square),
+    "Selu": with_attrs(act.selu, alpha=1.6732631921768188, gamma=1.0507010221481323),
+    "Shrink": with_attrs(act.shrink, bias=0.0, lambd=0.5),
+    "Sum": _folded(el.add),
+    "Swish": with_attrs(act.swish, alpha=1.0),
+    "ThresholdedRelu": with_attrs(act.thresholded_relu, alpha=1.0),
+    "Where": direct(el.where, 3),
+}

@@ -1,0 +1,252 @@
+"""Converters of the ONNX operators of neural networks: convolution, pooling, matrix products, norms.
+
+    Conv(x, w, b){auto_pad=SAME_UPPER} -> conv(x, w, b) with explicit padding
+    Gemm{transB=1} -> add(matmul(a, b){transpose_b=True}, c)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from minicompiler.ir.expr import Expr, const_int, product
+from minicompiler.ir.graph import Constant, Value, type_of
+from minicompiler.ir.op import Op
+from minicompiler.ops import conv as cv
+from minicompiler.ops import elementwise as el
+from minicompiler.ops import linalg, norm
+from minicompiler.ops import pool as pl
+from minicompiler.ops import reduce as red
+from minicompiler.ops import shape as sh
+
+from .onnx_math import Converter
+from .onnx_node import OnnxNode
+
+
+# ---- windows ------------------------------------------------------------------------------------
+def _padding(
+    n: OnnxNode, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Padding before and after each spatial axis, from `pads` or `auto_pad`."""
+    rank = len(kernel)
+    mode = n.attr("auto_pad", "NOTSET")
+    if mode in ("NOTSET", ""):
+        pads = tuple(n.attr("pads", (0,) * (2 * rank)))
+        if len(pads) != 2 * rank:
+            n.fail(f"{n.op_type} with {rank} spatial axes has {len(pads)} pads")
+        return pads[:rank], pads[rank:]
+    if mode == "VALID":
+        return (0,) * rank, (0,) * rank
+    begin, end = [], []
+    for k, size in enumerate(n.type(0).shape[2:]):
+        number = const_int(size)
+        if number is None and strides[k] != 1:
+            n.fail(f"auto_pad {mode} needs the size of spatial axis {k}, which is {size}")
+        # With stride 1 the padding does not depend on the size.
+        number = strides[k] if number is None else number
+        span = (kernel[k] - 1) * dilations[k] + 1
+        total = max((-(-number // strides[k]) - 1) * strides[k] + span - number, 0)
+        small = total // 2
+        begin.append(small if mode == "SAME_UPPER" else total - small)
+        end.append(total - begin[-1])
+    return tuple(begin), tuple(end)
+
+
+def _ones(n: OnnxNode, name: str, rank: int) -> tuple[int, ...]:
+    return tuple(n.attr(name, (1,) * rank))
+
+
+def _kernel(n: OnnxNode) -> tuple[int, ...]:
+    sizes = [const_int(s) for s in n.type(1).shape[2:]]
+    if None in sizes:
+        n.fail(f"the weight of {n.op_type} has the shape {n.type(1)}: the kernel has to be constant")
+    kernel = tuple(s for s in sizes if s is not None)
+    said = n.attr("kernel_shape", None)
+    if said is not None and tuple(said) != kernel:
+        n.fail(f"kernel_shape is {list(said)}, but the weight is {n.type(1)}")
+    return kernel
+
+
+def _conv(n: OnnxNode) -> Value:
+    kernel = _kernel(n)
+    strides, dilations = _ones(n, "strides", len(kernel)), _ones(n, "dilations", len(kernel))
+    begin, end = _padding(n, kernel, strides, dilations)
+    attrs = cv.ConvAttrs(strides, begin, end, dilations, n.attr("group", 1))
+    return n.apply(cv.conv, n.arg(0), n.arg(1), n.opt(2), attrs=attrs)
+
+
+def _conv_transpose(n: OnnxNode) -> Value:
+    kernel = _kernel(n)
+    rank = len(kernel)
+    strides, dilations = _ones(n, "strides", rank), _ones(n, "dilations", rank)
+    extra = tuple(n.attr("output_padding", (0,) * rank))
+    mode, wanted = n.attr("auto_pad", "NOTSET"), n.attr("output_shape", None)
+    if wanted is None and mode in ("NOTSET", "", "VALID"):
+        begin, end = _padding(n, kernel, strides, dilations)
+    else:
+        begin, end = _transposed_padding(n, kernel, strides, dilations, extra, wanted)
+    attrs = cv.ConvTransposeAttrs(strides, begin, end, dilations, extra, n.attr("group", 1))
+    return n.apply(cv.conv_transpose, n.arg(0), n.arg(1), n.opt(2), attrs=attrs)
+
+
+def _transposed_padding(
+    n: OnnxNode,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    extra: Sequence[int],
+    wanted: Sequence[int] | None,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The padding that gives the stated output shape (auto_pad: size times stride)."""
+    begin, end = [], []
+    for k, size in enumerate(n.type(0).shape[2:]):
+        number = const_int(size)
+        if number is None:
+            n.fail(f"ConvTranspose needs the size of spatial axis {k}, which is {size}")
+        goal = number * strides[k] if wanted is None else wanted[len(wanted) - len(kernel) + k]
+        span = (kernel[k] - 1) * dilations[k] + 1
+        total = max(strides[k] * (number - 1) + extra[k] + span - goal, 0)
+        small = total // 2
+        upper = n.attr("auto_pad", "NOTSET") == "SAME_UPPER"
+        begin.append(small if upper else total - small)
+        end.append(total - begin[-1])
+    return tuple(begin), tuple(end)
+
+
+def _pool(op: Op) -> Converter:
+    def convert(n: OnnxNode) -> Value:
+        kernel = tuple(n.attr("kernel_shape"))
+        if n.attr("storage_order", 0) and len(n.outputs) > 1:
+            n.fail("MaxPool with column-major indices is not supported")
+        strides, dilations = _ones(n, "strides", len(kernel)), _ones(n, "dilations", len(kernel))
+        begin, end = _padding(n, kernel, strides, dilations)
+        attrs = pl.PoolAttrs(
+            kernel,
+            strides,
+            begin,
+            end,
+            dilations,
+            bool(n.attr("ceil_mode", 0)),
+            bool(n.attr("count_include_pad", 0)),
+            n.attr("p", 2),
+        )
+        return n.apply(op, n.arg(0), attrs=attrs)
+
+    return convert
+
+
+# ---- matrix products ----------------------------------------------------------------------------
+def _gemm(n: OnnxNode) -> Value:
+    attrs = linalg.MatmulAttrs(bool(n.attr("transA", 0)), bool(n.attr("transB", 0)))
+    alpha, beta = n.attr("alpha", 1.0), n.attr("beta", 1.0)
+    c = n.opt(2) if beta != 0 else None
+    result = n.apply(linalg.matmul, n.arg(0), n.arg(1), attrs=attrs, name="" if c else None)
+    dtype = type_of(result).dtype.numpy
+    if alpha != 1.0:
+        result = n.apply(el.mul, result, n.constant(alpha, dtype))
+    if c is None:
+        return result
+    if beta != 1.0:
+        c = n.apply(el.mul, c, n.constant(beta, dtype), name="")
+    return n.apply(el.add, result, c)
+
+
+# ---- norms --------------------------------------------------------------------------------------
+def _batch_norm(n: OnnxNode) -> Value:
+    if n.attr("training_mode", 0):
+        n.fail("BatchNormalization in training mode is not supported", "export for inference")
+    if not n.attr("spatial", 1):
+        n.fail("BatchNormalization with spatial = 0 is not supported")
+    args = [n.arg(k) for k in range(5)]
+    dtype = n.type(0).dtype
+    for k in range(1, 5):
+        # Newer opsets let the statistics have a wider type than the data.
+        if type_of(args[k]).dtype is not dtype:
+            args[k] = n.apply(el.cast_, args[k], attrs=el.CastAttrs(dtype), name="")
+    return n.apply(norm.batch_norm, *args, attrs=norm.EpsilonAttrs(n.attr("epsilon", 1e-5)))
+
+
+def _instance_norm(n: OnnxNode) -> Value:
+    attrs = norm.GroupNormAttrs(0, n.attr("epsilon", 1e-5))
+    return n.apply(norm.group_norm, n.arg(0), n.arg(1), n.arg(2), attrs=attrs)
+
+
+def _group_norm(n: OnnxNode) -> Value:
+    groups = n.attr("num_groups")
+    scale, bias = n.arg(1), n.arg(2)
+    channels = const_int(n.type(0).shape[1])
+    if n.opset < 21 and channels is not None and channels != groups:
+        # Until opset 20 the parameters were per group.
+        scale, bias = (_repeated(n, v, channels // groups) for v in (scale, bias))
+    attrs = norm.GroupNormAttrs(groups, n.attr("epsilon", 1e-5))
+    return n.apply(norm.group_norm, n.arg(0), scale, bias, attrs=attrs)
+
+
+def _repeated(n: OnnxNode, v: Value, times: int) -> Value:
+    if not isinstance(v, Constant):
+        n.fail("the parameters of GroupNormalization per group have to be constants")
+    return n.constant(np.repeat(v.data, times), name=v.name)
+
+
+def _row_norm(op: Op) -> Converter:
+    def convert(n: OnnxNode) -> Value:
+        attrs = norm.RowNormAttrs(n.attr("axis", -1), n.attr("epsilon", 1e-5))
+        return n.apply(op, n.arg(0), n.opt(1), n.opt(2), attrs=attrs)
+
+    return convert
+
+
+def _lrn(n: OnnxNode) -> Value:
+    attrs = norm.LrnAttrs(
+        n.attr("size"), n.attr("alpha", 1e-4), n.attr("beta", 0.75), n.attr("bias", 1.0)
+    )
+    return n.apply(norm.lrn, n.arg(0), attrs=attrs)
+
+
+def _softmax(op: Op) -> Converter:
+    """Before opset 13 the axes from `axis` on are one."""
+
+    def convert(n: OnnxNode) -> Value:
+        x, t = n.arg(0), n.type(0)
+        axis = n.attr("axis", -1 if n.opset >= 13 else 1)
+        if n.opset >= 13 or axis in (-1, t.rank - 1):
+            return n.apply(op, x, attrs=red.AxisAttrs(axis))
+        at = axis % t.rank
+        rows: tuple[Expr, ...] = (product(t.shape[:at]), product(t.shape[at:]))
+        flat = n.apply(sh.reshape, x, attrs=sh.ReshapeAttrs(rows), name="")
+        done = n.apply(op, flat, attrs=red.AxisAttrs(-1), name="")
+        return n.apply(sh.reshape, done, attrs=sh.ReshapeAttrs(t.shape))
+
+    return convert
+
+
+def _quiet_outputs(convert: Converter, name: str) -> Converter:
+    """Refuses the optional results that exist for training only."""
+
+    def checked(n: OnnxNode) -> Any:
+        if any(n.outputs[1:]):
+            n.fail(f"{name} with more than one result is not supported", "export for inference")
+        return convert(n)
+
+    return checked
+
+
+NN: dict[str, Converter] = {
+    "AveragePool": _pool(pl.avg_pool),
+    "BatchNormalization": _quiet_outputs(_batch_norm, "BatchNormalization"),
+    "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "Gemm": _gemm,
+    "GroupNormalization": _group_norm,
+    "InstanceNormalization": _instance_norm,
+    "LRN": _lrn,
+    "LayerNormalization": _quiet_outputs(_row_norm(norm.layer_norm), "LayerNormalization"),
+    "LogSoftmax": _softmax(red.log_softmax),
+    "LpPool": _pool(pl.lp_pool),
+    "MatMul": lambda n: n.apply(linalg.matmul, n.arg(0), n.arg(1)),
+    "MaxPool": _quiet_outputs(_pool(pl.max_pool), "MaxPool"),
+    "RMSNormalization": _row_norm(norm.rms_norm),
+    "Softmax": _softmax(red.softmax),
+}

@@ -1,0 +1,15 @@
+"""The table of ONNX operators: name -> converter (operators of other domains: `domain.Name`).
+
+    CONVERTERS["Relu"](node) -> the graph value of its result
+
+To support one more operator, write a converter in the file of its family and add a row there.
+Operators without a row are expanded where the ONNX specification defines them through others.
+"""
+
+from __future__ import annotations
+
+from .onnx_math import MATH, Converter
+from .onnx_nn import NN
+from .onnx_shape import SHAPE
+
+CONVERTERS: dict[str, Converter] = {**MATH, **NN, **SHAPE}

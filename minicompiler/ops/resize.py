@@ -1,0 +1,220 @@
+"""Resampling of images and volumes.
+
+    resize(x; scales=(1, 1, 2, 2), mode="nearest", coordinates="asymmetric", rounding="floor")
+
+Positions in x are rational numbers in the output index, so they are computed with integers only:
+for a factor of 2 the index above simplifies to h // 2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from .. import te
+from ..ir.arith import Arith
+from ..ir.expr import Const, Expr, binary, ceildiv, const_int, eq, select, wrap
+from ..ir.op import Arg, Op, Precision, register
+from ..ir.types import TensorType
+from .draws import Draw, array, choice, flag, integer
+from .rules import (
+    Shape,
+    Size,
+    clamped,
+    direct,
+    fail,
+    float32_inside,
+    number,
+    result,
+    simplified,
+    widened,
+)
+
+Array = np.ndarray
+COORDINATES = (
+    "half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel", "tf_half_pixel_for_nn",
+)  # fmt: skip
+ROUNDINGS = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
+
+
+# ---- resize -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ResizeAttrs:
+    """Either sizes or scales, one per dimension. mode: nearest or linear.
+
+    coordinates and rounding are ONNX's coordinate_transformation_mode and nearest_mode.
+    """
+
+    sizes: tuple[Size, ...] = ()
+    scales: tuple[float, ...] = ()
+    mode: str = "nearest"
+    coordinates: str = "half_pixel"
+    rounding: str = "round_prefer_floor"
+
+
+def ratio(scale: float) -> Fraction:
+    """The fraction that a scale stands for: a simple one if it rounds to the same float32."""
+    simple = Fraction(scale).limit_denominator(1000)
+    return simple if np.float32(float(simple)) == np.float32(scale) else Fraction(scale)
+
+
+def _output(x: Shape, a: ResizeAttrs) -> Shape:
+    if a.sizes:
+        return tuple(map(simplified, a.sizes))
+    found = []
+    for size, scale in zip(x, a.scales, strict=True):
+        r = ratio(scale)
+        found.append(simplified(size * r.numerator // r.denominator))
+    return tuple(found)
+
+
+def _resize_infer(x: Arg, a: ResizeAttrs) -> TensorType:
+    if bool(a.sizes) == bool(a.scales):
+        fail("resize takes either sizes or scales")
+    if len(a.sizes or a.scales) != x.type.rank:
+        fail(f"resize: {len(a.sizes or a.scales)} sizes or scales for {x.type}")
+    if a.mode not in ("nearest", "linear"):
+        fail(f"resize: mode {a.mode!r} is not supported", "supported: nearest, linear")
+    if a.coordinates not in COORDINATES:
+        fail(f"resize: coordinates {a.coordinates!r} are not supported", ", ".join(COORDINATES))
+    if a.rounding not in ROUNDINGS:
+        fail(f"resize: rounding {a.rounding!r} is not supported", ", ".join(ROUNDINGS))
+    return result(_output(x.type.shape, a), x.type.dtype)
+
+
+def _position(i: Expr, size: Expr, out: Expr, a: ResizeAttrs, axis: int) -> tuple[Expr, Expr]:
+    """The position in x of output index i, as numerator and denominator."""
+    if a.coordinates == "align_corners":
+        return i * (size - 1), binary("max", out - 1, 1)
+    p, q = out, size  # scale = p / q
+    if a.scales:
+        r = ratio(a.scales[axis])
+        p, q = Const(r.numerator), Const(r.denominator)
+    if a.coordinates == "asymmetric":
+        return i * q, p
+    middle = (i * 2 + 1) * q
+    if a.coordinates == "tf_half_pixel_for_nn":
+        return middle, p * 2
+    numerator = middle - p
+    if a.coordinates == "pytorch_half_pixel":
+        numerator = select(eq(out, 1), Const(0), numerator)
+    return numerator, p * 2
+
+
+def _nearest(numerator: Expr, denominator: Expr, rounding: str) -> Expr:
+    if rounding == "floor":
+        return numerator // denominator
+    if rounding == "ceil":
+        return ceildiv(numerator, denominator)
+    if rounding == "round_prefer_floor":
+        return ceildiv(numerator * 2 - denominator, denominator * 2)
+    return (numerator * 2 + denominator) // (denominator * 2)
+
+
+def _changes(size: Expr, out: Expr, a: ResizeAttrs, axis: int) -> bool:
+    return a.scales[axis] != 1 if a.scales else size is not out
+
+
+def _resize_compute(x: te.Tensor, a: ResizeAttrs) -> te.Tensor:
+    shape = _output(x.shape, a)
+    axes = [k for k, (s, o) in enumerate(zip(x.shape, shape, strict=True)) if _changes(s, o, a, k)]
+    if a.mode == "linear":
+        y = widened(x)
+        for k in axes:
+            y = _linear(y, shape[k], a, k)
+        return te.astype(y, x.dtype)
+
+    def body(*i: Expr) -> Expr:
+        arith = Arith({v: (Const(0), s - 1) for v, s in zip(i, shape, strict=True)})
+        at = list(i)
+        for k in axes:
+            n, d = _position(i[k], x.shape[k], shape[k], a, k)
+            at[k] = arith.simplify(clamped(_nearest(n, d, a.rounding), x.shape[k]))
+        return x[tuple(at)]
+
+    return te.compute(shape, body, "resize")
+
+
+def _linear(x: te.Tensor, out: Expr, a: ResizeAttrs, axis: int) -> te.Tensor:
+    """Linear interpolation along one axis; several axes are done one after the other."""
+    size = x.shape[axis]
+
+    def body(*i: Expr) -> Expr:
+        n, d = _position(i[axis], size, out, a, axis)
+        low = n // d
+        weight = number(n - low * d, x.dtype) / number(d, x.dtype)
+        first, second = (
+            x[(*i[:axis], clamped(k, size), *i[axis + 1 :])] for k in (low, low + 1)
+        )
+        return first + (second - first) * weight
+
+    return te.compute((*x.shape[:axis], out, *x.shape[axis + 1 :]), body, "resize")
+
+
+def _np_position(i: int, size: int, out: int, a: ResizeAttrs, axis: int) -> Fraction:
+    scale = ratio(a.scales[axis]) if a.scales else Fraction(out, size)
+    if a.coordinates == "align_corners":
+        return Fraction(i * (size - 1), out - 1) if out > 1 else Fraction(0)
+    if a.coordinates == "asymmetric":
+        return i / scale
+    if a.coordinates == "tf_half_pixel_for_nn":
+        return (i + Fraction(1, 2)) / scale
+    if a.coordinates == "pytorch_half_pixel" and out == 1:
+        return Fraction(0)
+    return (i + Fraction(1, 2)) / scale - Fraction(1, 2)
+
+
+_NP_ROUND = {
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "round_prefer_floor": lambda p: math.ceil(p - Fraction(1, 2)),
+    "round_prefer_ceil": lambda p: math.floor(p + Fraction(1, 2)),
+}
+
+
+def _resize_reference(x: Array, a: ResizeAttrs) -> Array:
+    shape = [const_int(e) for e in _output(tuple(map(Const, x.shape)), a)]
+    for k, out in enumerate(shape):
+        size = x.shape[k]
+        assert out is not None
+        if not _changes(wrap(size), wrap(out), a, k):
+            continue
+        at = [_np_position(i, size, out, a, k) for i in range(out)]
+        if a.mode == "nearest":
+            x = np.take(x, [_NP_ROUND[a.rounding](p) for p in at], axis=k, mode="clip")
+            continue
+        low = [math.floor(p) for p in at]
+        weight = np.array([p - f for p, f in zip(at, low, strict=True)], dtype=x.dtype)
+        weight = weight.reshape([-1 if j == k else 1 for j in range(x.ndim)])
+        first = np.take(x, low, axis=k, mode="clip")
+        x = first + (np.take(x, [f + 1 for f in low], axis=k, mode="clip") - first) * weight
+    return np.asarray(x)
+
+
+def _resize_samples(draw: Draw) -> tuple[list[Array], ResizeAttrs]:
+    of = (integer(draw, 1, 2), 2, *(integer(draw, 1, 4) for _ in range(integer(draw, 1, 2))))
+    sizes: tuple[int, ...] = ()
+    scales: tuple[float, ...] = ()
+    if flag(draw):
+        sizes = (*of[:2], *(integer(draw, 1, 7) for _ in of[2:]))
+    else:
+        scales = (1.0, 1.0, *(choice(draw, (1.0, 1.5, 2.0, 3.0)) for _ in of[2:]))
+    mode = choice(draw, ("nearest", "linear"))
+    a = ResizeAttrs(sizes, scales, mode, choice(draw, COORDINATES), choice(draw, ROUNDINGS))
+    return [array(draw, of, choice(draw, ("float32", "float64", "float16")))], a
+
+
+resize = register(
+    Op(
+        "resize",
+        ResizeAttrs,
+        _resize_infer,
+        direct(_resize_compute),
+        float32_inside(_resize_reference),
+        _resize_samples,
+        precision=Precision.FLOAT32_INSIDE,
+    )
+)

@@ -1,0 +1,61 @@
+"""What happens to a model, in order: read this first.
+
+    run(GRAPH_PASSES[level], fn, ctx)       each pass takes the graph and the context and returns a graph
+
+The record of every step is a Stage in `ctx.stages`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from .context import Context, Stage
+from .ir.graph import Function
+from .ir.text import function_text
+from .ir.verify import verify_function
+from .passes.clean import drop_identities, eliminate_common_subexpr
+from .passes.fold import fold_constants
+from .passes.fold_bn import fold_batch_norm
+from .passes.fuse import fuse
+from .passes.layout import convert_layout
+from .passes.simplify import simplify
+
+T = TypeVar("T", bound=Any)
+Pass = Callable[[T, Any], T]
+
+_CLEAN: tuple[Pass[Function], ...] = (
+    drop_identities,
+    fold_constants,
+    eliminate_common_subexpr,
+    simplify,
+)
+_TIDY: tuple[Pass[Function], ...] = (fold_constants, eliminate_common_subexpr)
+
+GRAPH_PASSES: dict[int, tuple[Pass[Function], ...]] = {
+    0: (drop_identities, fuse),
+    1: (*_CLEAN, fuse),
+    2: (*_CLEAN, fold_batch_norm, *_TIDY, fuse),
+    3: (*_CLEAN, fold_batch_norm, *_TIDY, convert_layout, fuse),
+}
+TIR_PASSES: tuple = ()
+
+
+def run(passes: Sequence[Pass[T]], subject: T, ctx: Context | None = None) -> T:
+    """Applies passes in order; with a context, records each as a Stage and verifies in checked mode."""
+    before = None
+    for step in passes:
+        start = time.perf_counter()
+        subject = step(subject, ctx)
+        seconds = time.perf_counter() - start
+        if ctx is None:
+            continue
+        if ctx.options.checked and isinstance(subject, Function):
+            verify_function(subject)
+        text = ""
+        if ctx.options.record and isinstance(subject, Function):
+            now = function_text(subject)
+            text, before = ("" if now == before else now), now
+        ctx.stages.append(Stage(subject.name, "graph", step.__name__, text, seconds))
+    return subject
