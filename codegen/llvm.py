@@ -26,7 +26,6 @@ from minicompiler.ir.expr import (
     Load,
     Select,
     Var,
-    all_of,
     ceildiv,
     const_int,
     free_vars,
@@ -184,19 +183,10 @@ class _Emitter:
         self.put(f"call void {target}(ptr %barrier, i32 %nthreads)")
 
     def phase(self, s: Stmt) -> None:
-        """A root statement: its parallel loop is divided, everything else is done by thread 0."""
-        conditions = []
-        while isinstance(s, If) and s.orelse is None:
-            conditions.append(s.cond)
-            s = s.then
-        if isinstance(s, For) and s.kind is PARALLEL:
-            if conditions:
-                self.branch(self.value(all_of(conditions)).name, lambda: self.parallel(s), None)
-            else:
-                self.parallel(s)
+        """A root statement: its parallel loop is divided, what has none is done by thread 0."""
+        if any(isinstance(x, For) and x.kind is PARALLEL for x in statements(s)):
+            self.stmt(s)
             return
-        for c in reversed(conditions):
-            s = If(c, s)
         first = self.op("icmp eq i32 %tid, 0")
         self.branch(first, lambda: self.stmt(s), None)
 
@@ -228,7 +218,9 @@ class _Emitter:
             raise CodegenError(f"the LLVM backend does not know the statement {type(s).__name__}", self.func.locs)
 
     def for_(self, s: For) -> None:
-        if s.kind is UNROLL:
+        if s.kind is PARALLEL:
+            self.parallel(s)
+        elif s.kind is UNROLL:
             extent = const_int(s.extent)
             if extent is None:
                 raise CodegenError(f"unrolled loop {s.var} has the extent {s.extent}", self.func.locs)
@@ -527,6 +519,8 @@ class _Emitter:
             mask = self.masks[-1]
         elif mask is not None and self.masks:
             mask = self.both(self.masks[-1], mask)
+        if buffer.scope is Scope.REGISTER:
+            mask = None  # always there; a masked access would keep it from being a register
         if kind == "any":
             return self.gather(e, mask)
         lanes = 1 if kind == "same" else self.vector[1]  # type: ignore[index]
@@ -633,6 +627,11 @@ class _Emitter:
         value = self.splat(self.to_memory(value, buffer.dtype), scalar, lanes)
         p = self.address(buffer, poly)
         t = f"<{lanes} x {scalar}>"
+        if mask is not None and buffer.scope is Scope.REGISTER:
+            old = self.op(f"load {t}, ptr {p}, align {buffer.dtype.bytes}")
+            flags = self.splat(mask, "i1", lanes).name
+            value = _Value(self.op(f"select <{lanes} x i1> {flags}, {t} {value.name}, {t} {old}"), lanes)
+            mask = None
         if mask is None:
             self.put(f"store {t} {value.name}, ptr {p}, align {buffer.dtype.bytes}")
         else:

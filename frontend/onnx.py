@@ -3,8 +3,8 @@
     fn = load("bert.onnx", dims={"batch": (1, 64), "sequence": (8, 512, 8)})
 
 Symbolic dimensions of inputs become `Dim`s with the given bounds (default: 1 and up), or constants
-where `dims` holds a number. Weights are views of the file's bytes or memory maps. All operators that
-are not supported are reported at once. Spec: https://onnx.ai/onnx/repo-docs/IR.html
+where `dims` holds a number. Weights are views of the file's bytes or memory maps. Operators that
+are not supported are reported all at once. Spec: https://onnx.ai/onnx/repo-docs/IR.html
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .onnx_node import OnnxNode, items
 from .onnx_ops import CONVERTERS
 
 Source = Union[str, "os.PathLike[str]", bytes, ModelProto]
-Bounds = Union[int, tuple[int, Union[int, None]], tuple[int, Union[int, None], int]]
+Bounds = int | tuple[int, int | None] | tuple[int, int | None, int]
 OLDEST_OPSET = 7
 _ONNX = ("", "ai.onnx")
 _NAMED = 3  # nodes named per unsupported operator
@@ -41,8 +41,8 @@ def load(source: Source, dims: Mapping[str, Bounds] | None = None) -> Function:
 
     Args:
         source: a path, the bytes of a file, or a model in memory (which is not changed).
-        dims: bounds of symbolic dimensions by name: a number makes the dimension constant, otherwise
-            (lo, hi) or (lo, hi, multiple), both ends included; hi may be None.
+        dims: bounds of symbolic dimensions by name: a number makes the dimension constant,
+            otherwise (lo, hi) or (lo, hi, multiple), both ends included; hi may be None.
 
     Raises:
         ImportModelError: unreadable file, unsupported operators (all of them), broken graph.
@@ -90,7 +90,12 @@ class _Importer:
     """One model on its way in."""
 
     def __init__(
-        self, model: ModelProto, file: str, folder: Path | None, dims: Mapping[str, Bounds], owned: bool
+        self,
+        model: ModelProto,
+        file: str,
+        folder: Path | None,
+        dims: Mapping[str, Bounds],
+        owned: bool,
     ) -> None:
         self.model, self.file, self.folder, self.owned = model, file, folder, owned
         self.bounds = dims
@@ -104,7 +109,9 @@ class _Importer:
         for t in g.initializer:
             env[t.name] = self._constant(t)
         for s in g.sparse_initializer:
-            raise ImportModelError(f"{self.file}: initializer {s.values.name!r} is sparse: not supported")
+            raise ImportModelError(
+                f"{self.file}: initializer {s.values.name!r} is sparse: not supported"
+            )
         params = []
         for value in g.input:
             if value.name not in env:
@@ -125,14 +132,18 @@ class _Importer:
         name = Path(self.file).stem or "model"
         return Function(name, tuple(params), tuple(results), False, tuple(v.name for v in g.output))
 
-    # ---- head of the model ------------------------------------------------------------------------
+    # ---- head of the model ----------------------------------------------------------------------
     def _opsets(self) -> dict[str, int]:
-        found = {("" if o.domain in _ONNX else o.domain): o.version for o in self.model.opset_import}
+        found = {
+            ("" if o.domain in _ONNX else o.domain): o.version for o in self.model.opset_import
+        }
         version = found.get("")
         newest = onnx.defs.onnx_opset_version()
         if version is None:
             if not found:
-                raise ImportModelError(f"{self.file} does not say which version of ONNX operators it uses")
+                raise ImportModelError(
+                    f"{self.file} does not say which version of ONNX operators it uses"
+                )
         elif not OLDEST_OPSET <= version <= newest:
             raise ImportModelError(
                 f"{self.file} uses opset {version}; {OLDEST_OPSET} to {newest} are known",
@@ -149,7 +160,8 @@ class _Importer:
         kind = value.type.WhichOneof("value")
         if kind != "tensor_type":
             raise ImportModelError(
-                f"{self.file}: the input {value.name!r} is a {kind or 'value without type'}, not a tensor"
+                f"{self.file}: the input {value.name!r} is a {kind or 'value without type'}, "
+                "not a tensor"
             )
         t = value.type.tensor_type
         if not t.HasField("shape"):
@@ -158,7 +170,9 @@ class _Importer:
                 hint="run onnx.shape_inference, or export with named dynamic dimensions",
             )
         shape = [self._size(value.name, k, d) for k, d in enumerate(t.shape.dim)]
-        return TensorType(tuple(shape), element_type(t.elem_type, f"the input {value.name!r}", self.file))
+        return TensorType(
+            tuple(shape), element_type(t.elem_type, f"the input {value.name!r}", self.file)
+        )
 
     def _size(self, name: str, axis: int, d: Any) -> Expr:
         if d.HasField("dim_value") and d.dim_value >= 0:
@@ -173,11 +187,12 @@ class _Importer:
         if unknown:
             known = ", ".join(map(repr, self.dims)) or "none"
             raise ImportModelError(
-                f"{self.file} has no dimension {', '.join(map(repr, unknown))}; its dimensions are: {known}",
+                f"{self.file} has no dimension {', '.join(map(repr, unknown))}; "
+                f"its dimensions are: {known}",
                 hint=_nearest(unknown[0], self.dims),
             )
 
-    # ---- operators ----------------------------------------------------------------------------------
+    # ---- operators ------------------------------------------------------------------------------
     def _check_operators(self, nodes: Iterable[NodeProto], opsets: Mapping[str, int]) -> None:
         """Raises one error for all operators that cannot be imported."""
         missing: dict[str, list[str]] = {}
@@ -201,7 +216,7 @@ class _Importer:
             hint="add a converter to minicompiler.frontend.onnx_ops.CONVERTERS",
         )
 
-    # ---- nodes --------------------------------------------------------------------------------------
+    # ---- nodes ----------------------------------------------------------------------------------
     def _nodes(
         self,
         nodes: Sequence[NodeProto],
@@ -210,8 +225,11 @@ class _Importer:
         at: Loc | None = None,
         given: Mapping[str, AttributeProto] | None = None,
     ) -> None:
-        """Converts nodes into `env`. `at`: the location to use for all; `given`: the attributes of the
-        function call that the nodes are the body of."""
+        """Converts nodes into `env`.
+
+        at: the location to use for all. given: the attributes of the call whose body the nodes are.
+        """
+        nodes = list(nodes)  # a repeated field may make a new wrapper each time it is read
         position = {id(n): k for k, n in enumerate(nodes, 1)}
         for n in self._ordered(nodes, env):
             label = n.name or next((o for o in n.output if o), "")
@@ -220,7 +238,8 @@ class _Importer:
             wanted = [k for k, o in enumerate(n.output) if o]
             if wanted and wanted[-1] >= len(results):
                 raise ImportModelError(
-                    f"{n.op_type} with {len(n.output)} results: only {len(results)} are supported", (loc,)
+                    f"{n.op_type} with {len(n.output)} results: only {len(results)} are supported",
+                    (loc,),
                 )
             env.update((n.output[k], results[k]) for k in wanted)
 
@@ -282,7 +301,8 @@ class _Importer:
             for o in n.output:
                 if o and (o in makers or (o in env and not isinstance(env[o], Constant))):
                     raise ImportModelError(
-                        f"{self.file}: the value {o!r} is computed twice", (_loc(n, self.file, k + 1),)
+                        f"{self.file}: the value {o!r} is computed twice",
+                        (_loc(n, self.file, k + 1),),
                     )
                 if o:
                     makers[o] = k
@@ -304,16 +324,19 @@ class _Importer:
                     source = makers.get(name)
                     if source is None and name not in env:
                         raise ImportModelError(
-                            f"{self.file}: {nodes[k].op_type} reads {name!r}, which is neither an input, "
-                            "an initializer nor the result of a node",
+                            f"{self.file}: {nodes[k].op_type} reads {name!r}, which is neither "
+                            "an input, an initializer nor the result of a node",
                             (_loc(nodes[k], self.file, k + 1),),
                             hint=_nearest(name, [*env, *makers]),
                         )
                     if source is not None and state[source] == 1:
                         raise ImportModelError(
-                            f"{self.file}: the graph has a cycle: {nodes[k].op_type} reads {name!r}, "
-                            "which depends on its own result",
-                            (_loc(nodes[k], self.file, k + 1), _loc(nodes[source], self.file, source + 1)),
+                            f"{self.file}: the graph has a cycle: {nodes[k].op_type} reads "
+                            f"{name!r}, which depends on its own result",
+                            (
+                                _loc(nodes[k], self.file, k + 1),
+                                _loc(nodes[source], self.file, source + 1),
+                            ),
                         )
                     if source is not None and not state[source]:
                         stack.append((source, False))
@@ -322,7 +345,7 @@ class _Importer:
     def _subgraph(
         self, g: GraphProto, outer: Env, opsets: Mapping[str, int], params: Sequence[Input]
     ) -> tuple[Function, list[Value]]:
-        """A branch or loop body. Values of the outer graph that it reads become further parameters."""
+        """A branch or loop body. Outer values that it reads become further parameters."""
         env: Env = {}
         captured: list[Value] = []
         extra: list[Input] = []
@@ -347,7 +370,7 @@ class _Importer:
         names = tuple(v.name for v in g.output)
         return Function(g.name or "body", (*own, *extra), results, False, names), captured
 
-    # ---- operators defined by other operators ---------------------------------------------------------
+    # ---- operators defined by other operators ---------------------------------------------------
     def _expand(
         self,
         n: NodeProto,
@@ -357,16 +380,18 @@ class _Importer:
         loc: Loc,
         given: Mapping[str, AttributeProto],
     ) -> tuple[Value, ...]:
-        """Imports a node through the function body that the ONNX specification gives its operator."""
+        """Imports a node through the function body that the ONNX specification holds for it."""
         schema = _schema_with_body(n, opsets)
         assert schema is not None
         if self.depth > _EXPANSION_DEPTH:
             raise ImportModelError(f"{n.op_type} is defined by itself", (loc,))
-        body = _body(schema, n, inputs, opsets)
-        attributes = {a.name: a for a in n.attribute}
+        attributes = {a.name: a for a in n.attribute if not a.ref_attr_name}
         for a in n.attribute:
-            if a.ref_attr_name and a.ref_attr_name in given:
+            if a.ref_attr_name in given:
                 attributes[a.name] = _renamed(given[a.ref_attr_name], a.name)
+        resolved = NodeProto(op_type=n.op_type, domain=n.domain, input=n.input, output=n.output)
+        resolved.attribute.extend(attributes.values())
+        body = _body(schema, resolved, inputs, opsets)
         for default in body.attribute_proto:
             attributes.setdefault(default.name, default)
         for name, spec in schema.attributes.items():
@@ -385,12 +410,17 @@ class _Importer:
         self.depth += 1
         self._nodes(nodes, inner, versions, loc, attributes)
         self.depth -= 1
-        return tuple(inner[o] for o in body.output)
+        made: list[Value] = []
+        for o in body.output:
+            if o not in inner:  # an optional result that this body does not compute
+                break
+            made.append(inner[o])
+        return tuple(made)
 
 
-# ---- views of protos ----------------------------------------------------------------------------------
+# ---- views of protos ----------------------------------------------------------------------------
 def _key(n: NodeProto) -> str:
-    return n.op_type if n.domain in _ONNX else f"{n.domain}.{n.op_type}"
+    return str(n.op_type) if n.domain in _ONNX else f"{n.domain}.{n.op_type}"
 
 
 def _loc(n: NodeProto, file: str, position: int) -> Loc:
@@ -400,13 +430,13 @@ def _loc(n: NodeProto, file: str, position: int) -> Loc:
 def _all_nodes(nodes: Iterable[NodeProto]) -> list[NodeProto]:
     """The nodes, and those of graphs in their attributes."""
     found = []
-    stack = list(nodes)
+    stack = list(nodes)[::-1]
     while stack:
         n = stack.pop()
         found.append(n)
         for a in n.attribute:
             for g in (a.g, *a.graphs):
-                stack.extend(g.node)
+                stack.extend(list(g.node)[::-1])
     return found
 
 
@@ -452,10 +482,13 @@ def _without_inputs(n: NodeProto, absent: set[str]) -> NodeProto:
 def _schema_with_body(n: NodeProto, opsets: Mapping[str, int]) -> Any:
     """The operator's schema when the specification defines it through other operators."""
     domain = "" if n.domain in _ONNX else n.domain
-    if domain not in opsets or not onnx.defs.has(n.op_type, domain):
+    # A name that is not UTF-8 (in a damaged file) is returned as bytes.
+    if domain not in opsets or not isinstance(n.op_type, str):
+        return None
+    if not onnx.defs.has(n.op_type, domain):
         return None
     try:
-        schema = onnx.defs.get_schema(n.op_type, opsets[domain], domain)
+        schema: Any = onnx.defs.get_schema(n.op_type, opsets[domain], domain)
     except onnx.defs.SchemaError:
         return None
     return schema if schema.has_function or schema.has_context_dependent_function else None
@@ -481,11 +514,13 @@ def _body(
             code = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(t.dtype.numpy))
             proto = onnx.helper.make_tensor_type_proto(code, shape)
         types.append(proto.SerializeToString())
-    text = schema.get_context_dependent_function_with_opset_version(version, n.SerializeToString(), types)
+    text = schema.get_context_dependent_function_with_opset_version(
+        version, n.SerializeToString(), types
+    )
     return onnx.FunctionProto.FromString(text)
 
 
-# ---- names and dims --------------------------------------------------------------------------------------
+# ---- names and dims -----------------------------------------------------------------------------
 def _dim(name: str, bounds: Bounds) -> Expr:
     if isinstance(bounds, int | np.integer) and not isinstance(bounds, bool):
         if bounds < 0:
@@ -494,12 +529,13 @@ def _dim(name: str, bounds: Bounds) -> Expr:
     ok = isinstance(bounds, tuple | list) and len(bounds) in (2, 3)
     lo, hi, multiple = (*bounds, 1)[:3] if ok else (1, None, 1)  # type: ignore[misc]
     ok = ok and all(
-        isinstance(v, int) and not isinstance(v, bool) for v in (lo, multiple, 0 if hi is None else hi)
+        isinstance(v, int) and not isinstance(v, bool)
+        for v in (lo, multiple, 0 if hi is None else hi)
     )
     if not ok or lo < 0 or multiple < 1 or (hi is not None and hi < lo):
         raise ImportModelError(
             f"dims: {name!r} has the bounds {bounds!r}",
-            hint="give a number, (lo, hi) or (lo, hi, multiple) with 0 <= lo <= hi and multiple >= 1",
+            hint="give a number, (lo, hi) or (lo, hi, multiple), 0 <= lo <= hi, multiple >= 1",
         )
     # Sizes are multiples, so the bounds can be tightened to the multiples they contain.
     lo = -(-lo // multiple) * multiple

@@ -1,6 +1,6 @@
 """Tensors of an ONNX model as numpy arrays, without copies where the format allows.
 
-    tensor_array(proto, folder, file)     raw bytes are viewed in place, external data is memory-mapped
+    tensor_array(proto, folder, file)     raw bytes are viewed in place, external data is mapped
 
 External data comes from whoever made the model, so a file is opened only when it lies inside the
 model's folder: no absolute path, no `..`, no link that leads out.
@@ -27,7 +27,9 @@ def element_type(code: int, what: str, file: str) -> DType:
     try:
         found = dtype_of(helper.tensor_dtype_to_np_dtype(code))
     except (TypeError, KeyError):
-        known = TensorProto.DataType.Name(code) if code in TensorProto.DataType.values() else str(code)
+        known = (
+            TensorProto.DataType.Name(code) if code in TensorProto.DataType.values() else str(code)
+        )
         raise ImportModelError(
             f"{file}: {what} has elements of type {known}, which is not supported",
             hint=f"supported: {', '.join(DTYPE_NAMES)}",
@@ -35,7 +37,9 @@ def element_type(code: int, what: str, file: str) -> DType:
     return found
 
 
-def tensor_array(tensor: TensorProto, folder: Path | None, file: str, release: bool = False) -> np.ndarray:
+def tensor_array(
+    tensor: TensorProto, folder: Path | None, file: str, release: bool = False
+) -> np.ndarray:
     """The value of a tensor. `folder` is the model's (None: external data is refused).
 
     release: drop the bytes from the message once they are viewed, which halves the memory needed.
@@ -52,7 +56,7 @@ def tensor_array(tensor: TensorProto, folder: Path | None, file: str, release: b
         raw = tensor.raw_data
         if len(raw) != size:
             raise ImportModelError(
-                f"{file}: {what} of shape {list(shape)} needs {size} bytes, the file holds {len(raw)}",
+                f"{file}: {what} of shape {list(shape)} needs {size} bytes, found {len(raw)}",
                 hint="the file may be truncated",
             )
         if release:
@@ -89,9 +93,13 @@ def _external(
     path = _inside(folder, location, what)
     # Checked on the open file, so that the file cannot be exchanged in between.
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        handle = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        )
     except OSError as e:
-        raise ImportModelError(f"{what} is missing: {location!r} cannot be opened ({e.strerror})") from e
+        raise ImportModelError(
+            f"{what} is missing: {location!r} cannot be opened ({e.strerror})"
+        ) from e
     with os.fdopen(handle, "rb") as opened:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
@@ -108,14 +116,20 @@ def _external(
             )
         if size == 0:
             return np.empty(shape, dtype)
-        return np.memmap(opened, dtype, "r", offset, shape)  # type: ignore[call-overload, no-any-return]
+        return np.memmap(opened, dtype, "r", offset, shape)
 
 
 def _inside(folder: Path, location: str, what: str) -> Path:
     """The path of an external file. Raises ImportModelError when it leads out of the folder."""
     absolute = PurePosixPath(location).is_absolute() or PureWindowsPath(location).drive
     parts = PureWindowsPath(location).parts  # splits at both kinds of slashes
-    if not location or "\0" in location or absolute or PureWindowsPath(location).root or ".." in parts:
+    if (
+        not location
+        or "\0" in location
+        or absolute
+        or PureWindowsPath(location).root
+        or ".." in parts
+    ):
         raise ImportModelError(
             f"{what} is said to lie in {location!r}, which is not a path inside the model's folder",
             hint="external data is only read from the folder of the model",
@@ -131,7 +145,7 @@ def _inside(folder: Path, location: str, what: str) -> Path:
 
 def parse(data: bytes, file: str) -> onnx.ModelProto:
     """A model from bytes. Raises ImportModelError for what is not one."""
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         model = onnx.ModelProto.FromString(data)

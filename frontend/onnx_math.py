@@ -146,7 +146,9 @@ def _arg_reduction(op: Op) -> Converter:
 
 def _cumsum(n: OnnxNode) -> Value:
     exclusive, reverse = bool(n.attr("exclusive", 0)), bool(n.attr("reverse", 0))
-    return n.apply(red.cumsum, n.arg(0), attrs=red.CumsumAttrs(int(n.scalar(1)), exclusive, reverse))
+    return n.apply(
+        red.cumsum, n.arg(0), attrs=red.CumsumAttrs(int(n.scalar(1)), exclusive, reverse)
+    )
 
 
 def _global(op: Op) -> Converter:
@@ -163,7 +165,7 @@ def _global_lp(n: OnnxNode) -> Value:
     p = n.attr("p", 2)
     if p not in (1, 2):
         n.fail(f"GlobalLpPool with p = {p} is not supported", "p may be 1 or 2")
-    return _global(red.reduce_l1 if p == 1 else red.reduce_l2)(n)  # type: ignore[no-any-return]
+    return _global(red.reduce_l1 if p == 1 else red.reduce_l2)(n)
 
 
 def _lp_norm(n: OnnxNode) -> Value:
@@ -175,18 +177,20 @@ def _lp_norm(n: OnnxNode) -> Value:
 
 _UNARY = {
     "Abs": el.abs_, "Acos": el.acos, "Acosh": el.acosh, "Asin": el.asin, "Asinh": el.asinh,
-    "Atan": el.atan, "Atanh": el.atanh, "BitwiseNot": el.bitwise_not, "Ceil": el.ceil, "Cos": el.cos,
-    "Cosh": el.cosh, "Erf": el.erf, "Exp": el.exp, "Floor": el.floor, "HardSwish": act.hard_swish,
-    "Identity": el.identity, "IsNaN": el.isnan, "Log": el.log, "Mish": act.mish, "Neg": el.neg,
-    "Not": el.logical_not, "Reciprocal": el.reciprocal, "Relu": act.relu, "Round": el.round_,
-    "Sigmoid": el.sigmoid, "Sign": el.sign, "Sin": el.sin, "Sinh": el.sinh, "Softplus": act.softplus,
-    "Softsign": act.softsign, "Sqrt": el.sqrt, "Tan": el.tan, "Tanh": el.tanh,
+    "Atan": el.atan, "Atanh": el.atanh, "BitwiseNot": el.bitwise_not, "Ceil": el.ceil,
+    "Cos": el.cos, "Cosh": el.cosh, "Erf": el.erf, "Exp": el.exp, "Floor": el.floor,
+    "HardSwish": act.hard_swish, "Identity": el.identity, "IsNaN": el.isnan, "Log": el.log,
+    "Mish": act.mish, "Neg": el.neg, "Not": el.logical_not, "Reciprocal": el.reciprocal,
+    "Relu": act.relu, "Round": el.round_, "Sigmoid": el.sigmoid, "Sign": el.sign, "Sin": el.sin,
+    "Sinh": el.sinh, "Softplus": act.softplus, "Softsign": act.softsign, "Sqrt": el.sqrt,
+    "Tan": el.tan, "Tanh": el.tanh,
 }  # fmt: skip
 _BINARY = {
-    "Add": el.add, "And": el.logical_and, "BitwiseAnd": el.bitwise_and, "BitwiseOr": el.bitwise_or,
-    "BitwiseXor": el.bitwise_xor, "Div": el.div, "Equal": el.equal, "Greater": el.greater,
-    "GreaterOrEqual": el.greater_equal, "Less": el.less, "LessOrEqual": el.less_equal, "Mul": el.mul,
-    "Or": el.logical_or, "PRelu": act.prelu, "Sub": el.sub, "Xor": el.logical_xor,
+    "Add": el.add, "And": el.logical_and, "BitwiseAnd": el.bitwise_and,
+    "BitwiseOr": el.bitwise_or, "BitwiseXor": el.bitwise_xor, "Div": el.div, "Equal": el.equal,
+    "Greater": el.greater, "GreaterOrEqual": el.greater_equal, "Less": el.less,
+    "LessOrEqual": el.less_equal, "Mul": el.mul, "Or": el.logical_or, "PRelu": act.prelu,
+    "Sub": el.sub, "Xor": el.logical_xor,
 }  # fmt: skip
 MATH: dict[str, Converter] = {
     **{name: direct(op, 1) for name, op in _UNARY.items()},

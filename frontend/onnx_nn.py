@@ -1,7 +1,7 @@
-"""Converters of the ONNX operators of neural networks: convolution, pooling, matrix products, norms.
+"""Converters of ONNX operators of neural networks: convolution, pooling, products, norms.
 
-    Conv(x, w, b){auto_pad=SAME_UPPER} -> conv(x, w, b) with explicit padding
-    Gemm{transB=1} -> add(matmul(a, b){transpose_b=True}, c)
+Conv(x, w, b){auto_pad=SAME_UPPER} -> conv(x, w, b) with explicit padding
+Gemm{transB=1} -> add(matmul(a, b){transpose_b=True}, c)
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def _ones(n: OnnxNode, name: str, rank: int) -> tuple[int, ...]:
 def _kernel(n: OnnxNode) -> tuple[int, ...]:
     sizes = [const_int(s) for s in n.type(1).shape[2:]]
     if None in sizes:
-        n.fail(f"the weight of {n.op_type} has the shape {n.type(1)}: the kernel has to be constant")
+        n.fail(
+            f"the weight of {n.op_type} has the shape {n.type(1)}: the kernel has to be constant"
+        )
     kernel = tuple(s for s in sizes if s is not None)
     said = n.attr("kernel_shape", None)
     if said is not None and tuple(said) != kernel:

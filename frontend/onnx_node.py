@@ -34,7 +34,7 @@ class OnnxNode:
         attributes: by name, as Python numbers, strings, lists, numpy arrays.
         outputs: names of the results; "" where one is not wanted.
         loc: the place in the model.
-        subgraph: imports the graph held in an attribute, as a Function and the outer values it reads.
+        subgraph: imports the graph in an attribute: a Function and the outer values it reads.
     """
 
     op_type: str
@@ -100,9 +100,11 @@ class OnnxNode:
             return None
         return found.reshape(-1)[0].item()
 
-    def apply(self, op: Op, *args: Value | None, attrs: Any = None, name: str | None = None) -> Apply:
+    def apply(
+        self, op: Op, *args: Value | None, attrs: Any = None, name: str | None = None
+    ) -> Apply:
         """An Apply that knows where it comes from."""
-        label = self.outputs[0] if name is None else name
+        label = next(iter(self.outputs), "") if name is None else name
         return apply(op, *args, attrs=attrs, locs=(self.loc,), name=label)
 
     def constant(self, value: Any, dtype: Any = None, name: str = "") -> Constant:

@@ -1,7 +1,7 @@
 """Converters of the ONNX operators that move elements, and of those that compute with shapes.
 
-    Reshape(x, [0, -1]) -> reshape(x){shape=(0, -1)}       shape arguments end up in attributes
-    Constant -> a Constant of the graph, no node
+Reshape(x, [0, -1]) -> reshape(x){shape=(0, -1)}       shape arguments end up in attributes
+Constant -> a Constant of the graph, no node
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from minicompiler.ir.expr import const_int, product
+from minicompiler.ir.expr import Const, const_int, product
 from minicompiler.ir.graph import Constant, Value, type_of
+from minicompiler.ir.op import Op
+from minicompiler.ops import index as ix
+from minicompiler.ops import pieces as pc
 from minicompiler.ops import reduce as red
+from minicompiler.ops import resize as rs
 from minicompiler.ops import shape as sh
 
 from .onnx_data import element_type
 from .onnx_math import Converter
-from .onnx_node import OnnxNode
-
+from .onnx_node import OnnxNode, sizes_of
 
 # ---- constants ----------------------------------------------------------------------------------
 _CONSTANT_KINDS = {
@@ -64,7 +67,9 @@ def _eye_like(n: OnnxNode) -> Value:
 
 # ---- shapes -------------------------------------------------------------------------------------
 def _shape(n: OnnxNode) -> Value:
-    return n.apply(sh.shape_, n.arg(0), attrs=sh.ShapeAttrs(n.attr("start", 0), n.attr("end", None)))
+    return n.apply(
+        sh.shape_, n.arg(0), attrs=sh.ShapeAttrs(n.attr("start", 0), n.attr("end", None))
+    )
 
 
 def _size(n: OnnxNode) -> Value:
@@ -102,22 +107,136 @@ def _unsqueeze(n: OnnxNode) -> Value:
 
 def _concat(n: OnnxNode) -> Value:
     args = [n.arg(k) for k in range(len(n.inputs))]
-    return n.apply(sh.concat, *args, attrs=sh.ConcatAttrs(n.attr("axis", 1)))
+    return n.apply(pc.concat, *args, attrs=pc.ConcatAttrs(n.attr("axis", 1)))
 
 
 def _split(n: OnnxNode) -> Any:
     axis, sizes = n.attr("axis", 0), n.ints(1, "split")
     parts = n.attr("num_outputs", len(n.outputs))
-    attrs = sh.SplitAttrs(axis, sizes) if sizes else sh.SplitAttrs(axis, (), parts)
-    return n.apply(sh.split, n.arg(0), attrs=attrs)
+    attrs = pc.SplitAttrs(axis, sizes) if sizes else pc.SplitAttrs(axis, (), parts)
+    return n.apply(pc.split, n.arg(0), attrs=attrs)
 
 
 def _tile(n: OnnxNode) -> Value:
-    return n.apply(sh.tile, n.arg(0), n.arg(1))
+    return n.apply(pc.tile, n.arg(0), n.arg(1))
 
 
 def _expand(n: OnnxNode) -> Value:
     return n.apply(sh.expand, n.arg(0), n.arg(1))
+
+
+# ---- slices and padding -------------------------------------------------------------------------
+def _slice(n: OnnxNode) -> Value:
+    if n.opset < 10:
+        axes = tuple(n.attr("axes", ()))
+        attrs = pc.SliceAttrs(tuple(n.attr("starts")), tuple(n.attr("ends")), axes)
+        return n.apply(pc.strided_slice, n.arg(0), attrs=attrs)
+    return n.apply(pc.strided_slice, n.arg(0), *(n.opt(k) for k in range(1, 5)))
+
+
+def _pad(n: OnnxNode) -> Value:
+    mode = n.attr("mode", "constant")
+    rank = n.type(0).rank
+    if n.opset < 11:
+        pads = tuple(n.attr("pads"))
+        attrs = pc.PadAttrs(pads[:rank], pads[rank:], mode, n.attr("value", 0.0))
+        return n.apply(pc.pad, n.arg(0), attrs=attrs)
+    value = n.scalar(2) if mode == "constant" else None
+    axes = n.known(3)
+    attrs = pc.PadAttrs(mode=mode, value=0 if value is None else value)
+    if axes is None:
+        return n.apply(pc.pad, n.arg(0), n.arg(1), attrs=attrs)
+    sizes = sizes_of(n.arg(1))
+    if sizes is None:
+        n.fail("the padding is computed from data", "only shapes and constants may determine it")
+    begin: list[Any] = [0] * rank
+    end: list[Any] = [0] * rank
+    for k, axis in enumerate(axes.reshape(-1)):
+        begin[axis], end[axis] = sizes[k], sizes[k + axes.size]
+    attrs = pc.PadAttrs(tuple(begin), tuple(end), mode, attrs.value)
+    return n.apply(pc.pad, n.arg(0), attrs=attrs)
+
+
+def _trilu(n: OnnxNode) -> Value:
+    k = n.scalar(1)
+    attrs = pc.TriluAttrs(bool(n.attr("upper", 1)), 0 if k is None else k)
+    return n.apply(pc.trilu, n.arg(0), attrs=attrs)
+
+
+def _blocks(op: Op) -> Converter:
+    def convert(n: OnnxNode) -> Value:
+        channels_first = n.attr("mode", "DCR") == "CRD"
+        return n.apply(op, n.arg(0), attrs=pc.BlockAttrs(n.attr("blocksize"), channels_first))
+
+    return convert
+
+
+# ---- indices ------------------------------------------------------------------------------------
+def _gather(op: Op) -> Converter:
+    def convert(n: OnnxNode) -> Value:
+        return n.apply(op, n.arg(0), n.arg(1), attrs=ix.GatherAttrs(n.attr("axis", 0)))
+
+    return convert
+
+
+def _gather_nd(n: OnnxNode) -> Value:
+    attrs = ix.GatherNdAttrs(n.attr("batch_dims", 0))
+    return n.apply(ix.gather_nd, n.arg(0), n.arg(1), attrs=attrs)
+
+
+def _one_hot(n: OnnxNode) -> Value:
+    depth = sizes_of(n.arg(1))
+    size = depth[0] if depth is not None else int(n.scalar(1))
+    attrs = ix.OneHotAttrs(size, n.attr("axis", -1))
+    return n.apply(ix.one_hot, n.arg(0), n.arg(2), attrs=attrs)
+
+
+# ---- resampling ---------------------------------------------------------------------------------
+def _resize(n: OnnxNode) -> Value:
+    if n.attr("antialias", 0) or n.attr("exclude_outside", 0):
+        n.fail("Resize with antialias or exclude_outside is not supported")
+    if n.opset < 11:
+        return _upsample(n)
+    t = n.type(0)
+    axes = [a % t.rank for a in n.attr("axes", range(t.rank))]
+    sizes = (
+        sizes_of(n.arg(3)) if n.opt(3) is not None and n.type(3).shape[0] is not Const(0) else None
+    )
+    coordinates = n.attr("coordinate_transformation_mode", "half_pixel")
+    how: dict[str, Any] = {
+        "mode": n.attr("mode", "nearest"),
+        "coordinates": coordinates,
+        "rounding": n.attr("nearest_mode", "round_prefer_floor"),
+    }
+    if n.attr("keep_aspect_ratio_policy", "stretch") != "stretch":
+        n.fail("Resize that keeps the aspect ratio is not supported")
+    if sizes is not None:
+        full = list(t.shape)
+        for axis, size in zip(axes, sizes, strict=True):
+            full[axis] = size
+        return n.apply(rs.resize, n.arg(0), attrs=rs.ResizeAttrs(sizes=tuple(full), **how))
+    scales = n.known(2)
+    if scales is None:
+        n.fail("Resize needs scales or sizes that are constants or computed from shapes")
+    factors = [1.0] * t.rank
+    for axis, scale in zip(axes, scales.reshape(-1), strict=True):
+        factors[axis] = float(scale)
+    return n.apply(rs.resize, n.arg(0), attrs=rs.ResizeAttrs(scales=tuple(factors), **how))
+
+
+def _upsample(n: OnnxNode) -> Value:
+    """Upsample, and Resize of opset 10: positions are scaled without an offset."""
+    given = n.attributes.get("scales")
+    known = n.known(1) if given is None else np.asarray(given)
+    if known is None:
+        n.fail(f"{n.op_type} needs constant scales")
+    attrs = rs.ResizeAttrs(
+        scales=tuple(float(s) for s in known.reshape(-1)),
+        mode=n.attr("mode", "nearest"),
+        coordinates="asymmetric",
+        rounding="floor",
+    )
+    return n.apply(rs.resize, n.arg(0), attrs=attrs)
 
 
 SHAPE: dict[str, Converter] = {
@@ -125,15 +244,26 @@ SHAPE: dict[str, Converter] = {
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
     "Expand": _expand,
+    "DepthToSpace": _blocks(pc.depth_to_space),
     "EyeLike": _eye_like,
     "Flatten": _flatten,
+    "Gather": _gather(ix.gather),
+    "GatherElements": _gather(ix.gather_elements),
+    "GatherND": _gather_nd,
+    "OneHot": _one_hot,
+    "Pad": _pad,
     "Range": _range,
     "Reshape": _reshape,
+    "Resize": _resize,
     "Shape": _shape,
     "Size": _size,
+    "Slice": _slice,
+    "SpaceToDepth": _blocks(pc.space_to_depth),
     "Split": _split,
     "Squeeze": _squeeze,
     "Tile": _tile,
     "Transpose": _transpose,
+    "Trilu": _trilu,
     "Unsqueeze": _unsqueeze,
+    "Upsample": _upsample,
 }

@@ -1,8 +1,8 @@
 """What a compilation carries along: target, options, tuning database, and the record of its stages.
 
-    ctx = Context(target, Options(level=2))
-    pipeline.run(GRAPH_PASSES[2], fn, ctx)
-    ctx.stages[-1].text        the graph after the last pass, as `ir.text` prints it
+ctx = Context(target, Options(level=2))
+pipeline.run(GRAPH_PASSES[2], fn, ctx)
+ctx.stages[-1].text        the graph after the last pass, as `ir.text` prints it
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Options:
         level: 0 (no optimisation) to 3.
         threads: threads of the module; 0: the usable cores.
         checked: verify the IR after every pass and schedule step.
-        fold_bytes: a folded constant may be at most this much larger than what it is computed from.
+        fold_bytes: how much larger a folded constant may be than what it is computed from.
         record: keep the text of every stage (a little slower on large models).
     """
 
@@ -54,7 +54,7 @@ class Stage:
 
 @dataclasses.dataclass
 class Context:
-    """One compilation. Passes read `target` and `options`; only the pipeline appends to `stages`."""
+    """One compilation. Passes read `target` and `options`; only the pipeline adds `stages`."""
 
     target: Target | None = None
     options: Options = dataclasses.field(default_factory=Options)

@@ -1,6 +1,6 @@
 """What happens to a model, in order: read this first.
 
-    run(GRAPH_PASSES[level], fn, ctx)       each pass takes the graph and the context and returns a graph
+    run(GRAPH_PASSES[level], fn, ctx)       a pass takes the graph and the context, gives a graph
 
 The record of every step is a Stage in `ctx.stages`.
 """
@@ -43,7 +43,7 @@ TIR_PASSES: tuple = ()
 
 
 def run(passes: Sequence[Pass[T]], subject: T, ctx: Context | None = None) -> T:
-    """Applies passes in order; with a context, records each as a Stage and verifies in checked mode."""
+    """Applies passes in order; with a context, records each as a Stage, verified if checked."""
     before = None
     for step in passes:
         start = time.perf_counter()

@@ -156,6 +156,9 @@ def _as_consumer(
     bind: dict[Expr, tuple[Expr, Expr]] = {}
     conditions: list[Expr] = []
     around = [*analysis.loops_in(path), loop]
+    same = _same_points(s, block, mine, loop, around, arith)
+    if same is not None:
+        return same, 1 + max(k for k, x in enumerate(kids) if {m.buffer for m in mine} & _written(x))
     for load in mine:
         makers = analysis.writers(s.func, load.buffer)
         if any(not analysis.contains(loop, w) for w in makers):
@@ -179,6 +182,57 @@ def _as_consumer(
     nest = _nest(s, block, bind, arith, list(dict.fromkeys(conditions)))
     last = max(k for k, x in enumerate(kids) if {x2.buffer for x2 in mine} & _written(x))
     return nest, last + 1
+
+
+def _same_points(
+    s: Schedule, block: Block, mine: list[Load], loop: For, around: list[For], arith: Arith
+) -> Stmt | None:
+    """An elementwise consumer of one block takes over the loops of its maker, so that it runs at exactly
+    the points just computed, whatever shape their set has. None when it is not of that kind."""
+    if len({x.buffer for x in mine}) > 1 or len(mine) > 1 or any(i.reduce for i in block.iters):
+        return None
+    makers = [w for w in analysis.writers(s.func, mine[0].buffer) if w.tag != "init"]
+    if len(makers) != 1 or not analysis.contains(loop, makers[0]):
+        return None
+    maker = makers[0]
+    values = analysis.values_of(maker)
+    bound: dict[Expr, Expr] = {}
+    for mine_index, made_index in zip(mine[0].indices, maker.body.indices, strict=True):
+        it = _plain_iter(block, mine_index)
+        if it is not None:
+            bound[it.var] = values.get(made_index, made_index)
+        elif mine_index is not ZERO:
+            return None
+    if len(bound) != len(block.iters):
+        return None
+    fresh, inner = _inner_loops(s, maker, loop)
+    where = [eq(r.var, arith.simplify(r.extent - 1)) for r in analysis.reduce_loops(maker, around)]
+    where += [substitute(c, fresh) for c in _spatial_conditions(maker)]
+    iters = tuple(i.with_(value=substitute(bound[i.var], fresh)) for i in block.iters)
+    return _wrap(block.with_(iters=iters, where=all_of([block.where, *where])), inner, fresh)
+
+
+def _inner_loops(s: Schedule, block: Block, at: For) -> tuple[dict[Expr, Expr], list[For]]:
+    """The loops between `at` and a block that choose the element, and fresh variables for them."""
+    _, path = s.block(block.name)
+    below = analysis.loops_in(path)
+    inner = analysis.spatial_loops(block, below[below.index(at) + 1 :])
+    return {x.var: s.fresh_var(x.var.name) for x in inner}, inner
+
+
+def _wrap(body: Stmt, inner: list[For], fresh: dict[Expr, Expr]) -> Stmt:
+    """`body` under copies of some loops."""
+    for x in reversed(inner):
+        body = For(fresh[x.var], substitute(x.extent, fresh), SERIAL, body)  # type: ignore[arg-type]
+    return body
+
+
+def _spatial_conditions(block: Block) -> list[Expr]:
+    """The conditions of a block that say which elements it computes (a tail), not when."""
+    reducing = frozenset().union(*[free_vars(i.value) for i in block.iters if i.reduce], frozenset())
+    spatial = frozenset().union(*[free_vars(i.value) for i in block.iters if not i.reduce], frozenset())
+    parts = analysis.where_parts(block)
+    return [c for c in parts if not reducing & free_vars(c) and spatial & free_vars(c)]
 
 
 def _written(s: Stmt) -> set[Buffer]:
@@ -307,6 +361,10 @@ def stage(s: Schedule, name: str, at: str | None, scope: Scope, layout: IndexMap
     found = analysis.accesses(loop.body, arith, buffer)
     if not found:
         s.refuse(f"nothing in {at} touches {name}", loop)
+    if scope is Scope.REGISTER:
+        tiled = _stage_tile(s, buffer, loop, path, found, arith, layout)
+        if tiled is not None:
+            return tiled
     box = analysis.region(loop.body, buffer, arith, found)
     outer = {x.var for x in analysis.loops_in(path)} | {loop.var}
     for low, extent in box:
@@ -326,11 +384,92 @@ def stage(s: Schedule, name: str, at: str | None, scope: Scope, layout: IndexMap
     if writing and _live_after(s, loop, path, buffer, box):
         parts.append(_copy(s, new, buffer, box, arith, TRUE, into=False))
     s.swap(loop, loop.with_(body=Alloc(new, seq(parts))))
-    if not any(st.buffer is buffer for b in analysis.blocks(s.func) for st in (b.init, b.body) if st) and not any(
-        x.buffer is buffer for b in analysis.blocks(s.func) for x in analysis.block_loads(b)
-    ):
-        s.func = s.func.with_(buffers=tuple(b for b in s.func.buffers if b is not buffer))
+    _forget_unused(s, buffer)
     return new.name
+
+
+def _stage_tile(
+    s: Schedule, buffer: Buffer, loop: For, path: analysis.Path, found: list[analysis.Access], arith: Arith,
+    layout: IndexMap | None,
+) -> str | None:  # fmt: skip
+    """Staging when every access below runs through the same points: the new buffer has one axis per loop,
+    whatever shape the set of points has (a row of pixels that wraps around). None where it does not apply."""
+    shape: tuple[Expr, ...] | None = None
+    points: tuple[Expr, ...] | None = None
+    chosen: dict[int, list[For]] = {}
+    for a in found:
+        _, block_path = s.block(a.block.name)
+        below = analysis.loops_in(block_path)
+        inner = analysis.spatial_loops(a.block, below[below.index(loop) + 1 :])
+        canonical: dict[Expr, Expr] = {x.var: Var(f"_t{k}") for k, x in enumerate(inner)}
+        here = tuple(substitute(i, canonical) for i in a.indices)
+        size = tuple(x.extent for x in inner)
+        if any(const_int(x) is None for x in size) or shape not in (None, size) or points not in (None, here):
+            return None
+        if any(x.var in free_vars(i) for x in analysis.reduce_loops(a.block, below[below.index(loop) + 1 :])
+               for i in a.indices):  # fmt: skip
+            return None
+        shape, points = size, here
+        chosen[id(a.block)] = inner
+    assert shape is not None
+    new = Buffer(s.fresh(buffer.name + "_s"), buffer.dtype, shape, Scope.REGISTER, layout)
+    writers = [a.block for a in found if a.is_store]
+    pattern = next((w for w in writers if w.tag != "init"), found[0].block)
+    tail = _spatial_conditions(pattern)
+
+    def go(x: Stmt) -> Stmt | None:
+        if id(x) not in chosen:
+            return None
+        assert isinstance(x, Block)
+        at = tuple(loop.var for loop in chosen[id(x)])
+
+        def one(e: Expr) -> Expr | None:
+            return Load(new, at, e.mask) if type(e) is Load and e.buffer is buffer else None
+
+        def store(st: Store | None) -> Store | None:
+            if st is None:
+                return None
+            mine = st.buffer is buffer
+            return Store(new if mine else st.buffer, at if mine else st.indices, rewrite(st.value, one))
+
+        made = dataclasses.replace(x, init=store(x.init), body=store(x.body))
+        return _unconditional(made, new, arith) if x.body.buffer is buffer else made
+
+    copy_in = _read_first(s, loop, path, buffer, arith, found)
+    live = bool(writers) and _live_after(s, loop, path, buffer, [(p, ZERO) for p in points or ()])
+
+    def copy(cond: Expr, into: bool) -> Stmt:
+        fresh, inner = _inner_loops(s, pattern, loop)
+        access = next(a for a in found if a.block is pattern)
+        index = [substitute(i, fresh) for i in access.indices]
+        iters = tuple(
+            Iter(s.fresh_var(f"v{new.name}_{d}"), n, False, i)
+            for d, (i, n) in enumerate(zip(index, buffer.shape, strict=True))
+        )
+        at = tuple(fresh[x.var] for x in inner)
+        old = tuple(i.var for i in iters)
+        conds = [substitute(c, fresh) for c in tail]
+        body = Store(new, at, Load(buffer, old)) if into else Store(buffer, old, Load(new, at))
+        name = s.fresh(f"{new.name}_{'in' if into else 'out'}")
+        tag = "copy_in" if into else "copy_out"
+        return _wrap(Block(name, iters, all_of([cond, *conds]), None, body, tag), inner, fresh)
+
+    parts = [map_statements(loop.body, go)]
+    if copy_in is not None:
+        parts.insert(0, copy(copy_in, True))
+    if live:
+        parts.append(copy(TRUE, False))
+    s.swap(loop, loop.with_(body=Alloc(new, seq(parts))))
+    _forget_unused(s, buffer)
+    return new.name
+
+
+def _forget_unused(s: Schedule, buffer: Buffer) -> None:
+    """Drops a workspace buffer that nothing touches any more."""
+    for b in analysis.blocks(s.func):
+        if b.body.buffer is buffer or any(x.buffer is buffer for x in analysis.block_loads(b)):
+            return
+    s.func = s.func.with_(buffers=tuple(b for b in s.func.buffers if b is not buffer))
 
 
 def _stage_root(s: Schedule, buffer: Buffer, scope: Scope, layout: IndexMap | None, arith: Arith) -> str:
@@ -386,11 +525,7 @@ def _redirect(
 def _unconditional(block: Block, tile: Buffer, arith: Arith) -> Block:
     """Drops the conditions on which element is computed: a tile has room for all, and nothing beyond
     the original is written back. Loads of other buffers that could then leave them are clamped."""
-    reducing = frozenset().union(*[free_vars(i.value) for i in block.iters if i.reduce], frozenset())
-    dropped = [c for c in analysis.where_parts(block) if not reducing & free_vars(c)]
-    # A condition without any of the block's own iterators (k_o == last) says whether, not where.
-    spatial = frozenset().union(*[free_vars(i.value) for i in block.iters if not i.reduce], frozenset())
-    dropped = [c for c in dropped if spatial & free_vars(c)]
+    dropped = _spatial_conditions(block)
     if not dropped:
         return block
     mapping = analysis.values_of(block)

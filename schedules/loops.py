@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from minicompiler.ir.expr import (
     Const,
     Expr,
+    Load,
     all_of,
     binary,
     ceildiv,
@@ -14,7 +15,9 @@ from minicompiler.ir.expr import (
     const_int,
     free_vars,
     minimum,
+    rewrite,
 )
+from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import (
     PARALLEL,
     SERIAL,
@@ -24,8 +27,10 @@ from minicompiler.ir.tir import (
     Block,
     For,
     LoopKind,
+    Scope,
     Seq,
     Stmt,
+    Store,
     map_statements,
     statements,
     substitute_stmt,
@@ -205,14 +210,47 @@ def mark(s: Schedule, name: str, kind: LoopKind) -> None:
                          "rfactor makes a reduction loop independent")  # fmt: skip
             if not analysis.spatial_loops(b, [loop]):
                 s.refuse(f"every iteration of {name} writes the same elements of {b.body.buffer.name}", loop)
-    if kind is PARALLEL and any(isinstance(x, For | Seq) for x in path):
-        s.refuse(f"a parallel loop must be the outermost of its phase, {name} is not", loop,
-                 "reorder it outwards, or fuse it with the loops around it")  # fmt: skip
+    if kind is PARALLEL:
+        # Loops around it must not carry anything from one thread to another: every thread runs them
+        # all, on its own share of the elements, so they may only be reduction loops.
+        outside = analysis.loops_in(path)
+        below = list(analysis.blocks(loop.body))
+        carried = [x for x in outside if any(analysis.spatial_loops(b, [x]) for b in below)]
+        if carried or any(isinstance(x, Seq) for x in path):
+            s.refuse(f"a parallel loop must be the outermost of its phase but for reduction loops, {name} is not",
+                     loop, "reorder it outwards, or fuse it with the loops around it")  # fmt: skip
     if kind is VECTOR and any(isinstance(x, For) for x in statements(loop.body)):
         inner = [x for x in statements(loop.body) if isinstance(x, For) and x.kind not in (UNROLL,)]
         if inner:
             s.refuse(f"a vector loop must be innermost; {inner[0].var} stands inside {name}", loop)
     s.swap(loop, loop.with_(kind=kind))
+
+
+def relayout(s: Schedule, name: str, layout: IndexMap) -> None:
+    """A workspace buffer is kept in another order: C[i, j] of layout (i, j) -> (j, i), say."""
+    buffer = s.buffer(name)
+    if buffer.scope is Scope.PARAM:
+        s.refuse(f"{name} belongs to the caller", hint="stage makes a copy with another layout")
+    if layout.rank != len(buffer.shape):
+        s.refuse(f"the layout is for {layout.rank} axes, {name} has {len(buffer.shape)}")
+    new = buffer.with_(layout=layout)
+
+    def load(e: Expr) -> Expr | None:
+        return Load(new, e.indices, e.mask) if type(e) is Load and e.buffer is buffer else None
+
+    def store(x: Store) -> Store:
+        value = rewrite(x.value, load)
+        return Store(new if x.buffer is buffer else x.buffer, x.indices, value)
+
+    def one(x: Stmt) -> Stmt | None:
+        if isinstance(x, Block):
+            return x.with_(init=None if x.init is None else store(x.init), body=store(x.body))
+        if isinstance(x, Alloc) and x.buffer is buffer:
+            return x.with_(buffer=new)
+        return None
+
+    s.edit(one)
+    s.func = s.func.with_(buffers=tuple(new if b is buffer else b for b in s.func.buffers))
 
 
 def drop_conditions(where: Expr, parts: list[Expr]) -> Expr:

@@ -75,6 +75,7 @@ class Schedule:
         self.decisions = dict(decisions or {})
         self.steps: list[Step] = []
         self.choices: list[Choice] = []
+        self.rule = ""  # the rule that made this schedule
         self._after = after_step
         self._names: set[str] | None = None
 
@@ -190,6 +191,11 @@ class Schedule:
         """How a loop runs: PARALLEL, VECTOR, UNROLL, SERIAL."""
         k = LoopKind(kind)
         self._apply("mark", lambda: loops.mark(self, loop, k), loop=loop, kind=k.value)
+
+    def relayout(self, buffer: str, layout: IndexMap | Sequence[Sequence[int]]) -> None:
+        """A workspace buffer is kept in memory in another order."""
+        imap = layout if isinstance(layout, IndexMap) else layout_from(layout)
+        self._apply("relayout", lambda: loops.relayout(self, buffer, imap), buffer=buffer, layout=layout_to(imap))
 
     # ---- block primitives (blocks.py) ---------------------------------------------------------------------
     def inline(self, block: str) -> None:

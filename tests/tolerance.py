@@ -1,7 +1,7 @@
 """One function for all tests: how far two computations of the same result may lie apart.
 
     rtol, scale = tolerance("float32", reduction_length=1024)
-    assert_close(got, want, reduction_length=1024)
+    assert_close(got, want, reduction_length=1024, largest=3.0)
 """
 
 from __future__ import annotations
@@ -29,8 +29,13 @@ def tolerance(dtype: str, reduction_length: int = 1) -> tuple[float, float]:
     return 16 * eps * math.sqrt(reduction_length), 8 * eps * math.sqrt(reduction_length)
 
 
-def assert_close(got: np.ndarray, want: np.ndarray, reduction_length: int = 1) -> None:
-    """Same shape, same dtype, elements within `tolerance`; NaN equals NaN."""
+def assert_close(
+    got: np.ndarray, want: np.ndarray, reduction_length: int = 1, largest: float = 0.0
+) -> None:
+    """Same shape, same dtype, elements within `tolerance`; NaN equals NaN.
+
+    largest: the largest number that enters the computation, where terms may cancel.
+    """
     assert got.shape == want.shape, f"shape {got.shape}, expected {want.shape}"
     assert got.dtype == want.dtype, f"dtype {got.dtype}, expected {want.dtype}"
     if want.size == 0:
@@ -41,5 +46,5 @@ def assert_close(got: np.ndarray, want: np.ndarray, reduction_length: int = 1) -
         return
     wide_got, wide_want = got.astype(np.float64), want.astype(np.float64)
     finite = np.abs(wide_want[np.isfinite(wide_want)])
-    largest = float(finite.max()) if finite.size else 0.0
+    largest = max(float(finite.max()) if finite.size else 0.0, largest)
     np.testing.assert_allclose(wide_got, wide_want, rtol=rtol, atol=scale * largest)

@@ -78,11 +78,11 @@ class Arith:
             return {(): e.value} if e.value else {}
         if type(e) is Binary:
             if e.op == "add":
-                return _add(self.poly(e.a), self.poly(e.b))
+                return self._rejoin(_add(self.poly(e.a), self.poly(e.b)))
             if e.op == "sub":
-                return self._sub(self.poly(e.a), self.poly(e.b))
+                return self._rejoin(self._sub(self.poly(e.a), self.poly(e.b)))
             if e.op == "mul":
-                return _mul(self.poly(e.a), self.poly(e.b))
+                return self._rejoin(_mul(self.poly(e.a), self.poly(e.b)))
             if e.op in ("floordiv", "mod"):
                 return self._divmod(e.op, self.poly(e.a), self.poly(e.b))
             if e.op in ("min", "max"):
@@ -100,6 +100,21 @@ class Arith:
     def _sub(self, p: Poly, q: Poly) -> Poly:
         return _add(p, {m: -c for m, c in q.items()})
 
+    def _rejoin(self, p: Poly) -> Poly:
+        """x // d * d + x % d = x, with any common factor: what fusing two loops takes apart."""
+        for m, c in p.items():
+            for k, atom in enumerate(m):
+                if type(atom) is not Binary or atom.op != "mod":
+                    continue
+                others = m[:k] + m[k + 1 :]
+                quotient = self._divmod("floordiv", self.poly(atom.a), self.poly(atom.b))
+                want = _mul(_mul(quotient, self.poly(atom.b)), {others: c})
+                # A quotient of several terms (or none) was taken apart already: nothing to join.
+                if len(want) == 1 and all(p.get(n) == d for n, d in want.items()):
+                    rest = {n: d for n, d in p.items() if n != m and n not in want}
+                    return self._rejoin(_add(rest, _mul(self.poly(atom.a), {others: c})))
+        return p
+
     def _divmod(self, op: str, p: Poly, q: Poly) -> Poly:
         if not p:
             return {}
@@ -107,6 +122,11 @@ class Arith:
         # Now p = q * quotient + rest; when 0 <= rest < q the answer is at hand.
         if not rest or (self.nonneg(rest) and self.nonneg(_plus(self._sub(q, rest), -1))):
             return quotient if op == "floordiv" else rest
+        if op == "floordiv" and not quotient and len(rest) == 1:
+            # (x // a) // b = x // (a * b)
+            ((m, c),) = rest.items()
+            if c == 1 and len(m) == 1 and type(m[0]) is Binary and m[0].op == "floordiv":
+                return self._divmod(op, self.poly(m[0].a), _mul(self.poly(m[0].b), q))
         divisor = q.get(()) if len(q) == 1 else None
         if divisor is not None and divisor > 1:
             # A common factor of divisor and all non-constant terms: floor((g*r + s) / (g*d)).
@@ -121,21 +141,8 @@ class Arith:
                     return _add(quotient, self._divmod("floordiv", _clean(inner), {(): divisor // g}))
                 scaled = self._divmod("mod", _clean(inner), {(): divisor // g})
                 return _plus({m: c * g for m, c in scaled.items()}, small)
-            nested = self._nested_div(op, rest, divisor)
-            if nested is not None:
-                return _add(quotient, nested) if op == "floordiv" else nested
         atom = Binary(op, self.expr(rest), self.expr(q))
         return _add(quotient, {(atom,): 1}) if op == "floordiv" else {(atom,): 1}
-
-    def _nested_div(self, op: str, p: Poly, divisor: int) -> Poly | None:
-        """(x // a) // b = x // (a * b), for a dividend that is one floordiv atom."""
-        if op == "floordiv" and len(p) == 1:
-            ((m, c),) = p.items()
-            if c == 1 and len(m) == 1 and type(m[0]) is Binary and m[0].op == "floordiv":
-                inner = m[0]
-                if type(inner.b) is Const:
-                    return self._divmod(op, self.poly(inner.a), {(): inner.b.value * divisor})
-        return None
 
     def _minmax(self, op: str, p: Poly, q: Poly) -> Poly:
         diff = self._sub(q, p)

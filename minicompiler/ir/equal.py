@@ -1,8 +1,8 @@
 """Structural equality of graph functions, and the key under which equal kernels compile once.
 
-    structural_key(f) == structural_key(g)    one compiled kernel serves both: same operators, attributes,
-                                              types, dims and layouts; constants by type, not by value
-    structurally_equal(f, g)                  the same computation: constants compare by value as well
+    structural_key(f) == structural_key(g)    one compiled kernel serves both: same operators,
+                                              attributes, types, dims, layouts; constants by type
+    structurally_equal(f, g)                  the same computation: constants by value as well
 Names of functions, values, parameters and locations never matter.
 """
 
@@ -24,9 +24,9 @@ from .types import DType, TensorType
 def structural_key(fn: Function) -> str:
     """A canonical text of the function's structure.
 
-    Values are numbered in topological order and parameters by position. A Constant is its shape, dtype
-    and layout; the value of one with a single element is included, because such constants become
-    literals of the kernel. Dims stand with their ranges.
+    Values are numbered in topological order and parameters by position. A Constant is its shape,
+    dtype and layout; the value of one with a single element is included, because such constants
+    become literals of the kernel. Dims stand with their ranges.
     """
     return _key(fn)[0]
 
@@ -91,7 +91,9 @@ class _Writer:
         assert isinstance(v, Apply)
         args = " ".join("_" if a is None else numbers[id(a)] for a in v.args)
         types = v.type if isinstance(v.type, tuple) else (v.type,)
-        typed = " ".join(f"{self.type(t)} {self.layout(m)}" for t, m in zip(types, v.layouts, strict=True))
+        typed = " ".join(
+            f"{self.type(t)} {self.layout(m)}" for t, m in zip(types, v.layouts, strict=True)
+        )
         if isinstance(v.op, Function):
             self.lines.append("{")
             self.function(v.op)
@@ -117,8 +119,8 @@ class _Writer:
             self.constants.extend(inner[1])
             return f"fn<{inner[0]}>"
         if dataclasses.is_dataclass(value) and not isinstance(value, type | IndexMap):
-            fields = dataclasses.fields(value)
-            return f"{type(value).__name__}({','.join(self.value(getattr(value, f.name)) for f in fields)})"
+            fields = [getattr(value, f.name) for f in dataclasses.fields(value)]
+            return f"{type(value).__name__}({','.join(map(self.value, fields))})"
         if isinstance(value, IndexMap):
             return self.layout(value)
         if isinstance(value, Sequence) and not isinstance(value, str | bytes):

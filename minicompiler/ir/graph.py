@@ -185,7 +185,8 @@ def _small_int(t: TensorType) -> bool:
 
 def _as_content(items: Any, t: TensorType) -> np.ndarray:
     """Numbers or expressions as the content of a tensor of type `t` (bools stay bools)."""
-    out = np.empty(tuple(s.value for s in t.shape), dtype=object)  # type: ignore[attr-defined]
+    shape: tuple[int, ...] = tuple(s.value for s in t.shape)  # type: ignore[attr-defined]
+    out: Any = np.empty(shape, dtype=object)
     kind = bool_ if t.dtype.is_bool else index
     for k, v in enumerate(np.asarray(items).reshape(-1)):
         out.reshape(-1)[k] = v if isinstance(v, Expr) else Const(v, kind)

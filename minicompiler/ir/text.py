@@ -32,8 +32,12 @@ def function_text(fn: Function) -> str:
     return "\n".join(line for line, _ in function_lines(fn)) + "\n"
 
 
-def function_lines(fn: Function) -> list[tuple[str, Value | None]]:
-    """The printed lines, each with the node it defines (None for the lines around them)."""
+def function_lines(fn: Function, locs: bool = True) -> list[tuple[str, Value | None]]:
+    """The printed lines, each with the node it defines (None for the lines around them).
+
+    Bodies of fused functions are printed without locations: equal kernels share one body, so its
+    locations are those of the first use.
+    """
     order = topological(fn.results)
     names = value_names(fn, order)
     dims = ", ".join(map(dim_text, function_dims(fn)))
@@ -47,9 +51,10 @@ def function_lines(fn: Function) -> list[tuple[str, Value | None]]:
     for v in order:
         if not isinstance(v, Apply):
             continue
-        lines.append(("  " + _apply(v, names), v))
+        where = f"  # {locs_text(v.locs)}" if locs and v.locs else ""
+        lines.append((f"  {_apply(v, names)}{where}", v))
         if isinstance(v.op, Function):
-            lines.extend(("  " + line, None) for line, _ in function_lines(v.op)[1:])
+            lines.extend(("  " + line, None) for line, _ in function_lines(v.op, False)[1:])
     results = [names.get(id(r), "?") for r in fn.results]
     if len(fn.result_names) == len(results):
         labels = [r.lstrip("%@") for r in results]
@@ -87,7 +92,9 @@ def value_names(fn: Function, order: Sequence[Value]) -> dict[int, str]:
         elif isinstance(v, Item):
             names[id(v)] = f"{names[id(v.tuple)]}.{v.index}"
         elif isinstance(v, Constant):
-            names[id(v)] = scalar_text(v.data) if v.data.size == 1 else fresh("@", _plain(v.name) or "c")
+            names[id(v)] = (
+                scalar_text(v.data) if v.data.size == 1 else fresh("@", _plain(v.name) or "c")
+            )
         else:
             assert isinstance(v, Input)
             names[id(v)] = fresh("%", _plain(v.name))
@@ -137,7 +144,8 @@ def content_text(content: np.ndarray) -> str:
     """The known value of a shape tensor: `[n, 12, 64]`."""
     if content.ndim == 0:
         return str(content.item())
-    return f"[{', '.join(content_text(row) if isinstance(row, np.ndarray) else str(row) for row in content)}]"
+    rows = [content_text(r) if isinstance(r, np.ndarray) else str(r) for r in content]
+    return f"[{', '.join(rows)}]"
 
 
 def locs_text(locs: Sequence[Loc]) -> str:
@@ -168,7 +176,7 @@ def _apply(v: Apply, names: Mapping[int, str]) -> str:
         text += f" = {content_text(v.contents[0])}"
     if isinstance(v.op, Function):
         text += " {"
-    return text + (f"  # {locs_text(v.locs)}" if v.locs else "")
+    return text
 
 
 def _layout(m: IndexMap | None) -> str:

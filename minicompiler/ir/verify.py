@@ -13,7 +13,18 @@ from collections.abc import Iterable
 from ..errors import ShapeError, VerifyError
 from .arith import Arith
 from .expr import Dim, Expr, walk
-from .graph import Apply, Constant, Function, Input, Item, Value, arg_of, function_dims, layout_of, operands
+from .graph import (
+    Apply,
+    Constant,
+    Function,
+    Input,
+    Item,
+    Value,
+    arg_of,
+    function_dims,
+    layout_of,
+    operands,
+)
 from .layout import IndexMap
 from .text import function_lines
 from .types import Loc, TensorType
@@ -99,7 +110,9 @@ def _check_apply(fn: Function, v: Apply, arith: Arith) -> None:
         )
     for a in v.args:
         if isinstance(a, Apply) and not isinstance(a.type, TensorType):
-            raise _error(fn, v, f"{_title(a)} has several results and is read as one; take its items")
+            raise _error(
+                fn, v, f"{_title(a)} has several results and is read as one; take its items"
+            )
     _check_layouts(fn, v, types, v.layouts)
     for t, content in zip(types, v.contents, strict=True):
         if content is not None and content.shape != tuple(getattr(s, "value", -1) for s in t.shape):
@@ -109,19 +122,25 @@ def _check_apply(fn: Function, v: Apply, arith: Arith) -> None:
         return
     if not isinstance(v.attrs, v.op.attrs):
         raise _error(
-            fn, v, f"attributes of `{v.op.name}` are {type(v.attrs).__name__}, not {v.op.attrs.__name__}"
+            fn,
+            v,
+            f"attributes of `{v.op.name}` are {type(v.attrs).__name__}, not {v.op.attrs.__name__}",
         )
     try:
         inferred = v.op.infer(*(None if a is None else arg_of(a) for a in v.args), v.attrs)
     except ShapeError as e:
-        raise _error(fn, v, f"the type rule of `{v.op.name}` refuses its arguments: {e.message}") from e
+        raise _error(
+            fn, v, f"the type rule of `{v.op.name}` refuses its arguments: {e.message}"
+        ) from e
     again = inferred if isinstance(inferred, tuple) else (inferred,)
     minted = _dims(again) - _dims(_argument_types(v))
     for have, want in zip(types, again, strict=False):
         if not _agree(have, want, arith, minted):
             raise _error(fn, v, f"`{v.op.name}` is typed {have}, its type rule gives {want}")
     if len(types) != len(again):
-        raise _error(fn, v, f"`{v.op.name}` has {len(types)} results, its type rule gives {len(again)}")
+        raise _error(
+            fn, v, f"`{v.op.name}` has {len(types)} results, its type rule gives {len(again)}"
+        )
 
 
 def _check_call(

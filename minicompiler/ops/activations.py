@@ -19,7 +19,16 @@ from .draws import FLOATS, Draw, array, choice, flag, shape
 from .elementwise import magnitude, softplus_of, unary
 from .evaluate import erf as np_erf
 from .evaluate import sigmoid as np_sigmoid
-from .rules import broadcast, direct, elements, fail, float32_inside, need_dtype, same_dtype
+from .rules import (
+    broadcast,
+    direct,
+    elements,
+    fail,
+    float32_inside,
+    need_dtype,
+    same_dtype,
+    same_size,
+)
 
 Array = np.ndarray
 
@@ -180,9 +189,8 @@ gelu = unary(
 def _prelu_infer(x: Arg, slope: Arg, a: NoAttrs) -> TensorType:
     need_dtype("prelu", x, "f")
     got = broadcast("prelu", x, slope)
-    if len(got) != x.type.rank or any(
-        p is not q for p, q in zip(got, x.type.shape, strict=True)
-    ):
+    sizes = zip(got, x.type.shape, strict=False)
+    if len(got) != x.type.rank or any(same_size(p, q) is False for p, q in sizes):
         fail(f"prelu: the slope {slope.type} does not broadcast to {x.type}")
     return TensorType(got, same_dtype("prelu", x, slope))
 

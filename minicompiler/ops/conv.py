@@ -281,9 +281,8 @@ def _transpose_reference(x: Array, w: Array, *rest: Any) -> Array:
     cg = x.shape[1] // g
     for k in range(g):
         for tap in np.ndindex(*windows.kernel):
-            part = np.einsum(
-                "nc...,co->no...", x[:, k * cg : (k + 1) * cg], w[(slice(k * cg, (k + 1) * cg), slice(None), *tap)]
-            )
+            within = slice(k * cg, (k + 1) * cg)
+            part = np.einsum("nc...,co->no...", x[:, within], w[(within, slice(None), *tap)])
             at = tuple(
                 slice(t * d, t * d + (s - 1) * st + 1, st)
                 for t, d, s, st in zip(
@@ -312,7 +311,8 @@ def _transpose_samples(draw: Draw) -> tuple[list[Array | None], ConvTransposeAtt
         groups,
     )
     dtype = choice(draw, ("float32", "float32", "float64", "float16"))
-    x = array(draw, (integer(draw, 1, 2), groups * cg, *(integer(draw, 2, 4) for _ in kernel)), dtype)
+    spatial = tuple(integer(draw, 2, 4) for _ in kernel)
+    x = array(draw, (integer(draw, 1, 2), groups * cg, *spatial), dtype)
     w = array(draw, (groups * cg, og, *kernel), dtype)
     return [x, w, array(draw, (groups * og,), dtype) if flag(draw) else None], a
 

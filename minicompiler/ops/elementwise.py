@@ -258,9 +258,13 @@ logical_not = unary(
     to=bool_,
     content=lambda e: ~truth(e),
 )
+def _all_ones(dtype: DType) -> Expr:
+    return const(-1 if dtype.is_signed else (1 << dtype.bits) - 1, dtype)
+
+
 bitwise_not = unary(
     "bitwise_not",
-    lambda e, a: Binary("xor", e, const(-1 if e.dtype.is_signed else (1 << e.dtype.bits) - 1, e.dtype)),
+    lambda e, a: Binary("xor", e, _all_ones(e.dtype)),
     lambda x, a: np.bitwise_not(x),
     kinds="i",
 )
@@ -331,8 +335,9 @@ logical_xor = _logic("logical_xor", "xor", np.logical_xor, content=False)
 bitwise_and = _operator("bitwise_and", _bin("and"), np.bitwise_and, "i")
 bitwise_or = _operator("bitwise_or", _bin("or"), np.bitwise_or, "i")
 bitwise_xor = _operator("bitwise_xor", _bin("xor"), np.bitwise_xor, "i")
-shift_left = _operator("shift_left", _bin("shl"), np.left_shift, "i", (0, 7), (0, 3), ("uint8",))
-shift_right = _operator("shift_right", _bin("shr"), np.right_shift, "i", (0, 99), (0, 3), ("uint8",))
+_SHIFTED = ("uint8",)
+shift_left = _operator("shift_left", _bin("shl"), np.left_shift, "i", (0, 7), (0, 3), _SHIFTED)
+shift_right = _operator("shift_right", _bin("shr"), np.right_shift, "i", (0, 99), (0, 3), _SHIFTED)
 
 
 # ---- where --------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ class _Grid:
                 bad = bad & active
             if bad.any():
                 at = int(np.broadcast_to(i, bad.shape)[bad].reshape(-1)[0])
-                raise IndexError(f"{self.name}: index {at} of {e} leaves axis {axis} of size {size}")
+                raise IndexError(f"{self.name}: {at} in {e} leaves axis {axis} of size {size}")
             where.append(np.clip(i, 0, max(size - 1, 0)))
         if x.size == 0:
             shape = np.broadcast_shapes(*(w.shape for w in where))
@@ -237,7 +237,7 @@ def _run(fn: Function, arrays: Sequence[Array], outer: Mapping[str, int]) -> lis
 
 
 def bind_attrs(attrs: Any, dims: Mapping[str, int]) -> Any:
-    """Attributes with every index expression replaced by its number. KeyError: a dim has no value."""
+    """Attributes with numbers for index expressions. Raises KeyError for a dim without a value."""
     fields = {f.name: getattr(attrs, f.name) for f in dataclasses.fields(attrs)}
     bound = {k: _bind(v, dims) for k, v in fields.items()}
     same = all(bound[k] is fields[k] for k in fields)
@@ -253,7 +253,7 @@ def _bind(value: Any, dims: Mapping[str, int]) -> Any:
 
 
 def is_symbolic(attrs: Any) -> bool:
-    """True when attributes mention a symbolic dimension: the reference cannot run before binding."""
+    """True when attributes mention a symbolic dimension, so that they need `bind_attrs` first."""
     for field in dataclasses.fields(attrs):
         value = getattr(attrs, field.name)
         for v in value if isinstance(value, tuple) else (value,):

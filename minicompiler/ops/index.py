@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import te
-from ..ir.expr import Const, Expr, binary, cast, const_int, eq, index, select, wrap
+from ..ir.expr import Const, Expr, binary, cast, const_int, eq, select, wrap
 from ..ir.op import Arg, Op, register
-from ..ir.types import TensorType
+from ..ir.types import TensorType, index
 from .draws import Draw, array, choice, flag, integer, shape
 from .rules import (
     Size,

@@ -38,7 +38,9 @@ class MatmulAttrs:
     transpose_b: bool = False
 
 
-def _matrices(a: Shape, b: Shape, attrs: MatmulAttrs) -> tuple[Shape, Expr, Expr, Expr, Expr, Shape]:
+def _matrices(
+    a: Shape, b: Shape, attrs: MatmulAttrs
+) -> tuple[Shape, Expr, Expr, Expr, Expr, Shape]:
     """(batch of a, m, k of a, k of b, n, batch of b); a 1-d operand is a row, or a column."""
     la = a[-2:] if len(a) > 1 else (ONE, a[0])
     lb = b[-2:] if len(b) > 1 else (b[0], ONE)
@@ -83,8 +85,8 @@ def _matmul_compute(a: te.Tensor, b: te.Tensor, attrs: MatmulAttrs) -> te.Tensor
     def body(*i: Expr) -> Expr:
         batch = i[: len(i) - rows - columns]
         inner = i[len(batch) :]
-        at_a = (inner[0], k) if rows else (k,)
-        at_b = (k, inner[-1]) if columns else (k,)
+        at_a: tuple[Expr, ...] = (inner[0], k) if rows else (k,)
+        at_b: tuple[Expr, ...] = (k, inner[-1]) if columns else (k,)
         if attrs.transpose_a:
             at_a = at_a[::-1]
         if attrs.transpose_b:

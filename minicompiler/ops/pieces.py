@@ -10,7 +10,7 @@ Sizes in attributes may be expressions, or come as further arguments; see shape.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from .rules import (
     Shape,
     Size,
     axis_of,
-    changed,
     clamped,
     content_ints,
     content_sizes,
@@ -241,7 +240,7 @@ tile = register(
 # ---- strided_slice ------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class SliceAttrs:
-    """As Python slices x[start:end:step] of some axes; axes () are the first ones, steps () are 1."""
+    """Python slices start:end:step of some axes; axes () are the first ones, steps () are 1."""
 
     starts: tuple[Size, ...] = ()
     ends: tuple[Size, ...] = ()
@@ -259,7 +258,7 @@ def _slice_absorb(args: Sequence[Arg | None], a: SliceAttrs) -> tuple[int, Slice
         if arg is not None:
             read = content_sizes if name in ("starts", "ends") else content_ints
             fields[name] = read("strided_slice", f"`{name}`", arg)
-    return 1, changed(a, **fields)
+    return 1, replace(a, **fields)
 
 
 def _edge(value: Size, size: Expr, low: Size, high: Expr) -> Expr:
@@ -374,7 +373,7 @@ def _pad_absorb(args: Sequence[Arg | None], a: PadAttrs) -> tuple[int, PadAttrs]
         return 1, a
     sizes = content_sizes("pad", "the padding", args[1])
     half = len(sizes) // 2
-    return 1, changed(a, begin=sizes[:half], end=sizes[half:])
+    return 1, replace(a, begin=sizes[:half], end=sizes[half:])
 
 
 def _pad_infer(x: Arg, a: PadAttrs) -> TensorType:
@@ -418,7 +417,7 @@ def _pad_reference(x: Array, a: PadAttrs) -> Array:
     )
     grown = [(max(b, 0), max(e, 0)) for b, e in widths]
     options: Any = {"constant_values": a.value} if a.mode == "constant" else {}
-    return np.pad(x[crop], grown, a.mode, **options)  # type: ignore[call-overload, no-any-return]
+    return np.pad(x[crop], grown, a.mode, **options)  # type: ignore[call-overload]
 
 
 def _pad_samples(draw: Draw) -> tuple[list[Array], PadAttrs]:
@@ -528,7 +527,8 @@ def _to_space_reference(x: Array, a: BlockAttrs) -> Array:
 
 def _to_space_samples(draw: Draw) -> tuple[list[Array], BlockAttrs]:
     b = integer(draw, 1, 3)
-    of = (integer(draw, 1, 2), b * b * integer(draw, 1, 2), integer(draw, 1, 3), integer(draw, 1, 3))
+    channels = b * b * integer(draw, 1, 2)
+    of = (integer(draw, 1, 2), channels, integer(draw, 1, 3), integer(draw, 1, 3))
     return [array(draw, of, choice(draw, MOVED))], BlockAttrs(b, flag(draw))
 
 
@@ -575,7 +575,8 @@ def _to_depth_reference(x: Array, a: BlockAttrs) -> Array:
 
 def _to_depth_samples(draw: Draw) -> tuple[list[Array], BlockAttrs]:
     b = integer(draw, 1, 3)
-    of = (integer(draw, 1, 2), integer(draw, 1, 3), b * integer(draw, 1, 2), b * integer(draw, 1, 2))
+    height, width = b * integer(draw, 1, 2), b * integer(draw, 1, 2)
+    of = (integer(draw, 1, 2), integer(draw, 1, 3), height, width)
     return [array(draw, of, choice(draw, MOVED))], BlockAttrs(b, flag(draw))
 
 

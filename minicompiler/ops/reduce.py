@@ -99,7 +99,9 @@ def _reduction(
     )
 
 
-def _fold(f: Callable[[Expr, Expr], Expr], x: Array, over: tuple[int, ...], keepdims: bool) -> Array:
+def _fold(
+    f: Callable[[Expr, Expr], Expr], x: Array, over: tuple[int, ...], keepdims: bool
+) -> Array:
     """A reduction of contents."""
     moved = np.moveaxis(x, over, range(len(over)))
     rows = moved.reshape(-1, *moved.shape[len(over) :])
@@ -194,7 +196,8 @@ def _softmax_infer(x: Arg, a: AxisAttrs) -> TensorType:
 
 
 def _softmax_compute(x: te.Tensor, a: AxisAttrs) -> te.Tensor:
-    e = te.exp(widened(x) - te.max(widened(x), a.axis))
+    source = widened(x)
+    e = te.exp(source - te.max(source, a.axis))
     return te.astype(e / te.sum(e, a.axis), x.dtype)
 
 
@@ -204,7 +207,8 @@ def _softmax_reference(x: Array, a: AxisAttrs) -> Array:
 
 
 def _log_softmax_compute(x: te.Tensor, a: AxisAttrs) -> te.Tensor:
-    shifted = widened(x) - te.max(widened(x), a.axis)
+    source = widened(x)
+    shifted = source - te.max(source, a.axis)
     total = te.sum(te.exp(shifted), a.axis)
     return te.astype(shifted - te.call("log", total), x.dtype)
 

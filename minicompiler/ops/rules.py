@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -17,7 +16,7 @@ import numpy as np
 from .. import te
 from ..errors import ShapeError
 from ..ir.arith import Arith
-from ..ir.expr import Const, Expr, binary, cast, const, const_int, eq, wrap
+from ..ir.expr import Const, Expr, binary, cast, const, const_int, eq, select, wrap
 from ..ir.op import Arg, Compute
 from ..ir.types import DType, TensorType, float32
 
@@ -53,7 +52,8 @@ def need_dtype(op: str, x: Arg, kinds: str) -> None:
     t = x.type.dtype
     if ("f" if t.is_float else "b" if t.is_bool else "i") not in kinds:
         names = {"f": "float", "i": "integer", "b": "bool"}
-        fail(f"{op} takes {' or '.join(names[k] for k in kinds)} elements, got {t}", "insert a Cast")
+        wanted = " or ".join(names[k] for k in kinds)
+        fail(f"{op} takes {wanted} elements, got {t}", "insert a Cast")
 
 
 def same_dtype(op: str, *args: Arg | None) -> DType:
@@ -107,7 +107,8 @@ def need_const(op: str, what: str, e: Size) -> int:
     """A size that has to be known while compiling."""
     value = const_int(e)
     if value is None:
-        fail(f"{op}: {what} is {e}, but has to be known while compiling", "give the dimension a value")
+        hint = "give the dimension a value"
+        fail(f"{op}: {what} is {e}, but has to be known while compiling", hint)
     return value
 
 
@@ -162,7 +163,7 @@ def widened(x: te.Tensor) -> te.Tensor:
 
 
 def elements(f: Callable[..., Expr], *xs: te.Operand, name: str) -> te.Tensor:
-    """f on corresponding elements; 16-bit floats are widened before and the result narrowed after."""
+    """f on corresponding elements; 16-bit floats are widened before and results narrowed after."""
     first = next(x for x in xs if isinstance(x, te.Tensor))
     if not is_low(first.dtype):
         return te.map_elements(f, *xs, name=name)
@@ -200,8 +201,6 @@ def clamped(index: Expr, size: Size) -> Expr:
 
 def wrapped(index: Expr, size: Size) -> Expr:
     """A data-dependent index: negative ones count from the end, all stay within the tensor."""
-    from ..ir.expr import select
-
     index = cast(index, Const(0).dtype)
     return clamped(select(index < 0, index + size, index), size)
 
@@ -249,14 +248,9 @@ def on_contents(f: Callable[..., Expr], *arrays: np.ndarray) -> np.ndarray:
 
 
 def optional(rest: Sequence[Any], count: int = 1) -> tuple[Any, ...]:
-    """(optional arguments, None where absent, attrs) of what follows an operator's other arguments."""
+    """(optional arguments, None where absent, attrs) of what follows the arguments proper."""
     *given, attrs = rest
     return (*given, *(None,) * (count - len(given)), attrs)
-
-
-def changed(attrs: Any, **fields: Any) -> Any:
-    """A copy of an attrs record with some fields replaced."""
-    return dataclasses.replace(attrs, **fields)
 
 
 def result(shape: Iterable[Size], dtype: DType) -> TensorType:

@@ -11,7 +11,7 @@ has the data as its only arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,6 @@ from .rules import (
     axes_of,
     axis_of,
     broadcast_sizes,
-    changed,
     content_sizes,
     direct,
     fail,
@@ -51,7 +50,7 @@ def absorber(op: str, what: str, field: str, keep: int) -> Absorb:
     def absorb(args: Sequence[Arg | None], attrs: Any) -> tuple[int, Any]:
         if len(args) <= keep or args[keep] is None:
             return keep, attrs
-        return keep, changed(attrs, **{field: content_sizes(op, what, args[keep])})
+        return keep, replace(attrs, **{field: content_sizes(op, what, args[keep])})
 
     return absorb
 
@@ -344,7 +343,9 @@ def _unsqueeze_compute(x: te.Tensor, a: UnsqueezeAttrs) -> te.Tensor:
 def _unsqueeze_samples(draw: Draw) -> tuple[list[Array], UnsqueezeAttrs]:
     of = shape(draw, 0, 3)
     count = integer(draw, 1, 2)
-    axes = some_axes(draw, len(of) + count)[:count]
+    rank = len(of) + count
+    axes = tuple(a % rank for a in some_axes(draw, rank, count))[:count]
+    axes = tuple(a - rank if flag(draw) else a for a in axes)
     return [array(draw, of, choice(draw, MOVED))], UnsqueezeAttrs(axes)
 
 

@@ -54,7 +54,7 @@ def eliminate_common_subexpr(fn: Function, ctx: Any) -> Function:
 
 
 def _operands(v: Value) -> tuple[Value | None, ...]:
-    return (v.tuple,) if isinstance(v, Item) else v.args  # type: ignore[attr-defined, no-any-return]
+    return (v.tuple,) if isinstance(v, Item) else v.args  # type: ignore[attr-defined]
 
 
 def _identity_of(data: np.ndarray) -> Any:

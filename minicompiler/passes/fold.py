@@ -74,11 +74,14 @@ def evaluate_node(v: Apply, budget: int = _BUDGET) -> tuple[np.ndarray, ...] | N
     types = v.type if isinstance(v.type, tuple) else (v.type,)
     if not all(type(s) is Const for t in types for s in t.shape):
         return None
-    size = sum(prod(s.value for s in t.shape) * t.dtype.bytes for t in types)  # type: ignore[attr-defined]
+    counts = [prod(s.value for s in t.shape if type(s) is Const) for t in types]
+    size = sum(n * t.dtype.bytes for n, t in zip(counts, types, strict=True))
     given = [a.data for a in v.args if isinstance(a, Constant)]
     if size > budget + sum(a.nbytes for a in given):
         return None
-    return compute(v.op, [a.data if isinstance(a, Constant) else None for a in v.args], v.attrs, types)
+    return compute(
+        v.op, [a.data if isinstance(a, Constant) else None for a in v.args], v.attrs, types
+    )
 
 
 def compute(
@@ -98,4 +101,3 @@ def _known_content(v: Value) -> np.ndarray | None:
     t = v.type  # type: ignore[attr-defined]
     numbers = np.array([e.value for e in content.flat], t.dtype.numpy)
     return numbers.reshape(content.shape)
-

@@ -93,7 +93,7 @@ def _per_channel(c: Array, x: Apply) -> Array | None:
 def _folded(v: Apply, x: Apply, factor: Array | None, offset: Array | None) -> Value | None:
     """x * factor + offset with the constants inside x."""
     weight = x.args[1]
-    if not isinstance(weight, Constant):
+    if not isinstance(weight, Constant) or isinstance(x.op, Function):
         return None
     locs = (*x.locs, *(loc for loc in v.locs if loc not in x.locs))
     scaled = weight if factor is None else _scaled(x, weight, factor)

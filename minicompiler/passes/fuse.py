@@ -1,12 +1,12 @@
-"""Fusion: which operators become one kernel (ARCHITECTURE section 8; Relay's algorithm and one phase more).
+"""Fusion: which operators become one kernel. Relay's algorithm, and one phase more.
 
     %0 = conv(%x, @w)                         %0 = fused_conv_relu(%x, @w) {
     %1 = relu(%0)                               %0 = conv(%p0, %p1)
     return %1                          ->       %1 = relu(%0)
                                                 return %1
                                               }
-Nodes merge into their post-dominator, so a group has one sink, all paths inside end there and groups
-cannot depend on each other in a circle. A refused merge leaves its reason in `Function.reasons`.
+Nodes merge into their post-dominator, so a group has one sink, all paths inside end there, and no
+groups depend on each other in a circle. A refused merge leaves its reason in `Function.reasons`.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class _Partition:
                 b = self.dominator[b]
         return a, kind
 
-    # ---- phases -----------------------------------------------------------------------------------
+    # ---- phases ---------------------------------------------------------------------------------
     def run(self) -> None:
         for phase in (self._finish_contractions, self._merge_injective, self._merge_rows):
             for n in range(len(self.nodes)):
@@ -134,7 +134,7 @@ class _Partition:
         kind, edge = self.root(n).kind, self.edge_kind[n]
         if kind is Kind.OUT_FUSABLE:
             if edge > Kind.BROADCAST:
-                return f"a contraction takes only elementwise work onto its output, this is {edge.name}"
+                return f"a contraction takes only elementwise work onto its output, not {edge.name}"
             shape = _shapes(self.nodes[n])
             if any(_shapes(self.nodes[k]) != shape for k in (*self.between(n, sink), sink)):
                 return "the contraction's result would be repeated by a broadcast"
@@ -146,7 +146,9 @@ class _Partition:
     def _elementwise(self, n: int, sink: int) -> str | None:
         """What is at most BROADCAST goes into what reads it once, or into a reduction."""
         if self.edge_kind[n] not in (Kind.ELEMWISE, Kind.BROADCAST, Kind.INJECTIVE, Kind.REDUCTION):
-            return "the operands of a contraction are read many times, so they are computed before it"
+            return (
+                "the operands of a contraction are read many times, so they are computed before it"
+            )
         return self._path(
             n, sink, lambda k, last: k <= Kind.INJECTIVE or (last and k <= Kind.OUT_FUSABLE)
         )
@@ -165,7 +167,8 @@ class _Partition:
         members = [k for k in range(len(self.nodes)) if self.find(k) in self._roots(n, sink)]
         kinds = [self.info[k].kind for k in members]
         if max(kinds) > Kind.REDUCTION:
-            return "one of the groups holds a contraction" if max(kinds) < Kind.OPAQUE else "opaque"
+            # The reason of an earlier phase says more.
+            return self.refused.get(n, "one of the groups holds a contraction")
         if self.edge_kind[n] > Kind.REDUCTION:
             return "a contraction lies on the way"
         inside = set(members)
@@ -187,7 +190,9 @@ class _Partition:
         if size is None:
             return "the size of a row has no upper bound"
         if size > self.row_limit:
-            return f"a row of {size} bytes does not fit half of the L2 cache ({self.row_limit} bytes)"
+            return (
+                f"a row of {size} bytes does not fit half of the L2 cache ({self.row_limit} bytes)"
+            )
         return self._path(n, sink, lambda k, _: k <= Kind.REDUCTION)
 
     def _row_bytes(self, members: list[int], rows: int) -> int | None:
@@ -204,7 +209,7 @@ class _Partition:
             total += high * t.dtype.bytes
         return total
 
-    # ---- groups -------------------------------------------------------------------------------------
+    # ---- groups ---------------------------------------------------------------------------------
     def find(self, n: int) -> int:
         while self.groups[n].parent != n:
             self.groups[n].parent = self.groups[self.groups[n].parent].parent
@@ -235,7 +240,8 @@ class _Partition:
             if not allowed(self.root(k).kind, k == sink):
                 if self.root(k).kind is Kind.OUT_FUSABLE:
                     return f"`{self.nodes[k].op.name}` is fused with another contraction"
-                return f"`{self.nodes[k].op.name}` on the way is in a group of kind {self.root(k).kind.name}"
+                kind = self.root(k).kind.name
+                return f"`{self.nodes[k].op.name}` on the way is in a group of kind {kind}"
         if sum(self.info[k].kind is Kind.OUT_FUSABLE for k in self._members(roots)) > 1:
             return "a kernel holds at most one contraction"
         if sum(self.groups[r].size for r in roots) > MAX_GROUP:
@@ -263,7 +269,7 @@ class _Partition:
         return tuple(found)
 
 
-# ---- groups to functions ----------------------------------------------------------------------------
+# ---- groups to functions ------------------------------------------------------------------------
 def _build(fn: Function, nodes: list[Apply], partition: _Partition) -> Function:
     members: dict[int, list[Apply]] = {}
     for k, v in enumerate(nodes):
@@ -307,7 +313,9 @@ def _build(fn: Function, nodes: list[Apply], partition: _Partition) -> Function:
     return fn.with_(results=done, reasons=(*fn.reasons, *partition.reasons()))
 
 
-def _used_outside(fn: Function, nodes: list[Apply], partition: _Partition) -> dict[int, list[Value]]:
+def _used_outside(
+    fn: Function, nodes: list[Apply], partition: _Partition
+) -> dict[int, list[Value]]:
     """Per node the results (the node itself, or its Items) that other groups or the caller read."""
     group = {id(v): partition.find(k) for k, v in enumerate(nodes)}
     found: dict[int, list[Value]] = {id(v): [] for v in nodes}
@@ -315,7 +323,12 @@ def _used_outside(fn: Function, nodes: list[Apply], partition: _Partition) -> di
 
     def use(a: Value | None, reader: int | None) -> None:
         source = _source(a)
-        if a is not None and source is not None and group[id(source)] != reader and id(a) not in seen:
+        if (
+            a is not None
+            and source is not None
+            and group[id(source)] != reader
+            and id(a) not in seen
+        ):
             seen.add(id(a))
             found[id(source)].append(a)
 
@@ -330,7 +343,7 @@ def _used_outside(fn: Function, nodes: list[Apply], partition: _Partition) -> di
 
 
 def _function(group: list[Apply], results: list[Value]) -> tuple[Function, list[Value]]:
-    """The group as a Function, and the values outside that become its parameters, in order of use."""
+    """The group as a Function, and the outside values for its parameters, in order of use."""
     inside = {id(v) for v in group}
     params: dict[int, Input] = {}
     args: list[Value] = []
@@ -359,14 +372,16 @@ def _function(group: list[Apply], results: list[Value]) -> tuple[Function, list[
     return made, args
 
 
-def _call(
-    op: Function, args: tuple[Value, ...], group: list[Apply], results: list[Value]
-) -> Apply:
+def _call(op: Function, args: tuple[Value, ...], group: list[Apply], results: list[Value]) -> Apply:
     locs = tuple(dict.fromkeys(loc for v in group for loc in v.locs))
     types = tuple(type_of(r) for r in results)
     layouts = tuple(layout_of(r) for r in results)
     contents = tuple(
-        r.contents[0] if isinstance(r, Apply) else r.tuple.contents[r.index] if isinstance(r, Item) else None
+        r.contents[0]
+        if isinstance(r, Apply)
+        else r.tuple.contents[r.index]
+        if isinstance(r, Item)
+        else None
         for r in results
     )
     first = _source(results[0])
@@ -397,7 +412,7 @@ def _name(group: list[Apply], taken: set[str]) -> str:
     return name
 
 
-# ---- small views --------------------------------------------------------------------------------------
+# ---- small views --------------------------------------------------------------------------------
 def _source(a: Value | None) -> Apply | None:
     """The Apply that computes a value, None for Inputs and Constants."""
     if isinstance(a, Item):
@@ -425,4 +440,3 @@ def fused_functions(fn: Function) -> list[Function]:
         if isinstance(v, Apply) and isinstance(v.op, Function):
             found.setdefault(id(v.op), v.op)
     return list(found.values())
-

@@ -3,8 +3,8 @@
 In: an Apply. Out, from index analysis of `op.computes[0]`:
     kind_of(relu)     ELEMWISE        out[i, j] = f(x[i, j])
     kind_of(softmax)  REDUCTION       a stage sums over its own axis
-    kind_of(matmul)   OUT_FUSABLE     the operands of a sum depend on different axes: elements are reused
-    reads(softmax)    Reads(kind, prefixes=(2,)): with x[b, s, d], result [b, s, :] needs only x[b, s, :]
+    kind_of(matmul)   OUT_FUSABLE     operands of a sum depend on different axes: they are reused
+    reads(softmax)    Reads(kind, prefixes=(2,)): of x[b, s, d], result [b, s, :] needs x[b, s, :]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Reads:
 
     Attributes:
         kind: the fusion kind.
-        prefixes: per argument, how many leading axes of the result index the argument in the same way
+        prefixes: per argument, how many leading axes of the result index it in the same way
             (`ALL` when it is not read).
     """
 
@@ -45,7 +45,7 @@ def reads(v: Apply) -> Reads:
     if isinstance(v.op, Function) or v.op.kind is Kind.OPAQUE or not v.op.computes:
         return Reads(Kind.OPAQUE, (0,) * len(v.args))
     placeholders, results = expressions(v)
-    kind = Kind.ELEMWISE if v.op.kind is None else v.op.kind
+    kind: Kind = Kind.ELEMWISE if v.op.kind is None else v.op.kind
     prefix: dict[te.Tensor, dict[te.Tensor, int]] = {}
     for t in te.closure(results):
         if t.body is None:
@@ -67,9 +67,9 @@ def reads(v: Apply) -> Reads:
 
 
 def expressions(v: Apply) -> tuple[list[te.Tensor | None], tuple[te.Tensor, ...]]:
-    """The node's meaning: a placeholder per argument (None: absent) and the tensor of each result."""
+    """The node's meaning: a placeholder per argument (None: absent), a tensor per result."""
     assert not isinstance(v.op, Function)
-    placeholders = []
+    placeholders: list[te.Tensor | None] = []
     for k, a in enumerate(v.args):
         if a is None:
             placeholders.append(None)
@@ -94,7 +94,8 @@ class _Stage:
         }
         if self.reduce is not None:
             ranges.update(
-                (a, (ZERO, s - 1)) for a, s in zip(self.reduce.axes, self.reduce.extents, strict=True)
+                (a, (ZERO, s - 1))
+                for a, s in zip(self.reduce.axes, self.reduce.extents, strict=True)
             )
         self._arith = Arith(ranges)
 
@@ -121,9 +122,9 @@ class _Stage:
         for i in indices:
             if i is ZERO:
                 continue
-            if i not in axes or axes.index(i) <= last:  # type: ignore[arg-type]
+            if i not in axes or axes.index(i) <= last:
                 return Kind.INJECTIVE
-            last = axes.index(i)  # type: ignore[arg-type]
+            last = axes.index(i)
         return Kind.BROADCAST
 
     def common_prefix(self, load: Load) -> int:
@@ -149,7 +150,9 @@ def _most_reads(e: Expr) -> int:
             parts = [go(c) for c in x.children()]
             if type(x) is Select:  # only one side is read
                 cond, a, b = parts
-                larger = {k: max(a.get(k, _NONE), b.get(k, _NONE), key=len) for k in a.keys() | b.keys()}
+                larger = {
+                    k: max(a.get(k, _NONE), b.get(k, _NONE), key=len) for k in a.keys() | b.keys()
+                }
                 parts = [cond, larger]
             done = {x.buffer: frozenset((x,))} if type(x) is Load else {}
             for part in parts:

@@ -2,8 +2,9 @@
 
     %0 = conv(%x, @w) : float32[1, 64, 56, 56]      ->  ... @(d0, d1//16, d2, d3, d1%16)
     %1 = relu(%0) : float32[1, 64, 56, 56]          ->  ... @(d0, d1//16, d2, d3, d1%16)
-Only the results of nodes change their place in memory: operators see logical indices, and a kernel reads
-any layout through its index map, so no conversions are inserted. Inputs and results stay row-major.
+Only results of nodes change their place in memory: operators see logical indices, and a kernel
+reads any layout through its index map, so no conversions are inserted. Inputs and results of the
+model stay row-major.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..ir.graph import (
 from ..ir.layout import IndexMap, axes
 from ..ir.op import Kind
 from ..ir.types import TensorType
-from ..ops import conv, pool, shape
+from ..ops import conv, pieces, pool
 from .kind import kind_of
 
 BLOCKS = (16, 8)
@@ -57,7 +58,7 @@ def _layout(v: Apply, args: tuple[Value | None, ...]) -> IndexMap | None:
         channels = const_int(t.shape[1])
         block = next((b for b in BLOCKS if channels is not None and channels % b == 0), None)
         return None if block is None else IndexMap.blocked(_RANK, 1, block)
-    if v.op is shape.concat:
+    if v.op is pieces.concat:
         return _joined(v, args)
     follow = next(
         (
@@ -79,4 +80,3 @@ def _joined(v: Apply, args: tuple[Value | None, ...]) -> IndexMap | None:
     block = max(first.factor(d) for d in axes(first.rank))
     sizes = [const_int(type_of(a).shape[1]) for a in args if a is not None]
     return first if all(s is not None and s % block == 0 for s in sizes) else None
-

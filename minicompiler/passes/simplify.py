@@ -30,7 +30,7 @@ from ..ir.graph import (
 )
 from ..ir.op import Op
 from ..ir.types import TensorType
-from ..ops import activations, elementwise, shape
+from ..ops import activations, elementwise, pieces, shape
 
 Rule = Callable[[Apply], Value | None]
 
@@ -81,7 +81,7 @@ def _filled(v: Value | None) -> float | None:
     return float(first) if bool(np.all(v.data == first)) else None
 
 
-# ---- arithmetic -----------------------------------------------------------------------------------
+# ---- arithmetic ---------------------------------------------------------------------------------
 def _neutral(number: float, right_only: bool = False) -> Rule:
     """x op number = x (for x + 0, up to the sign of a zero)."""
 
@@ -90,6 +90,15 @@ def _neutral(number: float, right_only: bool = False) -> Rule:
         if _filled(b) == number:
             return a
         return b if not right_only and _filled(a) == number else None
+
+    return rule
+
+
+def _absorbing(number: float) -> Rule:
+    """x op number = number (x and False)."""
+
+    def rule(v: Apply) -> Value | None:
+        return next((a for a in v.args if _filled(a) == number), None)
 
     return rule
 
@@ -152,7 +161,7 @@ def _bound(pick: Callable[..., Any], a: Any, b: Any) -> Any:
     return pick(known) if known else None
 
 
-# ---- choice and conversion --------------------------------------------------------------------------
+# ---- choice and conversion ----------------------------------------------------------------------
 def _constant_choice(v: Apply) -> Value | None:
     """where with a condition that is the same everywhere, or with equal branches."""
     cond, a, b = v.args
@@ -170,11 +179,11 @@ def _negated_choice(v: Apply) -> Value | None:
 
 
 def _unchanged(v: Apply) -> Value | None:
-    """An operator that only moves elements and keeps the shape (the type is compared by the caller)."""
+    """An operator that only moves elements and keeps the shape (the caller compares types)."""
     return v.args[0]
 
 
-# ---- moving elements --------------------------------------------------------------------------------
+# ---- moving elements ----------------------------------------------------------------------------
 def _perm(v: Apply) -> tuple[int, ...]:
     rank = type_of(v).rank
     return tuple(p % rank for p in v.attrs.perm) or tuple(reversed(range(rank)))
@@ -215,6 +224,16 @@ def _reshaped(v: Apply, x: Value | None) -> Apply:
     return _again(v, shape.reshape, x, attrs=attrs)
 
 
+def _whole_slice(v: Apply) -> Value | None:
+    """A slice as large as its operand; a reversed one has that size too."""
+    return v.args[0] if all(step == 1 for step in v.attrs.steps) else None
+
+
+def _unpadded(v: Apply) -> Value | None:
+    padding = (*v.attrs.begin, *v.attrs.end)
+    return v.args[0] if all(const_int(p) == 0 for p in padding) else None
+
+
 def _one_part(v: Apply) -> Value | None:
     return v.args[0] if len(v.args) == 1 else None
 
@@ -226,7 +245,7 @@ def _flat_concat(v: Apply) -> Value | None:
     def nested(a: Value | None) -> bool:
         return (
             isinstance(a, Apply)
-            and a.op is shape.concat
+            and a.op is pieces.concat
             and a.attrs.axis % type_of(a).rank == axis
         )
 
@@ -235,13 +254,13 @@ def _flat_concat(v: Apply) -> Value | None:
     parts: list[Value | None] = []
     for a in v.args:
         parts.extend(a.args if isinstance(a, Apply) and nested(a) else (a,))
-    return _again(v, shape.concat, *parts, attrs=v.attrs)
+    return _again(v, pieces.concat, *parts, attrs=v.attrs)
 
 
 def _joined_split(v: Apply) -> Value | None:
     """concat of all parts of one split, in order, is what was split."""
     first = v.args[0]
-    if not isinstance(first, Item) or first.tuple.op is not shape.split:
+    if not isinstance(first, Item) or first.tuple.op is not pieces.split:
         return None
     source = first.tuple
     assert not isinstance(source.type, TensorType)
@@ -260,6 +279,8 @@ RULES: dict[Op, tuple[Rule, ...]] = {
     elementwise.power: (_small_power,),
     elementwise.neg: (_twice(elementwise.neg),),
     elementwise.logical_not: (_twice(elementwise.logical_not),),
+    elementwise.logical_and: (_neutral(1), _absorbing(0)),
+    elementwise.logical_or: (_neutral(0), _absorbing(1)),
     elementwise.bitwise_not: (_twice(elementwise.bitwise_not),),
     elementwise.abs_: (_idempotent(elementwise.abs_),),
     activations.relu: (_idempotent(activations.relu),),
@@ -268,10 +289,12 @@ RULES: dict[Op, tuple[Rule, ...]] = {
     elementwise.cast_: (_unchanged,),
     elementwise.identity: (_unchanged,),
     shape.expand: (_unchanged,),
-    shape.tile: (_unchanged,),
+    pieces.tile: (_unchanged,),
+    pieces.pad: (_unpadded,),
+    pieces.strided_slice: (_whole_slice,),
     shape.transpose: (_transpose,),
     shape.reshape: (_view,),
     shape.squeeze: (_view,),
     shape.unsqueeze: (_view,),
-    shape.concat: (_one_part, _flat_concat, _joined_split),
+    pieces.concat: (_one_part, _flat_concat, _joined_split),
 }

@@ -1,6 +1,6 @@
 """Object files -> callable addresses in this process.
 
-    lib = Library(object_bytes, ["fused_dense_1"])
+    lib = Library([object_bytes], ["fused_dense_1"])
     lib.address("fused_dense_1")
 
 Nothing is looked up outside of the given symbols: a kernel that refers to anything but `mc_barrier`

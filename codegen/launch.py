@@ -1,0 +1,129 @@
+"""A Plan -> LLVM IR text of the native main, which runs the whole model in one region of the pool.
+
+    void mc_main(i32 tid, i32 nthreads, ptr table, ptr barrier)
+
+`table` is an array of 64-bit words laid out by `Plan.table()`: addresses of inputs, outputs, arena
+and workspace, the dimensions, addresses of constants and kernels. Every thread walks the same
+calls; between two of them all threads meet at the barrier. A kernel is called as
+
+    kernel(i32 tid, i32 nthreads, ptr barrier, ptr tensors..., i64 dims..., ptr workspace)
+"""
+
+from __future__ import annotations
+
+from minicompiler.errors import CodegenError
+from minicompiler.runtime.plan import MAIN, Call, Location, Plan, Size
+
+_FLOOR = """
+define internal i64 @mc_floordiv(i64 %a, i64 %b) #0 {
+  %q = sdiv i64 %a, %b
+  %r = srem i64 %a, %b
+  %signs = xor i64 %r, %b
+  %differ = icmp slt i64 %signs, 0
+  %inexact = icmp ne i64 %r, 0
+  %down = and i1 %differ, %inexact
+  %one = zext i1 %down to i64
+  %f = sub i64 %q, %one
+  ret i64 %f
+}
+define internal i64 @mc_mod(i64 %a, i64 %b) #0 {
+  %q = call i64 @mc_floordiv(i64 %a, i64 %b)
+  %p = mul i64 %q, %b
+  %m = sub i64 %a, %p
+  ret i64 %m
+}
+declare i64 @llvm.smin.i64(i64, i64)
+declare i64 @llvm.smax.i64(i64, i64)
+declare void @mc_barrier(ptr, i32)
+"""
+
+_FORMATS = {
+    "add": "add nsw i64 {}, {}",
+    "sub": "sub nsw i64 {}, {}",
+    "mul": "mul nsw i64 {}, {}",
+    "floordiv": "call i64 @mc_floordiv(i64 {}, i64 {})",
+    "mod": "call i64 @mc_mod(i64 {}, i64 {})",
+    "min": "call i64 @llvm.smin.i64(i64 {}, i64 {})",
+    "max": "call i64 @llvm.smax.i64(i64 {}, i64 {})",
+}
+
+
+def emit_main(plan: Plan) -> str:
+    """The text of MAIN with what it declares, for `native.compile_object`."""
+    return _Main(plan).run()
+
+
+class _Main:
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.table = plan.table()
+        self.lines: list[str] = []
+        self.count = 0
+        self.sizes: dict[Size, str] = {}
+
+    def run(self) -> str:
+        # All blocks lie in one chain, so a value is known in every block after its own.
+        for k, dim in enumerate(self.plan.dims):
+            self.sizes[dim.name] = self.load("i64", self.table.dims + k)
+        for name, size in self.plan.named:
+            self.sizes[name] = self.size(size)
+        if self.plan.calls:
+            self.put("%several = icmp sgt i32 %nthreads, 1")
+        for k, call in enumerate(self.plan.calls):
+            if k:
+                self.lines.append(f"  br i1 %several, label %meet{k}, label %call{k}")
+                self.lines.append(f"meet{k}:")
+                self.put("call void @mc_barrier(ptr %barrier, i32 %nthreads)")
+                self.put(f"br label %call{k}")
+                self.lines.append(f"call{k}:")
+            self.call(call)
+        self.put("ret void")
+        head = f"define void @{MAIN}(i32 %tid, i32 %nthreads, ptr %table, ptr %barrier) #0 {{\n"
+        return _FLOOR + head + "\n".join(["entry:", *self.lines, "}", ""])
+
+    def call(self, call: Call) -> None:
+        args = ["i32 %tid", "i32 %nthreads", "ptr %barrier"]
+        args += [f"ptr {self.pointer(a)}" for a in call.args]
+        args += [f"i64 {self.size(d)}" for d in call.dims]
+        args.append(f"ptr {self.load('ptr', self.table.workspace)}")
+        kernel = self.load("ptr", self.table.kernels[call.kernel])
+        self.put(f"call void {kernel}({', '.join(args)})")
+
+    def pointer(self, location: Location) -> str:
+        place, at = location
+        if place == "arena":
+            base = self.load("ptr", self.table.arena)
+            return self.op(f"getelementptr i8, ptr {base}, i64 {self.size(at)}")
+        first = {
+            "input": self.table.inputs,
+            "output": self.table.outputs,
+            "constant": self.table.constants,
+        }.get(place)
+        if first is None or not isinstance(at, int):
+            raise CodegenError(f"a plan names the unknown place {place} {at}")
+        return self.load("ptr", first + at)
+
+    def size(self, size: Size) -> str:
+        """An i64 operand for a size; each is computed once."""
+        if isinstance(size, int):
+            return str(size)
+        found = self.sizes.get(size)
+        if found is None:
+            if isinstance(size, str):
+                raise CodegenError(f"a plan uses the unknown dimension {size}")
+            op, a, b = size
+            found = self.sizes[size] = self.op(_FORMATS[op].format(self.size(a), self.size(b)))
+        return found
+
+    def load(self, kind: str, slot: int) -> str:
+        at = self.op(f"getelementptr i64, ptr %table, i64 {slot}")
+        return self.op(f"load {kind}, ptr {at}, align 8")
+
+    def op(self, text: str) -> str:
+        self.count += 1
+        name = f"%v{self.count}"
+        self.put(f"{name} = {text}")
+        return name
+
+    def put(self, line: str) -> None:
+        self.lines.append("  " + line)

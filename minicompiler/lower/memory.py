@@ -1,0 +1,409 @@
+"""Kernel calls in order -> a Plan: where every value lives while the model runs.
+
+    plan, constants = plan_memory(fn, [KernelCall("dense", (x, w), (h,), (n,), ZERO, ZERO), ...])
+
+Outputs live in the caller's arrays, other values in one arena. A value is alive from the call that
+makes it to the last one that reads it; values alive together never overlap, whatever the sizes of
+dimensions: largest first, each value takes the lowest place that is proved to be free, else
+
+    offset_i = max over earlier-placed j alive with i of (offset_j + align(size_j))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from minicompiler.errors import InternalError
+from minicompiler.ir.arith import Arith, dims_of, evaluate_int
+from minicompiler.ir.expr import ZERO, Binary, Const, Dim, Expr, Var, ceildiv, maximum, wrap
+from minicompiler.ir.graph import Constant, Function, Input, Item, Value, layout_of, type_of
+from minicompiler.ir.types import TensorType
+from minicompiler.runtime import plan as rt
+
+ALIGN = 64
+# A coefficient of this many bytes is rounded up to ALIGN on its own, which wastes at most 6 %.
+_COARSE = 1024
+# Places that are free for some sizes, but not proved so for all: how many proofs are tried.
+_TRIES = 8
+# What an unlimited dimension is taken for where placement must guess.
+_GUESS = 256
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KernelCall:
+    """One kernel: its tensors (arrays: constants the compiler made), what it makes, its dimensions.
+
+    shared, local: bytes of workspace, shared + threads * local.
+    """
+
+    kernel: str
+    args: tuple[Value | np.ndarray, ...]
+    results: tuple[Value, ...]
+    dims: tuple[Dim, ...]
+    shared: Expr
+    local: Expr
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Alias:
+    """`result` is `source` under another shape: both are the same bytes."""
+
+    source: Value
+    result: Value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lifetime:
+    """A buffer of `size` bytes, alive from call `start` to call `end`, both included."""
+
+    start: int
+    end: int
+    size: Expr
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Offsets of the buffers, and the bytes they need in all.
+
+    named: variables that offsets and total use, each with its value (over dims and earlier ones).
+    """
+
+    offsets: tuple[Expr, ...]
+    named: tuple[tuple[Var, Expr], ...]
+    total: Expr
+
+
+def plan_memory(
+    fn: Function,
+    steps: Sequence[KernelCall | Alias],
+    guards: Sequence[tuple[Expr, str]] = (),
+) -> tuple[rt.Plan, list[np.ndarray]]:
+    """The plan of a function whose work is `steps`, and the constants it refers to.
+
+    guards: comparisons of dimensions that hold or the call is refused, each with its origin.
+    Raises InternalError for steps that do not fit the function: a value read before it is made, a
+    result that nothing makes, an input that becomes an output by an Alias alone.
+    """
+    return _Planner(fn, steps).run(guards)
+
+
+# ---- placement ----------------------------------------------------------------------------------
+def place(buffers: Sequence[Lifetime]) -> Placement:
+    """Offsets at which no two buffers that are alive together overlap, for any dimensions."""
+    return _Placer(buffers).run()
+
+
+class _Placer:
+    def __init__(self, buffers: Sequence[Lifetime]) -> None:
+        self.buffers = buffers
+        self.arith = Arith()
+        self.sizes = [aligned(b.size, self.arith) for b in buffers]
+        self.named: list[tuple[Var, Expr]] = []
+        dims = dims_of(self.sizes)
+        self.samples = [{d.name: _sample(d, most) for d in dims} for most in (False, True)]
+        self.seen: dict[Expr, tuple[int, int]] = {}
+
+    def run(self) -> Placement:
+        offsets: dict[int, Expr] = {}
+        ends: dict[int, Expr] = {}
+        order = sorted(
+            range(len(self.buffers)),
+            key=lambda i: (-self.values(self.sizes[i])[1], self.buffers[i].start),
+        )
+        for i in order:
+            b = self.buffers[i]
+            rivals = [
+                j for j in offsets
+                if self.buffers[j].start <= b.end and b.start <= self.buffers[j].end
+            ]  # fmt: skip
+            taken = [(offsets[j], ends[j]) for j in rivals]
+            offsets[i] = self.offset(self.sizes[i], taken)
+            ends[i] = self.arith.simplify(offsets[i] + self.sizes[i])
+        total = self.highest(ends.values())
+        return Placement(tuple(offsets[i] for i in range(len(self.buffers))), tuple(self.named), total)
+
+    def offset(self, size: Expr, taken: Sequence[tuple[Expr, Expr]]) -> Expr:
+        """The lowest place for `size` bytes outside of the taken ranges."""
+        places = sorted({ZERO, *[end for _, end in taken]}, key=lambda e: (self.values(e)[1], str(e)))
+        tries = 0
+        for start in places:
+            end = start + size
+            if any(
+                not (self.may(end, low) or self.may(high, start)) for low, high in taken
+            ):
+                continue
+            if all(self.below(end, low) or self.below(high, start) for low, high in taken):
+                return start
+            tries += 1
+            if tries == _TRIES:
+                break
+        above = self.highest(high for _, high in taken)
+        if type(above) is Binary and above.op == "max":
+            # Named, so that expressions do not grow with the number of buffers below.
+            name = Var(f"${len(self.named)}")
+            self.named.append((name, above))
+            self.seen[name] = self.values(above)
+            for sample, value in zip(self.samples, self.seen[name], strict=True):
+                sample[name.name] = value
+            return name
+        return above
+
+    def may(self, a: Expr, b: Expr) -> bool:
+        """False when `a <= b` fails at a sample, so that a proof is not worth trying."""
+        return all(x <= y for x, y in zip(self.values(a), self.values(b), strict=True))
+
+    def below(self, a: Expr, b: Expr) -> bool:
+        return self.may(a, b) and self.arith.prove(a <= b) is True
+
+    def highest(self, ends: Iterable[Expr]) -> Expr:
+        """The maximum, without those proved to be below another."""
+        kept: list[Expr] = []
+        for e in sorted(set(ends), key=lambda e: (-self.values(e)[1], str(e))):
+            if not any(self.below(e, k) for k in kept):
+                kept.append(e)
+        return _maximum(kept)
+
+    def values(self, e: Expr) -> tuple[int, int]:
+        """The value at small and at large dimensions."""
+        found = self.seen.get(e)
+        if found is None:
+            low, high = self.samples
+            found = self.seen[e] = evaluate_int(e, low), evaluate_int(e, high)
+        return found
+
+
+def aligned(size: Expr, arith: Arith) -> Expr:
+    """At least `size`, a multiple of ALIGN; a polynomial where that wastes little, which keeps proofs
+    about it easy: 4000*n becomes 4032*n."""
+    poly = arith.poly(size)
+    lows = [arith.interval(atom)[0] for monomial in poly for atom in monomial]
+    if all(c % ALIGN == 0 or c >= _COARSE for c in poly.values()) and all(
+        low is not None and low >= 0 for low in lows
+    ):
+        return arith.expr({m: -(-c // ALIGN) * ALIGN for m, c in poly.items()})
+    return arith.simplify(ceildiv(size, ALIGN) * ALIGN)
+
+
+def _sample(d: Dim, most: bool) -> int:
+    step = d.multiple_of
+    low = -(-d.lo // step) * step
+    if not most:
+        return low
+    high = d.hi if d.hi is not None else max(d.lo, _GUESS * step)
+    return max(low, high // step * step)
+
+
+# ---- the plan -----------------------------------------------------------------------------------
+Key = tuple[int, int]
+
+
+@dataclasses.dataclass(eq=False)
+class _Group:
+    """Values that are the same bytes: one, or several joined by Alias."""
+
+    sizes: list[Expr]
+    location: rt.Location | None = None
+    start: int = -1  # the call that makes it
+    end: int = -1
+
+
+class _Planner:
+    def __init__(self, fn: Function, steps: Sequence[KernelCall | Alias]) -> None:
+        self.fn, self.steps = fn, steps
+        self.calls = [s for s in steps if isinstance(s, KernelCall)]
+        self.groups: dict[Key, _Group] = {}
+        self.constants: list[np.ndarray] = []
+        self.constant_at: dict[int, int] = {}
+        for i, p in enumerate(fn.params):
+            self.refuse_layout(p, f'input "{p.name}"')
+            self.groups[_key(p)] = _Group([], ("input", i))
+
+    def run(self, guards: Sequence[tuple[Expr, str]]) -> tuple[rt.Plan, list[np.ndarray]]:
+        self.live()
+        outputs, results = self.outputs()
+        placed = list(
+            {id(g): g for g in self.groups.values() if g.location is None}.values()
+        )
+        placement = place([Lifetime(g.start, g.end, _largest(g.sizes)) for g in placed])
+        for g, offset in zip(placed, placement.offsets, strict=True):
+            g.location = ("arena", to_size(offset))
+        calls = []
+        for c in self.calls:
+            args = [self.location(a) for a in (*c.args, *c.results)]
+            calls.append(rt.Call(c.kernel, tuple(args), tuple(d.name for d in c.dims)))
+        shared, local = _largest([c.shared for c in self.calls]), _largest([c.local for c in self.calls])
+        needed = [s for t in outputs for s in t.shape] + [g for g, _ in guards]
+        needed += [placement.total, shared, local, *[s for g in placed for s in g.sizes]]
+        needed += [d for c in self.calls for d in c.dims]
+        dims, binds = self.bind(needed)
+        plan = rt.Plan(
+            inputs=tuple(_tensor(p.name, p.type) for p in self.fn.params),
+            outputs=tuple(
+                _tensor(name, t) for name, t in zip(self.result_names(), outputs, strict=True)
+            ),
+            dims=dims,
+            binds=binds,
+            guards=tuple(_guard(condition, text) for condition, text in guards),
+            named=tuple((v.name, to_size(e)) for v, e in placement.named),
+            calls=tuple(calls),
+            results=tuple(results),
+            constants=len(self.constants),
+            arena=to_size(placement.total),
+            shared=to_size(shared),
+            local=to_size(local),
+        )
+        return plan, self.constants
+
+    # ---- liveness -------------------------------------------------------------------------------
+    def live(self) -> None:
+        """Groups, and the calls between which each is alive."""
+        now = -1
+        for step in self.steps:
+            if isinstance(step, Alias):
+                group = self.group(step.source)
+                if _key(step.result) in self.groups:
+                    raise self.error(f"{_name(step.result)} is made twice")
+                if type_of(step.source).dtype is not type_of(step.result).dtype:
+                    raise self.error(f"{_name(step.result)} is an alias of another dtype")
+                group.sizes.append(_bytes(step.result))
+                self.groups[_key(step.result)] = group
+                continue
+            now += 1
+            for a in step.args:
+                if isinstance(a, Value):
+                    self.group(a).end = now
+            for r in step.results:
+                if _key(r) in self.groups:
+                    raise self.error(f"{_name(r)} is made twice")
+                self.groups[_key(r)] = _Group([_bytes(r)], start=now, end=now)
+
+    def group(self, v: Value) -> _Group:
+        found = self.groups.get(_key(v))
+        if found is None:
+            if not isinstance(v, Constant):
+                raise self.error(f"{_name(v)} is used before a step makes it")
+            found = self.groups[_key(v)] = _Group([], self.constant(v.data))
+        return found
+
+    def constant(self, data: np.ndarray) -> rt.Location:
+        """Where an array is; the same object is stored once."""
+        at = self.constant_at.get(id(data))
+        if at is None:
+            at = self.constant_at[id(data)] = len(self.constants)
+            self.constants.append(data)
+        return "constant", at
+
+    def outputs(self) -> tuple[list[TensorType], list[rt.Location]]:
+        """Gives the groups of results their output buffers; where each result is."""
+        types: list[TensorType] = []
+        results: list[rt.Location] = []
+        for i, r in enumerate(self.fn.results):
+            self.refuse_layout(r, f"result {i}")
+            group = self.group(r)
+            if group.location is None:
+                group.location = ("output", i)
+            elif group.location[0] in ("input", "constant") and not isinstance(r, Input | Constant):
+                raise self.error(f"result {i} is {group.location[0]} data under another shape: copy it")
+            types.append(type_of(r))
+            results.append(group.location)
+        return types, results
+
+    def location(self, v: Value | np.ndarray) -> rt.Location:
+        at = self.constant(v) if isinstance(v, np.ndarray) else self.group(v).location
+        assert at is not None
+        return at
+
+    # ---- names and dimensions ---------------------------------------------------------------------
+    def result_names(self) -> list[str]:
+        names = self.fn.result_names
+        return list(names) if names else [f"output{i}" for i in range(len(self.fn.results))]
+
+    def bind(self, sizes: Iterable[Expr]) -> tuple[tuple[rt.DimSpec, ...], tuple[rt.Bind, ...]]:
+        """The dimensions of the inputs and of other sizes, and the input axis that tells each."""
+        at: dict[Dim, rt.Bind] = {}
+        for i, p in enumerate(self.fn.params):
+            for axis, s in enumerate(p.type.shape):
+                if isinstance(s, Dim):
+                    at.setdefault(s, rt.Bind(s.name, i, axis))
+        dims = dims_of([*at, *sizes, *[s for p in self.fn.params for s in p.type.shape]])
+        for a, b in zip(dims, dims[1:], strict=False):
+            if a.name == b.name:
+                raise self.error(f'two dimensions are called "{a.name}"')
+        for d in dims:
+            if d not in at:
+                raise self.error(f'no axis of an input is dimension "{d.name}"')
+        specs = tuple(rt.DimSpec(d.name, d.lo, d.hi, d.multiple_of) for d in dims)
+        return specs, tuple(at[d] for d in dims)
+
+    def refuse_layout(self, v: Value, what: str) -> None:
+        layout = layout_of(v)
+        if layout is not None and not layout.is_identity:
+            raise self.error(f"{what} has the layout {layout}; it must be row-major")
+
+    def error(self, message: str) -> InternalError:
+        return InternalError(message, where=self.fn.name)
+
+
+def to_size(e: Expr) -> rt.Size:
+    """An index expression in the plan's notation. Raises InternalError for other operations."""
+    if type(e) is Const:
+        return int(e.value)
+    if isinstance(e, Dim | Var):
+        return e.name
+    if type(e) is Binary and e.op in rt.OPERATIONS:
+        return e.op, to_size(e.a), to_size(e.b)
+    raise InternalError(f"a plan cannot compute the size `{e}`")
+
+
+def _guard(condition: Expr, text: str) -> rt.Guard:
+    if type(condition) is not Binary or condition.op not in rt.RELATIONS:
+        raise InternalError(f"a guard is a comparison, not `{condition}`")
+    return rt.Guard(to_size(condition.a), condition.op, to_size(condition.b), text)
+
+
+def _key(v: Value) -> Key:
+    """Identity of a value; Items of one result are equal though they are different objects."""
+    return (id(v.tuple), v.index) if isinstance(v, Item) else (id(v), 0)
+
+
+def _name(v: Value) -> str:
+    source = v.tuple if isinstance(v, Item) else v
+    return f'value "{getattr(source, "name", "") or type(source).__name__}"'
+
+
+def _bytes(v: Value) -> Expr:
+    """Bytes of a value in its layout."""
+    t, layout = type_of(v), layout_of(v)
+    size: Expr = wrap(t.dtype.bytes)
+    for s in t.shape if layout is None else layout.physical_shape(t.shape):
+        size = size * s
+    return size
+
+
+def _largest(sizes: Sequence[Expr]) -> Expr:
+    """The maximum of some sizes, simplified."""
+    arith = Arith()
+    found: list[Expr] = []
+    for s in dict.fromkeys(arith.simplify(s) for s in sizes):
+        if not any(arith.prove(s <= f) is True for f in found):
+            found = [f for f in found if arith.prove(f <= s) is not True] + [s]
+    return _maximum(found)
+
+
+def _maximum(sizes: list[Expr]) -> Expr:
+    """The maximum as a balanced tree, so that no recursion over it runs deep."""
+    while len(sizes) > 1:
+        pairs = [sizes[k : k + 2] for k in range(0, len(sizes), 2)]
+        sizes = [maximum(*p) if len(p) == 2 else p[0] for p in pairs]
+    return sizes[0] if sizes else ZERO
+
+
+def _tensor(name: str, t: TensorType) -> rt.Tensor:
+    arith = Arith()
+    # Only constants are folded: a Dim of one value keeps its name in messages.
+    return rt.Tensor(name, t.dtype.name, tuple(
+        to_size(s if isinstance(s, Dim) else arith.simplify(s)) for s in t.shape
+    ))

@@ -1,0 +1,403 @@
+"""The rule for contractions: a sum of products of two operands (matrix products, convolutions,
+depthwise convolutions, batched products), with elementwise work before and after.
+
+    C[.., m, n] = sum over k of X[.., m, k] * W[.., k, n]
+
+One tile of C, `rows` x `lanes`, stays in registers while k runs. The vector axis is the one that is
+contiguous in the result; rows are the axes that only the other operand has, fused while they lie next
+to each other in memory. What is not contiguous as the tile wants it is packed: once while compiling
+if it is constant, otherwise in a phase of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from minicompiler.ir.expr import Binary, Cast, Const, Expr, Load, Var, const_int, free_vars
+from minicompiler.ir.layout import IndexMap
+from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, For, Iter, Scope
+
+from . import analysis, elementwise
+from .schedule import Schedule
+
+
+@dataclasses.dataclass
+class _Nest:
+    """What the rule found out: operand loads and the role of each iterator."""
+
+    block: Block
+    vector: Iter
+    broad: Load  # the operand whose elements are broadcast (or, depthwise, also vectors)
+    wide: Load  # the operand that is a vector along the vector axis
+    rows: list[Iter]
+    outer: list[Iter]
+    reduce: list[Iter]
+
+
+def applies(s: Schedule) -> bool:
+    """Exactly one block is a sum of products."""
+    return len([b for b in analysis.blocks(s.func) if product_loads(b)]) == 1
+
+
+def product_loads(block: Block) -> tuple[Load, Load] | None:
+    """The two operands of a block that adds up products of two buffers, through conversions."""
+    update = analysis.update_operand(block)
+    if update is None or update[0] != "add" or not analysis.is_reduction(block):
+        return None
+    value = update[1]
+    if type(value) is not Binary or value.op != "mul":
+        return None
+    sides = [x.a if type(x) is Cast else x for x in (value.a, value.b)]
+    if all(type(x) is Load for x in sides) and sides[0] is not sides[1]:
+        return sides[0], sides[1]  # type: ignore[return-value]
+    return None
+
+
+def _vars(load: Load) -> frozenset[Expr]:
+    return frozenset().union(*[free_vars(i) for i in load.indices], frozenset())
+
+
+def apply(s: Schedule) -> None:
+    main = next(b for b in analysis.blocks(s.func) if product_loads(b))
+    _follow_result_layout(s, main)
+    for other in [b.name for b in analysis.blocks(s.func) if not product_loads(b)]:
+        if _before(s, other, main.name):
+            _follow_reader_layout(s, other)
+    nest = _analyse(s, main.name)
+    if nest is None:
+        elementwise.apply(s)
+        return
+    _schedule(s, nest)
+
+
+def _before(s: Schedule, first: str, second: str) -> bool:
+    names = [b.name for b in analysis.blocks(s.func)]
+    return names.index(first) < names.index(second)
+
+
+def _follow_result_layout(s: Schedule, main: Block) -> None:
+    """The sum is kept in the order of the result it becomes, so that both agree on what is contiguous."""
+    buffer = main.body.buffer
+    if buffer.scope is Scope.PARAM or buffer.layout is not None:
+        return
+    for b in analysis.readers(s.func, buffer):
+        target = b.body.buffer
+        if target.layout is not None and len(target.shape) == len(buffer.shape) and target.shape == buffer.shape:
+            s.relayout(buffer.name, target.layout)
+            return
+
+
+def _follow_reader_layout(s: Schedule, name: str) -> None:
+    """A block that prepares an operand (padding) keeps the layout of what it reads."""
+    block, _ = s.block(name)
+    buffer = block.body.buffer
+    if buffer.scope is Scope.PARAM or buffer.layout is not None:
+        return
+    for load in analysis.block_loads(block):
+        if load.buffer.layout is not None and len(load.buffer.shape) == len(buffer.shape):
+            s.relayout(buffer.name, load.buffer.layout)
+            return
+
+
+def _analyse(s: Schedule, name: str) -> _Nest | None:
+    block, _ = s.block(name)
+    loads = product_loads(block)
+    assert loads is not None
+    spatial = [i for i in block.iters if not i.reduce]
+    reduce = [i for i in block.iters if i.reduce]
+    if not spatial or any(not isinstance(i.value, Var) for i in block.iters):
+        return None
+    buffer = block.body.buffer
+    layout = buffer.layout or IndexMap.identity(len(buffer.shape))
+    in_order: list[Iter] = []  # spatial iterators by their place in memory, outermost first
+    for axis, _, _ in layout.splits():
+        it = next((i for i in spatial if i.var is block.body.indices[axis]), None)
+        if it is not None:
+            if it in in_order:
+                in_order.remove(it)
+            in_order.append(it)
+    if not in_order:
+        return None
+    vector = in_order[-1]
+    a, b = loads
+    if vector.var in _vars(a) and vector.var not in _vars(b):
+        broad, wide = b, a
+    elif vector.var in _vars(b) and vector.var not in _vars(a):
+        broad, wide = a, b
+    elif vector.var in _vars(a):  # in both: one of them is the weights
+        broad, wide = (b, a) if a.buffer.constant else (a, b)
+    else:
+        return None
+    only = [i for i in spatial if i is not vector and i.var in _vars(broad) and i.var not in _vars(wide)]
+    rows: list[Iter] = []
+    # Of the axes that only the broadcast operand has, those that lie innermost and side by side.
+    outermost_first = [i for i in _memory_order_without_blocks(layout, block, spatial) if i is not vector]
+    for it in reversed(outermost_first):
+        if it not in only:
+            break
+        rows.insert(0, it)
+    if not rows and only:
+        rows = [only[-1]]
+    outer = [i for i in spatial if i is not vector and i not in rows]
+    return _Nest(block, vector, broad, wide, rows, outer, reduce)
+
+
+def _memory_order_without_blocks(layout: IndexMap, block: Block, spatial: list[Iter]) -> list[Iter]:
+    order: list[Iter] = []
+    for axis, _, modulus in layout.splits():
+        it = next((i for i in spatial if i.var is block.body.indices[axis]), None)
+        if it is not None and modulus == 0 and it not in order:
+            order.append(it)
+    return order
+
+
+def _loop(it: Iter) -> str:
+    assert isinstance(it.value, Var)
+    return it.value.name
+
+
+def _block_of(buffer_layout: IndexMap | None, axis: int) -> int:
+    """The block size of a logical axis in a layout (1: none)."""
+    if buffer_layout is None:
+        return 1
+    return max([m for a, _, m in buffer_layout.splits() if a == axis], default=1)
+
+
+def _axis_of(load: Load, it: Iter) -> int | None:
+    return next((k for k, i in enumerate(load.indices) if i is it.var), None)
+
+
+def tile_rows(extent: int | None, vectors: int, registers: int) -> int:
+    """Rows of the register tile: `vectors` vectors each, one operand vector set and one broadcast
+    besides. Chosen by the time of all tiles, counting two fused multiply-adds or two loads a cycle
+    and a latency of four."""
+    most = max(1, (registers - vectors - 1) // vectors)
+    best, best_time = 1, float("inf")
+    for rows in range(1, most + 1):
+        per_k = max(rows * vectors / 2, (rows + vectors) / 2, 4)
+        tiles = -(-extent // rows) if extent is not None else 840 / rows
+        time = tiles * (per_k + 0.4)
+        if time < best_time - 1e-9:
+            best, best_time = rows, time
+    return best
+
+
+def depth_block(extent: int | None, limit: int) -> int | None:
+    """How much of the reduction one pass over the tile does; None: all of it."""
+    if extent is not None and extent <= limit + limit // 3:
+        return None
+    if extent is not None:
+        for size in range(limit + limit // 3, limit // 2, -1):
+            if extent % size == 0 and size % 4 == 0:
+                return size
+    return limit
+
+
+def _schedule(s: Schedule, nest: _Nest) -> None:
+    t = s.target
+    lanes = t.vector_bytes // 4
+    block, name = nest.block, nest.block.name
+    out = block.body
+    axis = next(k for k, i in enumerate(out.indices) if i is nest.vector.var)
+    vector_extent = const_int(nest.vector.extent)
+    blocked = _block_of(out.buffer.layout, axis)
+    row_extent: int | None = 1
+    for r in nest.rows:
+        e = const_int(r.extent)
+        row_extent = None if e is None or row_extent is None else row_extent * e
+    depthwise = nest.vector.var in _vars(nest.broad)
+    if blocked > 1:
+        width = blocked
+    elif row_extent == 1:
+        width = 8 * lanes if vector_extent is None or vector_extent >= 8 * lanes else 2 * lanes
+    elif vector_extent is not None and vector_extent <= lanes:
+        width = lanes
+    else:
+        width = 2 * lanes
+    width = s.choose("width", (blocked,) if blocked > 1 else (lanes, 2 * lanes, 4 * lanes, 8 * lanes), width)
+    vectors = max(1, width // lanes)
+    # A depthwise tile loads a vector per row instead of broadcasting one, and may keep no operand.
+    rows = tile_rows(row_extent, vectors, t.registers)
+    if depthwise:
+        rows = min(rows, 4 if vectors > 1 else 7)
+    rows = s.choose("rows", tuple(range(1, 33)), rows)
+
+    # ---- loops: outer, rows, vector, reduction ------------------------------------------------------------
+    order = [_loop(i) for i in (*nest.outer, *nest.rows, nest.vector)] + [_loop(i) for i in nest.reduce]
+    if order != s.loops_of(name):
+        s.reorder(*order)
+    row = None
+    if nest.rows:
+        row = s.fuse(*[_loop(i) for i in nest.rows]) if len(nest.rows) > 1 else _loop(nest.rows[0])
+    depth, packed_depth = _reduction_order(s, nest)
+    v_o, v_i = s.split(_loop(nest.vector), width, "mask")
+    tile = [v_i]
+    outer = [_loop(i) for i in nest.outer]
+    row_o = None
+    if row is not None:
+        row_o, row_i = s.split(row, rows, "mask")
+        tile = [row_i, v_i]
+    # One long reduction is cut so that its part of the packed operand stays in the first-level cache.
+    k_o = None
+    if len(depth) == 1:
+        extent = const_int(s.loop(depth[0])[0].extent)
+        limit = s.choose("depth", (256, 320, 384, 512, 768, 1024), 384)
+        size = depth_block(extent, limit)
+        if size is not None and (row_extent is None or row_extent > rows):
+            k_o, k_i = s.split(depth[0], size, "guard")
+            depth = [k_i]
+    # Rows that fit the second-level cache are done for all vector blocks before the next ones.
+    rows_outer = None
+    if row_o is not None and (row_extent is None or row_extent > 4 * rows):
+        k_total = 1
+        for x in nest.reduce:
+            k_total *= const_int(x.extent) or 1024
+        fit = max(4, t.caches[1] // 2 // (4 * k_total) // rows)
+        if not nest.outer or len(nest.rows) == 1 or k_o is not None or _plain_rows(nest):
+            if row_extent is None or row_extent > fit * rows * 3 // 2:
+                rows_outer, row_o = s.split(row_o, fit, "guard")
+    s.reorder(*outer, *([rows_outer] if rows_outer else []), v_o, *([k_o] if k_o else []),
+              *([row_o] if row_o else []), *depth, *tile)  # fmt: skip
+
+    # ---- packing ---------------------------------------------------------------------------------------------
+    wide = _pack(s, nest, name, width, packed_depth)
+    del wide
+    # ---- what comes after, and the register tile --------------------------------------------------------------
+    home = row_o if row_o is not None else (k_o if k_o is not None else v_o)
+    for b in _followers(s, name):
+        s.compute_at(b, home)
+    init = s.decompose_reduction(name, depth[0])
+    staged = s.stage(out.buffer.name, home, Scope.REGISTER)
+    # The innermost reduction loop is repeated four times in the code: more makes LLVM spill.
+    last, extent = depth[-1], const_int(s.loop(depth[-1])[0].extent)
+    unroll = s.choose("unroll", (1, 2, 4, 8), 4)
+    if extent is not None and unroll > 1:
+        if extent <= unroll:
+            s.mark(last, UNROLL)
+        elif extent % unroll == 0:
+            _, inner = s.split(last, unroll)
+            s.mark(inner, UNROLL)
+    if tile[0] != v_i:
+        s.mark(tile[0], UNROLL)
+    s.mark(v_i, VECTOR)
+    alive = {b.name for b in analysis.blocks(s.func)}
+    for b in [init, f"{staged}_in", f"{staged}_out", *_followers(s, staged)]:
+        if b in alive:
+            elementwise.vector_tile(s, b, home)
+    # ---- threads -----------------------------------------------------------------------------------------------
+    _share(s, [*outer, *([rows_outer] if rows_outer else []), v_o], name)
+    for b in [x.name for x in analysis.blocks(s.func)]:
+        if b in alive and _is_root_preparation(s, b, name):
+            elementwise.one_block(s, b)
+
+
+def _plain_rows(nest: _Nest) -> bool:
+    return all(_axis_of(nest.broad, r) is not None for r in nest.rows)
+
+
+def _share(s: Schedule, loops: list[str], block: str) -> None:
+    work = 1
+    for x in analysis.loops_in(s.block(block)[1]):
+        work *= const_int(x.extent) or 32
+    if work < elementwise.WORTH_A_THREAD:
+        return
+    top = s.fuse(*loops) if len(loops) > 1 else loops[0]
+    s.mark(top, PARALLEL)
+
+
+def _followers(s: Schedule, main: str) -> list[str]:
+    """Blocks of phases of their own that read the sum (or what follows it), in order."""
+    names = [b.name for b in analysis.blocks(s.func)]
+    if main not in names:
+        # The buffer that holds the tile: blocks reading it are inside already.
+        return [b.name for b in analysis.blocks(s.func)
+                if any(x.buffer.name == main for x in analysis.block_loads(b)) and b.tag == "" and not product_loads(b)]  # fmt: skip
+    buffers = {s.block(main)[0].body.buffer}
+    found = []
+    for b in analysis.blocks(s.func):
+        if b.name != main and any(x.buffer in buffers for x in analysis.block_loads(b)):
+            found.append(b.name)
+            buffers.add(b.body.buffer)
+    return found
+
+
+def _is_root_preparation(s: Schedule, name: str, main: str) -> bool:
+    """True for blocks of other phases than the main one (padding, packing) not yet scheduled."""
+    _, path = s.block(name)
+    _, main_path = s.block(main)
+    loops, main_loops = analysis.loops_in(path), analysis.loops_in(main_path)
+    if not loops or (main_loops and loops[0] is main_loops[0]):
+        return False
+    return all(x.kind.value == "for" for x in loops)
+
+
+def _reduction_order(s: Schedule, nest: _Nest) -> tuple[list[str], list[tuple[int, int]]]:
+    """Puts the reduction loops in the order of the broadcast operand's memory; a blocked axis is split.
+
+    Returns the loops and, for packing, (axis of the other operand, block) per loop pair.
+    """
+    layout = nest.broad.buffer.layout
+    names = [_loop(i) for i in nest.reduce]
+    packed: list[tuple[int, int]] = []
+    if layout is None:
+        for i in nest.reduce:
+            axis = _axis_of(nest.wide, i)
+            if axis is not None:
+                packed.append((axis, 0))
+        return names, packed
+    outer_names, inner_names = [], []
+    outer_packed: list[tuple[int, int]] = []
+    inner_packed: list[tuple[int, int]] = []
+    for i, n in zip(nest.reduce, names, strict=True):
+        axis = _axis_of(nest.broad, i)
+        size = _block_of(layout, axis) if axis is not None else 1
+        wide_axis = _axis_of(nest.wide, i)
+        if size > 1:
+            o, inner = s.split(n, size, "guard")
+            outer_names.append(o)
+            inner_names.append(inner)
+            if wide_axis is not None:
+                outer_packed.append((wide_axis, size))
+                inner_packed.append((wide_axis, -size))
+        else:
+            outer_names.append(n)
+            if wide_axis is not None:
+                outer_packed.append((wide_axis, 0))
+    order = outer_names + inner_names
+    if len(order) > 1:
+        s.reorder(*order)
+    return order, outer_packed + inner_packed
+
+
+def _pack(s: Schedule, nest: _Nest, name: str, width: int, depth: list[tuple[int, int]]) -> str | None:
+    """Stages the wide operand as panels [vector blocks][reduction][width], where that helps."""
+    load = nest.wide
+    buffer = load.buffer
+    axis = _axis_of(load, nest.vector)
+    if axis is None or buffer.scope is not Scope.PARAM or analysis.writers(s.func, buffer):
+        return None
+    arith = analysis.arith_of(s.func)
+    contiguous = elementwise.strides(buffer, load.indices, nest.vector.var, arith) == 1
+    reuse = 1
+    for r in nest.rows:
+        reuse *= const_int(r.extent) or 64
+    if not buffer.constant and contiguous and reuse < 64:
+        return None
+    if any(k not in [a for a, _ in depth] and k != axis and _axis_is_reduced(nest, load, k) for k in range(len(load.indices))):
+        return None
+    parts: list[list[int]] = []
+    used = {axis, *[a for a, _ in depth]}
+    parts += [[k, 1, 0] for k in range(len(buffer.shape)) if k not in used]
+    parts.append([axis, width, 0])
+    for a, size in depth:
+        parts.append([a, 1, 0] if size == 0 else [a, size, 0] if size > 0 else [a, 1, -size])
+    parts.append([axis, 1, width])
+    return s.stage(buffer.name, None, Scope.GLOBAL, parts)
+
+
+def _axis_is_reduced(nest: _Nest, load: Load, axis: int) -> bool:
+    reduce = {i.var for i in nest.reduce}
+    return bool(free_vars(load.indices[axis]) & reduce)
+
+
+__all__ = ["Const", "For", "applies", "apply", "depth_block", "product_loads", "tile_rows"]

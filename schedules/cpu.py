@@ -1,0 +1,51 @@
+"""The CPU schedule rules, tried in order; the first that applies wins, the last always does.
+
+    schedule(func, target) -> Schedule
+
+A rule looks at the shape of the loop nest: which iterators choose elements, which are reduced, what
+is contiguous in memory. It never asks for an operator's name. docs/schedules.md shows the results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from minicompiler.ir.tir import PrimFunc
+from minicompiler.target import Target
+
+from . import contraction, elementwise, rows
+from .schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One way to schedule a kind of loop nest. `apply` transforms the schedule in place."""
+
+    name: str
+    applies: Callable[[Schedule], bool]
+    apply: Callable[[Schedule], None]
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("contraction", contraction.applies, contraction.apply),
+    Rule("rows", rows.applies, rows.apply),
+    Rule("elementwise", lambda s: True, elementwise.apply),
+)
+
+
+def schedule(
+    func: PrimFunc,
+    target: Target,
+    decisions: Mapping[str, Any] | None = None,
+    after_step: Callable[[PrimFunc], None] | None = None,
+) -> Schedule:
+    """The schedule of the first rule that applies. `decisions` replaces its default choices."""
+    s = Schedule(func, target, decisions, after_step)
+    for rule in RULES:
+        if rule.applies(s):
+            s.rule = rule.name
+            rule.apply(s)
+            return s
+    raise AssertionError("the last rule always applies")

@@ -1,0 +1,171 @@
+"""Rules for nests in which every block stands alone: elementwise work, copies, plain reductions.
+
+    for i0: for i1: r[i0, i1] = f(...)   ->   parallel i: for j_o: vector j_i: ...
+
+Loops follow the order in which the result lies in memory; the innermost is cut into vectors.
+"""
+
+from __future__ import annotations
+
+from minicompiler.ir.arith import Arith
+from minicompiler.ir.expr import Const, Expr, Var, const_int, free_vars, substitute
+from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Scope
+
+from . import analysis
+from .schedule import Schedule
+
+WORTH_A_THREAD = 16384  # elements below which waking another thread costs more than it saves
+
+
+def apply(s: Schedule) -> None:
+    """Schedules each root nest by itself."""
+    for name in [b.name for b in analysis.blocks(s.func)]:
+        one_block(s, name)
+
+
+def strides(buffer: Buffer, indices: tuple[Expr, ...], var: Expr, arith: Arith) -> int | None:
+    """The distance in elements between neighbouring values of `var`: 0 when it does not matter, None
+    when it varies or is not known."""
+    physical = indices if buffer.layout is None else buffer.layout.apply(indices)
+    flat: Expr = Const(0)
+    for i, n in zip(physical, buffer.physical_shape, strict=True):
+        flat = flat * n + i
+    poly = arith.poly(flat)
+    stride = 0
+    for m, c in poly.items():
+        if m == (var,):
+            stride = c
+        elif any(var in free_vars(a) for a in m):
+            return None
+    return stride
+
+
+def memory_order(s: Schedule, name: str) -> list[str]:
+    """Splits the spatial loops of a block by the blocking of what it writes and puts them in memory
+    order. Returns the spatial loop names, outermost first; reduction loops stay innermost."""
+    block, _ = s.block(name)
+    buffer = block.body.buffer
+    splits = buffer.layout.splits() if buffer.layout is not None else tuple((k, 1, 0) for k in range(len(buffer.shape)))
+    loop_of: dict[int, str | None] = {}
+    for axis, index in enumerate(block.body.indices):
+        it = next((i for i in block.iters if i.var is index and not i.reduce), None)
+        loop_of[axis] = it.value.name if it is not None and isinstance(it.value, Var) else None
+    parts: dict[tuple[int, int, int], str] = {}
+    for axis, divisor, modulus in splits:
+        loop = loop_of.get(axis)
+        if loop is None:
+            continue
+        if modulus == 0 and divisor > 1:
+            outer, inner = s.split(loop, divisor, "mask")
+            parts[axis, divisor, 0] = outer
+            parts[axis, 1, divisor] = inner
+        elif modulus == 0:
+            parts[axis, 1, 0] = loop
+    order = [parts[p] for p in splits if p in parts]
+    block, path = s.block(name)
+    around = analysis.loops_in(path)
+    if len(around) > 1:
+        spatial = {x.var.name for x in analysis.spatial_loops(block, around)}
+        reduce = [x.var.name for x in around if x.var.name not in spatial]
+        wanted = [*order, *[n for n in spatial if n not in order], *reduce]
+        if wanted != [x.var.name for x in around]:
+            s.reorder(*wanted)
+    return order
+
+
+def one_block(s: Schedule, name: str, parallel: bool = True) -> None:
+    """Memory order, vectors along the innermost axis, threads over the rest."""
+    block, path = s.block(name)
+    if not analysis.loops_in(path):
+        return
+    if analysis.is_reduction(block):
+        reduction_block(s, name)
+        return
+    lanes = s.target.vector_bytes // max(4, block.body.buffer.dtype.bytes)
+    order = memory_order(s, name)
+    if not order:
+        return
+    flat = _same_everywhere(s, name)
+    if flat and len(order) > 1:
+        order = [s.fuse(*order)]
+    inner = order[-1]
+    loop, _ = s.loop(inner)
+    extent = const_int(loop.extent)
+    outer = order[:-1]
+    if extent is not None and extent <= 2 * lanes:
+        if extent > 1:
+            s.mark(inner, VECTOR)
+    else:
+        big, small = s.split(inner, lanes, "mask")
+        s.mark(small, VECTOR)
+        outer = [*outer, big]
+    if parallel:
+        threads_over(s, outer, name)
+
+
+def threads_over(s: Schedule, outer: list[str], block: str) -> None:
+    """Fuses outer loops into one that is shared by the threads, where there is enough work."""
+    if not outer:
+        return
+    nest, _ = s.loop(outer[0])
+    work = 1
+    for x in analysis.loops_in(s.block(block)[1]):
+        work *= const_int(x.extent) or 64
+    if work < WORTH_A_THREAD:
+        return
+    del nest
+    # Only as many loops as it takes to share the work evenly: the inner ones keep plain indices.
+    count, take = 1, 0
+    for name in outer:
+        count *= const_int(s.loop(name)[0].extent) or 64
+        take += 1
+        if count >= 16 * s.target.cores:
+            break
+    top = s.fuse(*outer[:take]) if take > 1 else outer[0]
+    s.mark(top, PARALLEL)
+
+
+def _same_everywhere(s: Schedule, name: str) -> bool:
+    """True when all operands have the result's shape and layout and are read at its index (or are
+    single elements): the nest is one long loop."""
+    block, _ = s.block(name)
+    own = block.body
+    if own.buffer.layout is not None and own.buffer.padded_shape != own.buffer.shape:
+        return False
+    for load in analysis.block_loads(block):
+        if not load.indices or all(const_int(i) is not None for i in load.indices):
+            continue
+        if load.indices != own.indices or load.buffer.layout != own.buffer.layout or load.buffer.shape != own.buffer.shape:
+            return False
+    return bool(block.iters)
+
+
+def reduction_block(s: Schedule, name: str) -> None:
+    """A reduction that stands alone: vectors over an axis of the result where the input is contiguous
+    along it, else over the reduced axis through partial results."""
+    from . import rows
+
+    if rows.schedule_reduction(s, name):
+        return
+    block, path = s.block(name)
+    around = analysis.loops_in(path)
+    reducing = analysis.reduce_loops(block, around)
+    if reducing and block.init is not None:
+        s.decompose_reduction(name, reducing[0].var.name)
+
+
+def vector_tile(s: Schedule, block: str, below: str, unroll: bool = True) -> None:
+    """Marks the loops between `below` and a block: the innermost a vector, the others unrolled."""
+    names = s.loops_of(block)
+    inner = names[names.index(below) + 1 :]
+    for k, n in enumerate(inner):
+        extent = const_int(s.loop(n)[0].extent)
+        if extent is None or extent == 1:
+            continue
+        if k == len(inner) - 1:
+            s.mark(n, VECTOR)
+        elif unroll:
+            s.mark(n, UNROLL)
+
+
+__all__ = ["Block", "Scope", "apply", "memory_order", "one_block", "strides", "substitute", "threads_over"]
