@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 
 from .context import Context, Stage
 from .ir.graph import Function
+from .ir.tir import PrimFunc
 from .ir.text import function_text
 from .ir.verify import verify_function
+from .lower.blocks import hoist_conditions, lower_blocks, unswitch
 from .passes.clean import drop_identities, eliminate_common_subexpr
 from .passes.fold import fold_constants
 from .passes.fold_bn import fold_batch_norm
@@ -39,7 +41,7 @@ GRAPH_PASSES: dict[int, tuple[Pass[Function], ...]] = {
     2: (*_CLEAN, fold_batch_norm, *_TIDY, fuse),
     3: (*_CLEAN, fold_batch_norm, *_TIDY, convert_layout, fuse),
 }
-TIR_PASSES: tuple = ()
+TIR_PASSES: tuple[Pass[PrimFunc], ...] = (lower_blocks, hoist_conditions, unswitch)
 
 
 def run(passes: Sequence[Pass[T]], subject: T, ctx: Context | None = None) -> T:

@@ -12,8 +12,17 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from minicompiler.ir.graph import Constant, Function, Input, Item, Value, apply, type_of
 from minicompiler.ir.expr import Const, Dim, Expr, const_int
+from minicompiler.ir.graph import (
+    Constant,
+    Function,
+    Input,
+    Item,
+    Value,
+    apply,
+    operands,
+    type_of,
+)
 from minicompiler.ir.types import Loc, TensorType, float32
 from minicompiler.ops import activations as act
 from minicompiler.ops import conv as cv
@@ -61,7 +70,7 @@ class Builder:
         return self.values[-1]
 
     def step(self) -> None:
-        x = self.pick(self.values)
+        x = self.pick(self.values[-4:])  # recent ones, so that chains grow
         kind = self.pick(
             "unary unary binary binary scale scalar conv conv norm pool reduce softmax moved view "
             "concat split product layer_norm clip constants".split()
@@ -174,11 +183,14 @@ class Builder:
 
 @st.composite
 def graphs(draw: Callable[[Any], Any], most: int = 12, symbolic: bool = False) -> Function:
-    """A graph of up to `most` operators with one to three results."""
+    """A graph of up to `most` operators; what nothing reads is a result, and one value more."""
     b = Builder(draw, symbolic)
     for _ in range(b.number(1, most)):
         b.step()
-    results = {id(v): v for v in (b.values[-1], b.pick(b.values), b.pick(b.values))}
+    read = {id(o) for v in b.values for o in operands(v)}
+    read |= {id(o) for v in b.values if isinstance(v, Item) for o in operands(v.tuple)}
+    ends = [v for v in b.values if id(v) not in read and not isinstance(v, Item)]
+    results = {id(v): v for v in (*ends, b.pick(b.values))}
     return Function("random", (b.x,), tuple(results.values()))
 
 

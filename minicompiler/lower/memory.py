@@ -12,6 +12,7 @@ dimensions: largest first, each value takes the lowest place that is proved to b
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -123,17 +124,19 @@ class _Placer:
             offsets[i] = self.offset(self.sizes[i], taken)
             ends[i] = self.arith.simplify(offsets[i] + self.sizes[i])
         total = self.highest(ends.values())
-        return Placement(tuple(offsets[i] for i in range(len(self.buffers))), tuple(self.named), total)
+        return Placement(
+            tuple(offsets[i] for i in range(len(self.buffers))), tuple(self.named), total
+        )
 
     def offset(self, size: Expr, taken: Sequence[tuple[Expr, Expr]]) -> Expr:
         """The lowest place for `size` bytes outside of the taken ranges."""
-        places = sorted({ZERO, *[end for _, end in taken]}, key=lambda e: (self.values(e)[1], str(e)))
+        places = sorted(
+            {ZERO, *[end for _, end in taken]}, key=lambda e: (self.values(e)[1], str(e))
+        )
         tries = 0
         for start in places:
             end = start + size
-            if any(
-                not (self.may(end, low) or self.may(high, start)) for low, high in taken
-            ):
+            if any(not (self.may(end, low) or self.may(high, start)) for low, high in taken):
                 continue
             if all(self.below(end, low) or self.below(high, start) for low, high in taken):
                 return start
@@ -176,8 +179,10 @@ class _Placer:
 
 
 def aligned(size: Expr, arith: Arith) -> Expr:
-    """At least `size`, a multiple of ALIGN; a polynomial where that wastes little, which keeps proofs
-    about it easy: 4000*n becomes 4032*n."""
+    """At least `size`, and a multiple of ALIGN.
+
+    A polynomial where that wastes little, because it is easy to prove: 4000*n becomes 4032*n.
+    """
     poly = arith.poly(size)
     lows = [arith.interval(atom)[0] for monomial in poly for atom in monomial]
     if all(c % ALIGN == 0 or c >= _COARSE for c in poly.values()) and all(
@@ -224,9 +229,7 @@ class _Planner:
     def run(self, guards: Sequence[tuple[Expr, str]]) -> tuple[rt.Plan, list[np.ndarray]]:
         self.live()
         outputs, results = self.outputs()
-        placed = list(
-            {id(g): g for g in self.groups.values() if g.location is None}.values()
-        )
+        placed = list({id(g): g for g in self.groups.values() if g.location is None}.values())
         placement = place([Lifetime(g.start, g.end, _largest(g.sizes)) for g in placed])
         for g, offset in zip(placed, placement.offsets, strict=True):
             g.location = ("arena", to_size(offset))
@@ -234,7 +237,8 @@ class _Planner:
         for c in self.calls:
             args = [self.location(a) for a in (*c.args, *c.results)]
             calls.append(rt.Call(c.kernel, tuple(args), tuple(d.name for d in c.dims)))
-        shared, local = _largest([c.shared for c in self.calls]), _largest([c.local for c in self.calls])
+        shared = _largest([c.shared for c in self.calls])
+        local = _largest([c.local for c in self.calls])
         needed = [s for t in outputs for s in t.shape] + [g for g, _ in guards]
         needed += [placement.total, shared, local, *[s for g in placed for s in g.sizes]]
         needed += [d for c in self.calls for d in c.dims]
@@ -306,7 +310,9 @@ class _Planner:
             if group.location is None:
                 group.location = ("output", i)
             elif group.location[0] in ("input", "constant") and not isinstance(r, Input | Constant):
-                raise self.error(f"result {i} is {group.location[0]} data under another shape: copy it")
+                raise self.error(
+                    f"result {i} is {group.location[0]} data under another shape: copy it"
+                )
             types.append(type_of(r))
             results.append(group.location)
         return types, results
@@ -316,7 +322,7 @@ class _Planner:
         assert at is not None
         return at
 
-    # ---- names and dimensions ---------------------------------------------------------------------
+    # ---- names and dimensions -------------------------------------------------------------------
     def result_names(self) -> list[str]:
         names = self.fn.result_names
         return list(names) if names else [f"output{i}" for i in range(len(self.fn.results))]
@@ -329,7 +335,7 @@ class _Planner:
                 if isinstance(s, Dim):
                     at.setdefault(s, rt.Bind(s.name, i, axis))
         dims = dims_of([*at, *sizes, *[s for p in self.fn.params for s in p.type.shape]])
-        for a, b in zip(dims, dims[1:], strict=False):
+        for a, b in itertools.pairwise(dims):
             if a.name == b.name:
                 raise self.error(f'two dimensions are called "{a.name}"')
         for d in dims:
@@ -404,6 +410,8 @@ def _maximum(sizes: list[Expr]) -> Expr:
 def _tensor(name: str, t: TensorType) -> rt.Tensor:
     arith = Arith()
     # Only constants are folded: a Dim of one value keeps its name in messages.
-    return rt.Tensor(name, t.dtype.name, tuple(
-        to_size(s if isinstance(s, Dim) else arith.simplify(s)) for s in t.shape
-    ))
+    return rt.Tensor(
+        name,
+        t.dtype.name,
+        tuple(to_size(s if isinstance(s, Dim) else arith.simplify(s)) for s in t.shape),
+    )

@@ -10,8 +10,10 @@ results, reductions, and values that several stages share.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from minicompiler import te
+from minicompiler.errors import InternalError
 from minicompiler.ir.arith import Arith, dims_of
 from minicompiler.ir.expr import (
     ONE,
@@ -33,7 +35,9 @@ from minicompiler.ir.expr import (
     substitute,
     walk,
 )
+from minicompiler.ir.graph import Apply, Constant, Function, Item, layout_of, topological
 from minicompiler.ir.layout import IndexMap
+from minicompiler.ir.op import Op
 from minicompiler.ir.tir import SERIAL, Block, Buffer, For, Iter, PrimFunc, Scope, Stmt, Store
 from minicompiler.ir.types import DType, Loc
 
@@ -81,6 +85,53 @@ def from_tensors(
     phases = tuple(_stage(t, buffers, unique) for t in order if t.body is not None)
     outs = tuple(buffers[r] for r in results)
     return PrimFunc(name, (*[buffers[p] for p in params], *outs), len(outs), tuple(dims), tuple(internal), phases, locs)
+
+
+def lower_function(fn: Function, constant: Sequence[bool] = ()) -> PrimFunc:
+    """The PrimFunc of a fused Function.
+
+    constant: per parameter, whether the caller passes a constant (all are run-time values if empty).
+    """
+    made: dict[int, Any] = {}
+    placeholders: list[te.Tensor] = []
+    layouts: dict[te.Tensor, IndexMap | None] = {}
+    for p in fn.params:
+        t = te.placeholder(p.name, p.type.shape, p.type.dtype)
+        made[id(p)] = t
+        placeholders.append(t)
+        layouts[t] = p.layout
+    for v in topological(fn.results):
+        if id(v) in made:
+            continue
+        if isinstance(v, Constant):
+            made[id(v)] = _literal(v)
+        elif isinstance(v, Item):
+            made[id(v)] = made[id(v.tuple)][v.index]
+        elif isinstance(v, Apply):
+            assert isinstance(v.op, Op)
+            args = [None if a is None else made[id(a)] for a in v.args]
+            made[id(v)] = v.op.computes[0].build(*args, v.attrs)
+    results: list[te.Tensor] = []
+    for r in fn.results:
+        t = made[id(r)]
+        if t.body is None or t in results:  # a parameter passed through, or the same value twice
+            source = t
+            t = te.compute(source.shape, lambda *i, source=source: source[i], "copy")
+        results.append(t)
+        layouts[t] = layout_of(r)
+    known = [t for t, c in zip(placeholders, constant, strict=False) if c]
+    locs = tuple(dict.fromkeys(loc for v in topological(fn.results) if isinstance(v, Apply) for loc in v.locs))
+    return from_tensors(fn.name, placeholders, results, known, layouts, locs)
+
+
+def _literal(v: Constant) -> te.Tensor:
+    """A small constant as an expression of its indices."""
+    data = v.data
+    dtype = v.type.dtype
+    if data.size == 1:
+        value = data.reshape(-1)[0]
+        return te.compute(data.shape, lambda *i: const(value, dtype), "constant")
+    raise InternalError(f"a constant of {data.size} elements inside a fused function", v.locs)
 
 
 # ---- inlining ----------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Object files -> callable addresses in this process.
 
-    lib = Library([object_bytes], ["fused_dense_1"])
+    lib = Library(object_bytes, ["fused_dense_1"])
     lib.address("fused_dense_1")
 
 Nothing is looked up outside of the given symbols: a kernel that refers to anything but `mc_barrier`
@@ -32,12 +32,18 @@ def _jit() -> llvm.LLJIT:
 
 
 class Library:
-    """One loaded object file. Its code lives as long as this object."""
+    """One or several loaded object files. Their code lives as long as this object."""
 
-    def __init__(self, data: bytes, exports: Iterable[str], symbols: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        data: bytes | Iterable[bytes],
+        exports: Iterable[str],
+        symbols: Mapping[str, int] | None = None,
+    ) -> None:
         """symbols: addresses the code may refer to by name. Raises RunError when loading fails."""
         builder = llvm.JITLibraryBuilder()
-        builder.add_object_img(data)
+        for image in [data] if isinstance(data, bytes) else data:
+            builder.add_object_img(image)
         for name, address in (symbols or {}).items():
             builder.import_symbol(name, address)
         for name in ("memcpy", "memset", "memmove", "fmodf", "fmod"):

@@ -43,7 +43,9 @@ RELATIONS: dict[str, tuple[str, Callable[[int, int], bool]]] = {
     "le": ("<=", lambda a, b: a <= b),
 }
 _PLACES = ("input", "output", "constant", "arena")
-_SYMBOLS = {"add": ("+", 1), "sub": ("-", 1), "mul": ("*", 2), "floordiv": ("//", 2), "mod": ("%", 2)}
+_SYMBOLS = {
+    "add": ("+", 1), "sub": ("-", 1), "mul": ("*", 2), "floordiv": ("//", 2), "mod": ("%", 2),
+}  # fmt: skip
 
 
 def evaluate(size: Size, dims: Mapping[str, int]) -> int:
@@ -97,7 +99,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class DimSpec:
-    """A dimension known at the call: lo <= name <= hi (None: no limit), a multiple of multiple_of."""
+    """A dimension known at the call: from lo to hi (None: no limit), a multiple of multiple_of."""
 
     name: str
     lo: int
@@ -238,7 +240,8 @@ class Plan:
 
     def verify(self) -> None:
         """Raises RunError for names, places or relations that do not exist in this plan."""
-        counts = {"input": len(self.inputs), "output": len(self.outputs), "constant": self.constants}
+        counts = {"input": len(self.inputs), "output": len(self.outputs)}
+        counts["constant"] = self.constants
         known = {d.name for d in self.dims}
         wrong: list[str] = []
         if [b.dim for b in self.binds] != [d.name for d in self.dims]:

@@ -1,0 +1,327 @@
+"""The life of a model, from a file to a Module. Every step is public, so one can stop after any.
+
+    fn      = import_model("resnet18.onnx", dims)            graph Function
+    fn      = optimise(fn, ctx)                               passes and fusion
+    kernel  = build_kernel(fused, constant, ctx)              one fused function -> object code
+    module  = compile("resnet18.onnx", threads=2)             all of it
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import __version__, pipeline
+from .codegen.launch import emit_main
+from .codegen.llvm import emit
+from .codegen.native import compile_object
+from .context import Context, Options, Stage
+from .errors import InternalError, MinicompilerError
+from .frontend import onnx as onnx_frontend
+from .ir.arith import evaluate_int
+from .ir.equal import structural_key
+from .ir.expr import Expr
+from .ir.graph import Apply, Constant, Function, Item, Value, topological
+from .ir.layout import IndexMap
+from .ir.tir import Buffer, PrimFunc, script
+from .lower.lift_constants import lift_constants
+from .lower.memory import KernelCall, plan_memory, to_size
+from .lower.to_tir import lower_function
+from .runtime.diskcache import DiskCache
+from .runtime.loader import Library
+from .runtime.module import Module
+from .runtime.plan import Size
+from .runtime.pool import barrier_address
+from .schedules.cpu import schedule
+from .target import Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One compiled fused function. All fields are plain data: this is what the disk cache holds.
+
+    params: per kernel parameter ("arg", k): argument k of the fused function; ("prepared", k): a
+    constant made while compiling; ("result", k). prepared: for each, its symbol, its own parameters
+    in the same form, dtype and physical shape.
+    """
+
+    name: str
+    params: tuple[tuple[str, int], ...]
+    prepared: tuple[tuple[str, tuple[tuple[str, int], ...], str, tuple[int, ...]], ...]
+    dims: tuple[str, ...]
+    shared: Size
+    local: Size
+    code: bytes
+
+
+def compile(
+    source: str | os.PathLike[str] | bytes | Function | Any,
+    target: str | Target = "cpu",
+    dims: Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    level: int = 3,
+    checked: bool = False,
+    record: bool = True,
+) -> Module:
+    """Compiles a model: an ONNX path, bytes or ModelProto, or a graph Function.
+
+    dims: symbolic dimensions by name: a size, or (lo, hi), or (lo, hi, multiple_of).
+    threads: how many the module uses (default: the usable cores). level: 0 to 3.
+    checked: verify the IR after every pass and schedule step.
+    Raises MinicompilerError subclasses that name the user's nodes.
+    """
+    ctx = Context(Target.parse(target) if isinstance(target, str) else target,
+                  Options(level=level, threads=threads or 0, checked=checked, record=record))  # fmt: skip
+    fn = import_model(source, dims, ctx)
+    fn = optimise(fn, ctx)
+    return build_module(fn, ctx)
+
+
+def import_model(source: Any, dims: Mapping[str, Any] | None = None, ctx: Context | None = None) -> Function:
+    """The graph of a model (a Function is taken as it is)."""
+    if isinstance(source, Function):
+        if dims:
+            raise MinicompilerError("dims= is for models that are imported; this is a graph already",
+                                    hint="give the Dims of the graph their ranges when building it")  # fmt: skip
+        return source
+    start = time.perf_counter()
+    fn = onnx_frontend.load(source, dims)
+    if ctx is not None:
+        ctx.stages.append(Stage(fn.name, "graph", "import", "", time.perf_counter() - start))
+    return fn
+
+
+def optimise(fn: Function, ctx: Context) -> Function:
+    """The graph passes of the chosen level; the result consists of fused functions."""
+    if not 0 <= ctx.options.level <= 3:
+        raise MinicompilerError(f"level must be 0, 1, 2 or 3, not {ctx.options.level!r}")
+    return pipeline.run(pipeline.GRAPH_PASSES[ctx.options.level], fn, ctx)
+
+
+def build_module(fn: Function, ctx: Context) -> Module:
+    """Kernels, memory plan and native main of an optimised graph."""
+    assert ctx.target is not None
+    cache = DiskCache()
+    kernels: dict[str, Kernel] = {}
+    libraries: dict[str, Library] = {}
+    made: dict[tuple[Any, ...], np.ndarray] = {}
+    calls = []
+    for v in topological(fn.results):
+        if not isinstance(v, Apply):
+            continue
+        if not isinstance(v.op, Function):
+            raise InternalError(f"operator {v.op.name} was not put into a kernel", v.locs)
+        constant = tuple(isinstance(a, Constant) for a in v.args)
+        key = kernel_key(v.op, constant, ctx.target)
+        kernel = kernels.get(key)
+        if kernel is None:
+            kernel = kernels[key] = _cached_kernel(key, v.op, constant, ctx, cache)
+        calls.append(_call(v, kernel, libraries, made))
+    start = time.perf_counter()
+    plan, constants = plan_memory(fn, calls)
+    ctx.stages.append(Stage(fn.name, "plan", "plan_memory", "", time.perf_counter() - start))
+    start = time.perf_counter()
+    text = emit_main(plan)
+    main_key = f"main {_stamp(ctx.target)}\n{text}"
+    entry = cache.get(main_key.encode())
+    main = entry.value if entry is not None else compile_object(text, ctx.target, opt=1)
+    if entry is None:
+        cache.put(main_key.encode(), main)
+    ctx.stages.append(Stage(fn.name, "code", "main", "", time.perf_counter() - start))
+    objects = {k.name: k.code for k in kernels.values()}
+    return Module(plan, objects, main, constants, ctx.target, ctx.options.threads or None, tuple(ctx.stages))
+
+
+# ---- one kernel --------------------------------------------------------------------------------------
+def kernel_key(fn: Function, constant: tuple[bool, ...], target: Target) -> str:
+    """What a kernel depends on, known before any scheduling work."""
+    flags = "".join("c" if c else "v" for c in constant)
+    return f"kernel {_stamp(target)}\n{flags}\n{structural_key(fn)}"
+
+
+_fingerprint: list[str] = []
+
+
+def _stamp(target: Target) -> str:
+    """Version, sources of the compiler, and the target."""
+    if not _fingerprint:
+        digest = hashlib.blake2b(digest_size=16)
+        top = Path(__file__).parent
+        from . import codegen, frontend, schedules
+
+        folders = [top, *[Path(m.__path__[0]) for m in (codegen, frontend, schedules)]]
+        for folder in folders:
+            for path in sorted(folder.rglob("*.py")):
+                digest.update(path.read_bytes())
+        _fingerprint.append(digest.hexdigest())
+    return f"{__version__} {_fingerprint[0]} {json.dumps(target.to_json(), sort_keys=True)}"
+
+
+def _cached_kernel(key: str, fn: Function, constant: tuple[bool, ...], ctx: Context, cache: DiskCache) -> Kernel:
+    raw = key.encode()
+    start = time.perf_counter()
+    entry = cache.get(raw)
+    if entry is not None:
+        ctx.stages.append(Stage(fn.name, "code", "cached", "", time.perf_counter() - start))
+        return _kernel_from(entry.metadata, entry.value)
+    kernel = build_kernel(fn, constant, ctx, "_" + hashlib.blake2b(raw, digest_size=6).hexdigest())
+    data = {f.name: getattr(kernel, f.name) for f in dataclasses.fields(kernel) if f.name != "code"}
+    cache.put(raw, kernel.code, data)
+    return kernel
+
+
+def _kernel_from(data: Mapping[str, Any], code: bytes) -> Kernel:
+    def size(x: Any) -> Size:
+        return (x[0], size(x[1]), size(x[2])) if isinstance(x, list) else x
+
+    def params(x: Any) -> tuple[tuple[str, int], ...]:
+        return tuple((a, b) for a, b in x)
+
+    prepared = tuple((n, params(p), t, tuple(s)) for n, p, t, s in data["prepared"])
+    return Kernel(data["name"], params(data["params"]), prepared, tuple(data["dims"]),
+                  size(data["shared"]), size(data["local"]), bytes(code))  # fmt: skip
+
+
+def build_kernel(fn: Function, constant: tuple[bool, ...], ctx: Context, suffix: str = "") -> Kernel:
+    """One fused function, lowered, scheduled and compiled. `constant`: which arguments are constants."""
+    target = ctx.target
+    assert target is not None
+    lowered = _timed(ctx, fn.name, "tir", "to_tir", lambda: lower_function(fn, constant), script)
+    original = lowered.params
+    s = _timed(ctx, fn.name, "tir", "schedule", lambda: schedule(lowered, target), lambda r: script(r.func))
+    func, prepared = _timed(ctx, fn.name, "tir", "lift_constants", lambda: lift_constants(s.func), lambda r: script(r[0]))
+    name = fn.name + suffix
+    parts = []
+    emitted = None
+    names = []
+    for k, f in enumerate([func, *[p.func for p in prepared]]):
+        f = f.with_(name=name if k == 0 else f"{name}_prepare_{k - 1}")
+        names.append(f.name)
+        for step in pipeline.TIR_PASSES:
+            f = _timed(ctx, f.name, "tir", step.__name__, lambda f=f, step=step: step(f, ctx), script)
+        e = _timed(ctx, f.name, "code", "llvm", lambda f=f: emit(f), lambda r: r.text)
+        emitted = emitted or e
+        parts.append(e.text)
+    assert emitted is not None
+    code = _timed(ctx, name, "code", "object", lambda: compile_object(_merge(parts), target), lambda r: "")
+    ready = [p.buffer for p in prepared]
+
+    def place(b: Buffer, f: PrimFunc) -> tuple[str, int]:
+        if b in ready and b is not f.params[-1]:
+            return "prepared", ready.index(b)
+        count = len(original) - lowered.results
+        k = original.index(b)
+        return ("arg", k) if k < count else ("result", k - count)
+
+    made = []
+    for p, symbol in zip(prepared, names[1:], strict=True):
+        shape = tuple(evaluate_int(n, {}) for n in p.buffer.physical_shape)
+        made.append((symbol, tuple(place(b, p.func) for b in p.func.params[:-1]), p.buffer.dtype.name, shape))
+    final = func.params
+    params = tuple(("prepared", ready.index(b)) if b in ready else place(b, func) for b in final)
+    return Kernel(name, params, tuple(made), tuple(d.name for d in func.dims),
+                  to_size(emitted.shared), to_size(emitted.local), code)  # fmt: skip
+
+
+def _timed(ctx: Context, subject: str, level: str, name: str, run: Any, text: Any) -> Any:
+    start = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - start
+    ctx.stages.append(Stage(subject, level, name, text(result) if ctx.options.record else "", seconds))
+    return result
+
+
+def _merge(texts: list[str]) -> str:
+    """Several emitted functions as one text: declarations once."""
+    lines: dict[str, None] = {}
+    bodies = []
+    for t in texts:
+        body = []
+        for line in t.splitlines():
+            if line.startswith("declare "):
+                lines[line] = None
+            else:
+                body.append(line)
+        bodies.append("\n".join(body))
+    return "\n".join([*lines, *bodies]) + "\n"
+
+
+# ---- a call: constants are prepared, arguments put in place --------------------------------------------
+def _call(
+    v: Apply, kernel: Kernel, libraries: dict[str, Library], made: dict[tuple[Any, ...], np.ndarray]
+) -> KernelCall:
+    assert isinstance(v.op, Function)
+    ready: list[np.ndarray] = []
+
+    def argument(kind: str, k: int) -> Value | np.ndarray:
+        if kind == "prepared":
+            return ready[k]
+        value = v.args[k]
+        assert value is not None
+        return value
+
+    for symbol, params, dtype, shape in kernel.prepared:
+        sources = [argument(*p) for p in params]
+        arrays = [x.data if isinstance(x, Constant) else x for x in sources]
+        assert all(isinstance(a, np.ndarray) for a in arrays)
+        key = (symbol, *[id(a) for a in arrays])
+        if key not in made:
+            if kernel.name not in libraries:
+                exports = [kernel.name, *[p[0] for p in kernel.prepared]]
+                libraries[kernel.name] = Library(kernel.code, exports, {"mc_barrier": barrier_address()})
+            made[key] = _prepare(libraries[kernel.name].address(symbol), arrays, dtype, shape)  # type: ignore[arg-type]
+        ready.append(made[key])
+    args = tuple(argument(kind, k) for kind, k in kernel.params if kind != "result")
+    if isinstance(v.type, tuple):
+        results: tuple[Value, ...] = tuple(Item(v, k) for k in range(len(v.type)))
+    else:
+        results = (v,)
+    ordered = tuple(results[k] for kind, k in kernel.params if kind == "result")
+    dims = {d.name: d for d in _dims(v)}
+    return KernelCall(kernel.name, args, ordered, tuple(dims[n] for n in kernel.dims),
+                      _expr(kernel.shared, dims), _expr(kernel.local, dims))  # fmt: skip
+
+
+def _dims(v: Apply) -> list[Any]:
+    from .ir.arith import dims_of
+    from .ir.graph import type_of
+
+    types = [type_of(a) for a in v.args if a is not None]
+    types += list(v.type) if isinstance(v.type, tuple) else [v.type]
+    assert isinstance(v.op, Function)
+    inner = [x.type for x in topological(v.op.results) if isinstance(x, Apply)]
+    for t in inner:
+        types += list(t) if isinstance(t, tuple) else [t]
+    return dims_of(s for t in types for s in t.shape)
+
+
+def _expr(size: Size, dims: Mapping[str, Expr]) -> Expr:
+    from .ir.expr import binary, wrap
+
+    if isinstance(size, tuple):
+        return binary(size[0], _expr(size[1], dims), _expr(size[2], dims))
+    return dims[size] if isinstance(size, str) else wrap(size)
+
+
+def _prepare(address: int, arrays: list[np.ndarray], dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Runs a compile-time function on constants."""
+    from .ir.types import DType
+
+    arrays = [np.ascontiguousarray(a) for a in arrays]
+    result = np.empty(shape, DType(dtype).numpy)
+    pointers = [a.ctypes.data for a in [*arrays, result]]
+    kinds = [ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, *[ctypes.c_void_p] * (len(pointers) + 1)]
+    ctypes.CFUNCTYPE(None, *kinds)(address)(0, 1, None, *pointers, None)
+    return result
+
+
+__all__ = ["IndexMap", "Kernel", "build_kernel", "build_module", "compile", "import_model", "kernel_key", "optimise"]

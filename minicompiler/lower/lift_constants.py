@@ -1,0 +1,96 @@
+"""Compile-time blocks: what a scheduled function computes from constants alone is taken out of it.
+
+    W_s = stage(W, root, layout=(k, n) -> (n//16, k, n%16))     # W is constant
+    func(x, W) { W_s = ...; y = ... W_s ... }   ->   func(x, W_s) { y = ... W_s ... }
+                                                     prepare(W) { W_s = ... }
+
+The driver runs `prepare` once while compiling and passes its result in place of the constant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from minicompiler.ir.expr import Expr, Load, rewrite
+from minicompiler.ir.tir import (
+    Block,
+    Buffer,
+    PrimFunc,
+    Scope,
+    Stmt,
+    Store,
+    map_statements,
+    read_buffers,
+    stores,
+    written_buffers,
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """A constant that the kernel reads instead of others: the parameter, and what computes it."""
+
+    buffer: Buffer
+    func: PrimFunc
+
+
+def lift_constants(func: PrimFunc) -> tuple[PrimFunc, tuple[Prepared, ...]]:
+    """The function without its compile-time phases, and these. Prepared buffers come first among the
+    results' neighbours: params are (remaining inputs..., prepared..., results...)."""
+    ready: set[Buffer] = {p for p in func.params if p.constant}
+    prepared: list[Prepared] = []
+    rest: list[Stmt] = []
+    later = [written_buffers(p) for p in func.phases]
+    for k, phase in enumerate(func.phases):
+        written, read = written_buffers(phase), read_buffers(phase)
+        inputs = read - written
+        alone = all(written.isdisjoint(w) for w in later[k + 1 :] + later[:k])
+        if inputs <= ready and inputs and alone and written <= set(func.buffers) and not func.dims:
+            for b in written:
+                new = b.with_(scope=Scope.PARAM, constant=True)
+                body = _swap(phase, {b: new})
+                name = f"{func.name}_prepare_{len(prepared)}"
+                sources = tuple(p for p in (*func.params, *[x.buffer for x in prepared]) if p in read_buffers(body))
+                prepared.append(Prepared(new, PrimFunc(name, (*sources, new), 1, (), (), (body,), func.locs)))
+                ready.add(new)
+                later = [({new if x is b else x for x in w}) for w in later]
+                func = func.with_(
+                    phases=tuple(_swap(p, {b: new}) for p in func.phases),
+                    buffers=tuple(x for x in func.buffers if x is not b),
+                )
+        else:
+            rest.append(func.phases[k])
+    # Phases after a lifted one were rewritten to read the new parameter.
+    done = {id(p) for p in rest}
+    kept = [p for p in func.phases if id(p) in done or not _computes_prepared(p, prepared)]
+    used = set().union(*[read_buffers(p) for p in kept]) if kept else set()
+    count = len(func.params) - func.results
+    inputs_left = [p for p in func.params[:count] if p in used or not p.constant]
+    extra = [x.buffer for x in prepared if x.buffer in used]
+    params = (*inputs_left, *extra, *func.params[count:])
+    return func.with_(params=params, phases=tuple(kept)), tuple(prepared)
+
+
+def _computes_prepared(phase: Stmt, prepared: list[Prepared]) -> bool:
+    return any(s.buffer is p.buffer for p in prepared for s in stores(phase))
+
+
+def _swap(phase: Stmt, mapping: dict[Buffer, Buffer]) -> Stmt:
+    def load(e: Expr) -> Expr | None:
+        if type(e) is Load and e.buffer in mapping:
+            return Load(mapping[e.buffer], e.indices, e.mask)
+        return None
+
+    def store(x: Store) -> Store:
+        value = rewrite(x.value, load)
+        buffer = mapping.get(x.buffer, x.buffer)
+        return x if value is x.value and buffer is x.buffer else Store(buffer, x.indices, value)
+
+    def one(x: Stmt) -> Stmt | None:
+        if isinstance(x, Block):
+            init = None if x.init is None else store(x.init)
+            body = store(x.body)
+            return None if init is x.init and body is x.body else x.with_(init=init, body=body)
+        return store(x) if isinstance(x, Store) else None
+
+    return map_statements(phase, one)

@@ -1,0 +1,573 @@
+"""A compiled model in memory: checks arguments, gives them to the native main, returns arrays.
+
+    y, = m(x)                          inputs in the order of m.inputs
+    m.run({"x": x})["y"]               by name;  out={"y": y} writes into the caller's array
+    m.save("model.mc");  m = load("model.mc", threads=2)      without the compiler
+
+Calls may come from many Python threads at once: each takes a context of its own (arena, workspace,
+table of addresses). One call at a time runs on all threads of the pool, others on their own thread.
+What only depends on the shapes of the inputs is computed once per combination of shapes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import struct
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minicompiler.errors import MinicompilerError, RunError
+from minicompiler.runtime import savefile
+from minicompiler.runtime.loader import Library
+from minicompiler.runtime.plan import (
+    MAIN,
+    RELATIONS,
+    DimSpec,
+    Plan,
+    Tensor,
+    evaluate,
+    nbytes,
+    numpy_dtype,
+    size_text,
+)
+from minicompiler.runtime.pool import available_threads, barrier_address, get_pool
+from minicompiler.target import Target
+
+_FORMAT = 1  # of the header of a saved module
+_SHAPES_KEPT = 512  # combinations of input shapes whose sizes are remembered
+_HUGE_PAGE = 2 << 20
+_CACHE_LINE = 64
+_ALIGNED_BYTES = 64 << 10  # outputs from here on start at a cache line
+_CHECKED_BYTES = 16 << 20  # arenas from here on are compared with the available memory
+
+_ndarray = np.ndarray
+_empty = np.empty
+_address_of = ctypes.addressof
+_view = ctypes.c_char.from_buffer
+_living: weakref.WeakSet[Module] = weakref.WeakSet()
+
+
+class Module:
+    """A model that can be called. `driver.compile` and `load` make it.
+
+    Attributes:
+        inputs, outputs: name, dtype and shape of each, in call order.
+        threads: how many threads a call uses.
+        stages: what the compiler recorded, empty for a loaded module.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        objects: Mapping[str, bytes],
+        main: bytes,
+        constants: Iterable[np.ndarray],
+        target: Target,
+        threads: int | None = None,
+        stages: Sequence[Any] = (),
+    ) -> None:
+        """objects: kernel name -> object file; main: object file of the function MAIN.
+
+        On a machine that lacks features of `target` the module can be saved, but not called.
+        """
+        self.plan = plan
+        self.target = target
+        self.threads = available_threads() if threads is None else threads
+        if self.threads < 1:
+            raise RunError(f"a module cannot run on {threads} threads", hint="threads=1 or more")
+        self.stages = tuple(stages)
+        self.inputs = plan.inputs
+        self.outputs = plan.outputs
+        self._objects = dict(objects)
+        self._main_object = main
+        self._constants = [np.asarray(c, c.dtype.newbyteorder("="), order="C") for c in constants]
+        self._dtypes = [numpy_dtype(t.dtype) for t in plan.inputs]
+        self._out_dtypes = [numpy_dtype(t.dtype) for t in plan.outputs]
+        self._copied = [
+            (i, place) for i, place in enumerate(plan.results) if place != ("output", i)
+        ]
+        self._layout = plan.table()
+        # Inputs and outputs lie at the start of the table.
+        self._pack = struct.Struct(f"{self._layout.arena}q").pack_into
+        self._shapes: dict[tuple[tuple[int, ...], ...], _Sizes] = {}
+        self._free: list[_Context] = []
+        self._pool: Any = None
+        self._template: list[int] = []
+        if not target.missing_features(Target.host()):
+            self._link()
+        _living.add(self)
+
+    def __call__(
+        self, *arrays: Any, out: Sequence[np.ndarray | None] | None = None
+    ) -> tuple[Any, ...]:
+        """The outputs for some inputs: arrays, DLPack tensors, or Python numbers and lists.
+
+        out: arrays to write outputs into (None: a new one); they must not overlap an input.
+        Raises RunError when an argument does not fit.
+        """
+        if len(arrays) != len(self._dtypes):
+            raise self._wrong_count("input", self.inputs, len(arrays))
+        shapes = []
+        for array, dtype in zip(arrays, self._dtypes, strict=True):
+            if (
+                type(array) is not _ndarray
+                or array.dtype is not dtype
+                or not array.flags.c_contiguous
+            ):
+                arrays = tuple(map(_as_input, arrays, self._dtypes, self.inputs))
+                shapes = [a.shape for a in arrays]
+                break
+            shapes.append(array.shape)
+        key = tuple(shapes)
+        sizes = self._shapes.get(key)
+        if sizes is None:
+            sizes = self._measure(key)
+        if out is None:
+            results = [_new(*spec) for spec in sizes.outputs]
+        else:
+            results = self._given(out, sizes, arrays)
+        addresses = [_address(a) for a in arrays]
+        addresses += [_address(a) for a in results]
+        pool = self._pool
+        if pool is None:
+            pool = self._pool = self._start()
+        try:
+            context = self._free.pop()
+        except IndexError:
+            context = _Context(self._layout.length, self._template)
+        try:
+            if context.sizes is not sizes:
+                context.prepare(sizes, self._layout.arena)
+            self._pack(context.table, 0, *addresses)
+            pool.region(pool.handle, self._main, context.address, self.threads)
+        finally:
+            self._free.append(context)
+        if self._copied:
+            self._copy(arrays, results)
+        return tuple(results)
+
+    def run(
+        self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, Any]:
+        """The outputs by name for inputs by name; `out` may name some of the outputs."""
+        names = [t.name for t in self.outputs]
+        _check_names("input", [t.name for t in self.inputs], inputs, complete=True)
+        if out is not None:
+            _check_names("output", names, out, complete=False)
+        results = self(
+            *[inputs[t.name] for t in self.inputs],
+            out=None if out is None else [out.get(n) for n in names],
+        )
+        return dict(zip(names, results, strict=True))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the module to a file for `load`. Raises RunError when that fails."""
+        header = {
+            "module": _FORMAT,
+            "plan": self.plan.to_json(),
+            "target": self.target.to_json(),
+            "kernels": list(self._objects),
+            "constants": [c.dtype.name for c in self._constants],
+        }
+        blobs: dict[str, savefile.Blob] = {"main": self._main_object}
+        for name, data in self._objects.items():
+            blobs[f"kernel/{name}"] = data
+        for k, c in enumerate(self._constants):
+            # bfloat16 is not a number type of numpy itself.
+            blobs[f"constant/{k}"] = c if c.dtype.isbuiltin == 1 else c.view(f"u{c.dtype.itemsize}")
+        savefile.write(path, header, blobs)
+
+    def __repr__(self) -> str:
+        inputs, outputs = (", ".join(map(str, ts)) for ts in (self.inputs, self.outputs))
+        return f"Module({inputs} -> {outputs}; {self.target.level}, threads={self.threads})"
+
+    # ---- native code ----------------------------------------------------------------------------
+    def _link(self) -> None:
+        symbols = {"mc_barrier": barrier_address()}
+        kernels = self.plan.kernels
+        images = [self._objects[name] for name in kernels]
+        self._library = Library([*images, self._main_object], [*kernels, MAIN], symbols)
+        self._main = ctypes.c_void_p(self._library.address(MAIN))
+        layout = self._layout
+        template = [0] * layout.length
+        for k, c in enumerate(self._constants):
+            template[layout.constants + k] = _address(c)
+        for name, slot in layout.kernels.items():
+            template[slot] = self._library.address(name)
+        self._template = template
+
+    def _start(self) -> Any:
+        missing = self.target.missing_features(Target.host())
+        if missing:
+            raise _unsupported("this module", missing)
+        return get_pool(self.threads)
+
+    def _copy(self, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> None:
+        """Fill the outputs that no kernel writes."""
+        sources: dict[str, Sequence[np.ndarray]] = {
+            "input": arrays, "output": results, "constant": self._constants,
+        }  # fmt: skip
+        for i, (place, at) in self._copied:
+            assert isinstance(at, int)
+            # An output may hold the same elements under another shape.
+            np.copyto(results[i], sources[place][at].reshape(results[i].shape))
+
+    # ---- shapes ---------------------------------------------------------------------------------
+    def _measure(self, shapes: tuple[tuple[int, ...], ...]) -> _Sizes:
+        """Check the shapes of a call and compute all sizes that follow from them."""
+        dims = self._bind(shapes)
+        for name, size in self.plan.named:
+            dims[name] = evaluate(size, dims)
+        outputs = []
+        for t, dtype in zip(self.outputs, self._out_dtypes, strict=True):
+            shape = tuple(evaluate(s, dims) for s in t.shape)
+            if min(shape, default=0) < 0:
+                raise RunError(
+                    f'output "{t.name}" would have the shape {_shape_text(shape)}, declared {t}',
+                    hint="the inputs are too small for the operators of this model",
+                )
+            outputs.append((shape, dtype, nbytes(shape, dtype)))
+        plan = self.plan
+        shared, local = evaluate(plan.shared, dims), evaluate(plan.local, dims)
+        arena = -(-evaluate(plan.arena, dims) // _CACHE_LINE) * _CACHE_LINE
+        values = [dims[d.name] for d in plan.dims]
+        sizes = _Sizes(values, outputs, arena, arena + shared + self.threads * local)
+        if len(self._shapes) >= _SHAPES_KEPT:
+            self._shapes.clear()
+        self._shapes[shapes] = sizes
+        return sizes
+
+    def _bind(self, shapes: tuple[tuple[int, ...], ...]) -> dict[str, int]:
+        """The dimensions of a call. Raises RunError when a shape does not fit."""
+        for t, shape in zip(self.inputs, shapes, strict=True):
+            if len(shape) != len(t.shape):
+                raise RunError(
+                    f'input "{t.name}" has {len(shape)} dimensions, {len(t.shape)} are expected: '
+                    f"shape {_shape_text(shape)}, declared {t}"
+                )
+        dims: dict[str, int] = {}
+        origin: dict[str, str] = {}
+        for spec, b in zip(self.plan.dims, self.plan.binds, strict=True):
+            dims[b.dim] = shapes[b.input][b.axis]
+            origin[b.dim] = f'axis {b.axis} of input "{self.inputs[b.input].name}"'
+            _check_range(spec, dims[b.dim], origin[b.dim])
+        for t, shape in zip(self.inputs, shapes, strict=True):
+            for axis, (size, got) in enumerate(zip(t.shape, shape, strict=True)):
+                expected = evaluate(size, dims)
+                if got != expected:
+                    why = "" if isinstance(size, int) else f" ({size_text(size)})"
+                    hint = "; ".join(f"{n} = {dims[n]} is {origin[n]}" for n in _names(size))
+                    raise RunError(
+                        f'input "{t.name}": axis {axis} has size {got}, expected {expected}{why}: '
+                        f"shape {_shape_text(shape)}, declared {t}",
+                        hint=hint,
+                    )
+        for g in self.plan.guards:
+            left, right = evaluate(g.left, dims), evaluate(g.right, dims)
+            symbol, holds = RELATIONS[g.relation]
+            if not holds(left, right):
+                raise RunError(
+                    f"these inputs do not fit together: {size_text(g.left)} {symbol} "
+                    f"{size_text(g.right)} must hold, but they are {left} and {right} ({g.text})",
+                    hint=", ".join(f"{n} = {v} is {origin[n]}" for n, v in dims.items()),
+                )
+        return dims
+
+    # ---- arguments ------------------------------------------------------------------------------
+    def _given(self, out: Any, sizes: _Sizes, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The caller's arrays for the outputs, checked, and new ones where there is none."""
+        if isinstance(out, np.ndarray) or not isinstance(out, Sequence):
+            raise RunError(
+                f"out= is {type(out).__name__}, expected a list or tuple with an array per output",
+                hint="m(x, out=[y]), or m.run({...}, out={...})",
+            )
+        if len(out) != len(self.outputs):
+            raise self._wrong_count("output", self.outputs, len(out))
+        results: list[np.ndarray] = []
+        taken = [(f'input "{t.name}"', a) for t, a in zip(self.inputs, arrays, strict=True)]
+        for t, array, spec in zip(self.outputs, out, sizes.outputs, strict=True):
+            if array is None:
+                results.append(_new(*spec))
+                continue
+            _check_out(t, array, spec[0], spec[1])
+            for what, other in taken:
+                if np.may_share_memory(array, other):
+                    raise RunError(
+                        f'out= for output "{t.name}" overlaps {what}',
+                        hint="outputs are written while inputs are still read: use separate arrays",
+                    )
+            taken.append((f'out= for output "{t.name}"', array))
+            results.append(array)
+        return results
+
+    def _wrong_count(self, kind: str, expected: Sequence[Tensor], got: int) -> RunError:
+        names = ", ".join(map(str, expected))
+        return RunError(f"{got} {kind}s given, the model has {len(expected)}: {names}")
+
+
+def load(path: str | os.PathLike[str], threads: int | None = None) -> Module:
+    """The module that `Module.save` wrote; its constants stay in the mapped file.
+
+    Raises RunError when the file is damaged or no saved module, or this processor lacks
+    instructions that it uses.
+    """
+    header, blobs = savefile.read(path)
+    name = Path(path).name
+    if header.get("module") != _FORMAT:
+        raise RunError(
+            f'"{name}" holds no compiled model that this minicompiler can load',
+            hint="load what Module.save of the same version wrote",
+        )
+    try:
+        target = Target.from_json(header["target"])
+        plan = Plan.from_json(header["plan"])
+        objects = {kernel: bytes(blobs[f"kernel/{kernel}"]) for kernel in header["kernels"]}
+        main = bytes(blobs["main"])
+        constants = [
+            blobs[f"constant/{k}"].view(numpy_dtype(dtype))
+            for k, dtype in enumerate(header["constants"])
+        ]
+        if not set(plan.kernels) <= objects.keys() or plan.constants != len(constants):
+            raise ValueError("kernels or constants are missing")
+    except (KeyError, TypeError, ValueError, AttributeError, MinicompilerError) as error:
+        raise RunError(f'"{name}" is not a complete saved module: {error}') from error
+    missing = target.missing_features(Target.host())
+    if missing:
+        raise _unsupported(f'"{name}"', missing)
+    return Module(plan, objects, main, constants, target, threads)
+
+
+class _Sizes:
+    """What follows from the shapes of a call's inputs."""
+
+    __slots__ = ("arena", "dims", "memory", "outputs")
+
+    def __init__(
+        self,
+        dims: list[int],
+        outputs: list[tuple[tuple[int, ...], np.dtype[Any], int]],
+        arena: int,
+        memory: int,
+    ) -> None:
+        self.dims, self.outputs, self.arena, self.memory = dims, outputs, arena, memory
+
+
+class _Context:
+    """What one running call has for itself: the native table, arena and workspace."""
+
+    __slots__ = ("address", "memory", "sizes", "table")
+
+    def __init__(self, length: int, template: list[int]) -> None:
+        self.table = (ctypes.c_int64 * length)(*template)
+        self.address = ctypes.c_void_p(_address_of(self.table))
+        self.memory: _Memory | None = None
+        self.sizes: _Sizes | None = None  # those that the table is set up for
+
+    def prepare(self, sizes: _Sizes, slot: int) -> None:
+        """Set up for other sizes: `slot` is that of the arena, workspace and dims follow it."""
+        self.sizes = None  # stays so if there is not enough memory
+        if self.memory is None or self.memory.size < sizes.memory:
+            self.memory = None  # gives the old one back first
+            self.memory = _Memory(sizes.memory)
+        base = self.memory.address
+        words: list[ctypes.c_int64 | int] = [base, base + sizes.arena, *sizes.dims]
+        self.table[slot : slot + len(words)] = words
+        self.sizes = sizes
+
+
+class _Memory:
+    """Private zeroed pages, on huge pages where the system has them; unmapped with this object."""
+
+    __slots__ = ("_map", "_pin", "address", "size")
+
+    def __init__(self, size: int) -> None:
+        """Raises RunError when the system does not have that much memory."""
+        self.size = max(size, 1)
+        slack = 0 if size < _HUGE_PAGE else _HUGE_PAGE
+        available = _available_memory() if size >= _CHECKED_BYTES else None
+        if available is not None and size > available:
+            raise _too_large(size, f"{available / 2**30:.2f} GiB are available")
+        try:
+            if hasattr(mmap, "MAP_PRIVATE"):  # shared pages would connect a forked child
+                flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+                self._map = mmap.mmap(-1, self.size + slack, flags=flags)
+            else:
+                self._map = mmap.mmap(-1, self.size + slack)
+        except (OSError, ValueError, OverflowError, MemoryError) as error:
+            raise _too_large(size, f"the system refused it: {error}") from None
+        if slack and hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._pin = ctypes.c_char.from_buffer(self._map)
+        start = _address_of(self._pin)
+        self.address = start + (-start % slack if slack else 0)
+
+
+def _too_large(size: int, why: str) -> RunError:
+    return RunError(
+        f"this call needs {size / 2**30:.2f} GiB for intermediate values; {why}",
+        hint="use smaller inputs, or split the batch",
+    )
+
+
+def _available_memory() -> int | None:
+    """Bytes this process may still take, as far as the system tells."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) << 10)
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # also the word "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits, default=None)
+
+
+# ---- arrays -------------------------------------------------------------------------------------
+def _address(array: np.ndarray) -> int:
+    """The address of an array's first element; the writable case is the fast one."""
+    try:
+        return _address_of(_view(array))  # type: ignore[arg-type]
+    except (TypeError, ValueError, BufferError):
+        address: int = array.__array_interface__["data"][0]
+        return address
+
+
+def _new(shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> np.ndarray:
+    """An array to write to; a large one starts at a cache line, so that no vector crosses one."""
+    try:
+        if size < _ALIGNED_BYTES:
+            return _empty(shape, dtype)
+        raw = _empty(size + _CACHE_LINE, np.uint8)
+    except MemoryError:
+        raise RunError(
+            f"there is no memory for an output of {size / 2**30:.2f} GiB",
+            hint="use smaller inputs, or split the batch",
+        ) from None
+    return _ndarray(shape, dtype, raw, -_address(raw) % _CACHE_LINE)
+
+
+def _as_input(value: Any, dtype: np.dtype[Any], t: Tensor) -> np.ndarray:
+    """An argument as a contiguous array in native byte order, copied only if it is not one."""
+    if isinstance(value, bool | int | float | list | tuple):
+        return _from_numbers(value, dtype, t)
+    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack__"):
+        array = np.asarray(value)
+    else:
+        try:
+            array = np.from_dlpack(value)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise RunError(
+                f'input "{t.name}": {type(value).__name__} cannot be read as an array: {error}',
+                hint="give a numpy array, or a tensor in CPU memory of a dtype that numpy has",
+            ) from error
+    if array.dtype.newbyteorder("=") != dtype:
+        raise RunError(
+            f'input "{t.name}" has dtype {array.dtype}, expected {dtype}: {t}',
+            hint=f'convert it: {t.name}.astype("{dtype}")' if t.name.isidentifier() else "",
+        )
+    return np.asarray(array, dtype, order="C")
+
+
+def _from_numbers(value: Any, dtype: np.dtype[Any], t: Tensor) -> np.ndarray:
+    """Python numbers take the input's dtype if it can hold them; floats are rounded to it."""
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise RunError(f'input "{t.name}": not a tensor: {error}') from None
+    kind = "f" if t.dtype.startswith(("float", "bfloat")) else "i" if dtype.kind in "iu" else "b"
+    fits = array.size == 0 or array.dtype.kind in {"b": "b", "i": "biu", "f": "biuf"}[kind]
+    if fits:
+        with np.errstate(over="ignore"):
+            made = np.asarray(array.astype(dtype), order="C")
+        if array.dtype.kind == "f":
+            same = np.isfinite(made.astype(np.float64)) == np.isfinite(array)
+        else:
+            same = made.astype(array.dtype) == array
+        if array.size == 0 or bool(np.all(same)):
+            return made
+    raise RunError(
+        f'input "{t.name}" is given as Python values of type {array.dtype}, which do not fit '
+        f"into {dtype}: {t}",
+        hint="give a numpy array of that dtype",
+    )
+
+
+def _check_out(t: Tensor, array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    what = f'out= for output "{t.name}"'
+    if not isinstance(array, np.ndarray):
+        raise RunError(f"{what} is {type(array).__name__}, expected a numpy array")
+    if array.dtype != dtype:
+        raise RunError(f"{what} has dtype {array.dtype}, expected {dtype}")
+    if array.shape != shape:
+        raise RunError(
+            f"{what} has shape {_shape_text(array.shape)}, expected {_shape_text(shape)}"
+        )
+    if not array.flags.c_contiguous:
+        raise RunError(f"{what} is not C-contiguous", hint="use np.empty, and copy afterwards")
+    if not array.flags.writeable:
+        raise RunError(f"{what} is read-only")
+
+
+def _check_names(
+    kind: str, known: Sequence[str], given: Mapping[str, Any], *, complete: bool
+) -> None:
+    unknown = [n for n in given if n not in known]
+    if unknown:
+        names = ", ".join(f'"{n}"' for n in unknown)
+        raise RunError(f"the model has no {kind} {names}", hint=f"its {kind}s: {', '.join(known)}")
+    missing = [n for n in known if n not in given]
+    if complete and missing:
+        names = ", ".join(f'"{n}"' for n in missing)
+        raise RunError(f"{kind} {names} is missing", hint=f"the {kind}s: {', '.join(known)}")
+
+
+def _check_range(d: DimSpec, value: int, origin: str) -> None:
+    if value < d.lo or (d.hi is not None and value > d.hi):
+        limits = f"at least {d.lo}" if d.hi is None else f"from {d.lo} to {d.hi}"
+        raise RunError(
+            f'dimension "{d.name}" is {value} ({origin}), the model was compiled for {limits}',
+            hint="compile it with a wider range: dims={...}",
+        )
+    if value % d.multiple_of:
+        raise RunError(
+            f'dimension "{d.name}" is {value} ({origin}), not a multiple of {d.multiple_of}',
+            hint=f"pad that axis to {-(-value // d.multiple_of) * d.multiple_of}",
+        )
+
+
+def _names(size: Any) -> list[str]:
+    """The dimensions in a size, without repetition."""
+    if isinstance(size, tuple):
+        return list(dict.fromkeys([*_names(size[1]), *_names(size[2])]))
+    return [size] if isinstance(size, str) else []
+
+
+def _shape_text(shape: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _unsupported(what: str, missing: Sequence[str]) -> RunError:
+    return RunError(
+        f"{what} uses instructions that this processor lacks: {', '.join(missing)}",
+        hint='compile it for this machine, or for an older one such as target="cpu:avx2"',
+    )
+
+
+def _after_fork() -> None:
+    """In the child of a fork the pool's threads do not exist: the next call asks for a new pool."""
+    for module in list(_living):
+        module._pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+__all__ = ["Module", "load"]
