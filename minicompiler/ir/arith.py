@@ -122,6 +122,9 @@ class Arith:
         # Now p = q * quotient + rest; when 0 <= rest < q the answer is at hand.
         if not rest or (self.nonneg(rest) and self.nonneg(_plus(self._sub(q, rest), -1))):
             return quotient if op == "floordiv" else rest
+        low = self._poly_interval(rest)
+        if low[1] is not None and low[1] < 0 and self.nonneg(_add(rest, q)):  # -q <= rest < 0
+            return _plus(quotient, -1) if op == "floordiv" else _add(rest, q)
         if op == "floordiv" and not quotient and len(rest) == 1:
             # (x // a) // b = x // (a * b)
             ((m, c),) = rest.items()
@@ -298,6 +301,24 @@ class Arith:
             r = self._eliminate(p, v)
             if r is not None and r != p and self.nonneg(r, depth + 1):
                 return True
+        # A quotient or remainder of loop variables by a Dim lies within its symbolic bounds.
+        for m, c in p.items():
+            for k, atom in enumerate(m):
+                if type(atom) is Binary and atom.op in ("floordiv", "mod") and type(atom.b) is not Const:
+                    over = [v for v in free_vars(atom) if v in self.ranges]
+                    others = {m[:k] + m[k + 1 :]: c}
+                    low, high = self._poly_interval(others)
+                    sign = -1 if low is not None and low >= 0 else 1 if high is not None and high <= 0 else 0
+                    if not sign:
+                        continue
+                    if atom.op == "mod":
+                        limit: Expr | None = ZERO if sign < 0 else atom.b - 1
+                    else:
+                        limit = self.bound(atom, over, sign) if over else None
+                    if limit is not None and limit is not atom:
+                        rest = {n: d for n, d in p.items() if n != m}
+                        if self.nonneg(_add(rest, _mul(others, self.poly(limit))), depth + 1):
+                            return True
         # c * (x // d) with d dividing c lies between c/d * (x - d + 1) and c/d * x.
         for m, c in p.items():
             for k, atom in enumerate(m):
