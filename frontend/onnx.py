@@ -256,8 +256,8 @@ class _Importer:
         if convert is None:
             return self._expand(n, inputs, env, opsets, loc, given)
 
-        def subgraph(name: str, params: Sequence[Input] = ()) -> tuple[Function, list[Value]]:
-            return self._subgraph(_graph(n, name), env, opsets, params)
+        def branch(name: str) -> tuple[Value, ...]:
+            return self._branch(_graph(n, name), env, opsets)
 
         node = OnnxNode(
             n.op_type,
@@ -266,7 +266,7 @@ class _Importer:
             self._attributes(n, given),
             tuple(n.output),
             loc,
-            subgraph,
+            branch,
         )
         try:
             made = convert(node)
@@ -342,33 +342,12 @@ class _Importer:
                         stack.append((source, False))
         return order
 
-    def _subgraph(
-        self, g: GraphProto, outer: Env, opsets: Mapping[str, int], params: Sequence[Input]
-    ) -> tuple[Function, list[Value]]:
-        """A branch or loop body. Outer values that it reads become further parameters."""
-        env: Env = {}
-        captured: list[Value] = []
-        extra: list[Input] = []
-        for name in _free_names(g):
-            source = outer.get(name)
-            if isinstance(source, Constant):
-                env[name] = source
-            elif source is not None:
-                made = Input(name, type_of(source))
-                env[name] = made
-                extra.append(made)
-                captured.append(source)
+    def _branch(self, g: GraphProto, outer: Env, opsets: Mapping[str, int]) -> tuple[Value, ...]:
+        """The results of a subgraph without inputs, computed in the place of its node."""
+        env = dict(outer)
         env.update((t.name, self._constant(t)) for t in g.initializer)
-        own = []
-        for k, value in enumerate(g.input):
-            p = params[k].with_(name=value.name) if k < len(params) else None
-            p = p or Input(value.name, self._input_type(value))
-            env[value.name] = p
-            own.append(p)
         self._nodes(g.node, env, opsets)
-        results = tuple(env[v.name] for v in g.output)
-        names = tuple(v.name for v in g.output)
-        return Function(g.name or "body", (*own, *extra), results, False, names), captured
+        return tuple(env[v.name] for v in g.output)
 
     # ---- operators defined by other operators ---------------------------------------------------
     def _expand(

@@ -18,7 +18,7 @@ from minicompiler.ops import elementwise as el
 from minicompiler.ops import reduce as red
 
 from .onnx_data import element_type
-from .onnx_node import OnnxNode
+from .onnx_node import OnnxNode, constant_value
 
 Converter = Callable[[OnnxNode], Any]
 
@@ -81,8 +81,6 @@ def _clip(n: OnnxNode) -> Value:
     if n.opset < 11:
         low, high = n.attr("min", None), n.attr("max", None)
         return n.apply(el.clip, x, attrs=el.ClipAttrs(low, high))
-    from .onnx_node import constant_value
-
     constant = [n.opt(k) is None or constant_value(n.arg(k)) is not None for k in (1, 2)]
     if all(constant):
         return n.apply(el.clip, x, attrs=el.ClipAttrs(n.scalar(1), n.scalar(2)))
@@ -114,11 +112,9 @@ def _dropout(n: OnnxNode) -> Any:
     same = n.apply(el.identity, x)
     if len(n.outputs) < 2 or not n.outputs[1]:
         return same
-    dtype = type_of(x).dtype
-    # x == x is false for NaN only; equality of the integer zero with itself is always true.
-    zero = x if dtype.is_bool else cast_to(n, x, DType("bool"))
-    always = n.apply(el.logical_or, zero, n.apply(el.logical_not, zero, name=""), name=n.outputs[1])
-    return same, always
+    # `b or not b` is true in the shape of x, whatever its sizes.
+    b = cast_to(n, x, DType("bool"))
+    return same, n.apply(el.logical_or, b, n.apply(el.logical_not, b, name=""), name=n.outputs[1])
 
 
 # ---- reductions ---------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 
 from minicompiler.errors import ImportModelError
 from minicompiler.ir.expr import Const, Expr
-from minicompiler.ir.graph import Apply, Constant, Function, Item, Value, apply, content_of, type_of
+from minicompiler.ir.graph import Apply, Constant, Item, Value, apply, content_of, type_of
 from minicompiler.ir.op import Op
 from minicompiler.ir.types import Loc, TensorType
 
@@ -34,7 +34,7 @@ class OnnxNode:
         attributes: by name, as Python numbers, strings, lists, numpy arrays.
         outputs: names of the results; "" where one is not wanted.
         loc: the place in the model.
-        subgraph: imports the graph in an attribute: a Function and the outer values it reads.
+        branch: imports the graph in an attribute in the place of the node: its results.
     """
 
     op_type: str
@@ -43,7 +43,7 @@ class OnnxNode:
     attributes: dict[str, Any]
     outputs: tuple[str, ...]
     loc: Loc
-    subgraph: Callable[..., tuple[Function, list[Value]]]
+    branch: Callable[[str], tuple[Value, ...]]
 
     def arg(self, k: int) -> Value:
         """A required input."""

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from .context import Context, Stage
 from .ir.graph import Function
-from .ir.tir import PrimFunc
 from .ir.text import function_text
+from .ir.tir import PrimFunc
 from .ir.verify import verify_function
 from .lower.blocks import hoist_conditions, lower_blocks, unswitch
 from .passes.clean import drop_identities, eliminate_common_subexpr

@@ -238,32 +238,34 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
         row_o, row_i = s.split(row, rows, "mask")
         tile = [row_i, v_i]
     # One long reduction is cut so that its part of the packed operand stays in the first-level cache.
-    k_o = None
+    k_o, limit = None, 0
     if len(depth) == 1:
         extent = const_int(s.loop(depth[0])[0].extent)
         limit = s.choose("depth", (256, 320, 384, 512, 768, 1024), 384)
         size = depth_block(extent, limit)
-        if size is not None and (row_extent is None or row_extent > rows):
+        if size is not None and not outer and (row_extent is None or row_extent > rows):
             k_o, k_i = s.split(depth[0], size, "guard")
             depth = [k_i]
     # Rows that fit the second-level cache are done for all vector blocks before the next ones.
     rows_outer = None
     if row_o is not None and (row_extent is None or row_extent > 4 * rows):
         k_total = 1
-        for x in nest.reduce:
-            k_total *= const_int(x.extent) or 1024
+        for n in depth:
+            k_total *= const_int(s.loop(n)[0].extent) or (limit if k_o is not None else 1024)
         fit = max(4, t.caches[1] // 2 // (4 * k_total) // rows)
         if not nest.outer or len(nest.rows) == 1 or k_o is not None or _plain_rows(nest):
             if row_extent is None or row_extent > fit * rows * 3 // 2:
                 rows_outer, row_o = s.split(row_o, fit, "guard")
-    s.reorder(*outer, *([rows_outer] if rows_outer else []), v_o, *([k_o] if k_o else []),
+    # Parts of the reduction come outermost: then a block of rows and a panel both stay in cache, and the
+    # threads need no barrier between parts because each goes on with its own elements.
+    s.reorder(*([k_o] if k_o else []), *outer, *([rows_outer] if rows_outer else []), v_o,
               *([row_o] if row_o else []), *depth, *tile)  # fmt: skip
 
     # ---- packing ---------------------------------------------------------------------------------------------
     wide = _pack(s, nest, name, width, packed_depth)
     del wide
     # ---- what comes after, and the register tile --------------------------------------------------------------
-    home = row_o if row_o is not None else (k_o if k_o is not None else v_o)
+    home = row_o if row_o is not None else v_o
     for b in _followers(s, name):
         s.compute_at(b, home)
     init = s.decompose_reduction(name, depth[0])

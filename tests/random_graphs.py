@@ -1,7 +1,7 @@
 """Random graphs of real operators, drawn by Hypothesis, for the laws that hold for every graph.
 
-    @given(graphs()) def test(fn): ...        one float32 input x[b, c, h, w] of constant size
-    feeds(fn)                                 values for its inputs
+@given(graphs()) def test(fn): ...        one float32 input x[b, c, h, w] of constant size
+feeds(fn)                                 values for its inputs
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ class Builder:
         self.add(op, x, Constant(np.asarray(value)))
 
     def _clip(self, x: Value, t: TensorType) -> None:
-        self.add(el.clip, x, attrs=el.ClipAttrs(self.pick((None, -1, 0)), self.pick((None, 0.5, 2))))
+        self.add(
+            el.clip, x, attrs=el.ClipAttrs(self.pick((None, -1, 0)), self.pick((None, 0.5, 2)))
+        )
 
     def _conv(self, x: Value, t: TensorType) -> None:
         c = self._channels(t)

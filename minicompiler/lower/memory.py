@@ -19,7 +19,7 @@ import numpy as np
 
 from minicompiler.errors import InternalError
 from minicompiler.ir.arith import Arith, dims_of, evaluate_int
-from minicompiler.ir.expr import ZERO, Binary, Const, Dim, Expr, Var, ceildiv, maximum, wrap
+from minicompiler.ir.expr import ZERO, Binary, Const, Dim, Expr, Var, ceildiv, maximum, walk, wrap
 from minicompiler.ir.graph import Constant, Function, Input, Item, Value, layout_of, type_of
 from minicompiler.ir.types import TensorType
 from minicompiler.runtime import plan as rt
@@ -29,6 +29,9 @@ ALIGN = 64
 _COARSE = 1024
 # Places that are free for some sizes, but not proved so for all: how many proofs are tried.
 _TRIES = 8
+# Proofs split cases at these operations, so their time grows exponentially with the number.
+_HARD = ("floordiv", "mod", "min", "max")
+_HARD_LIMIT = 2
 # What an unlimited dimension is taken for where placement must guess.
 _GUESS = 256
 
@@ -159,7 +162,12 @@ class _Placer:
         return all(x <= y for x, y in zip(self.values(a), self.values(b), strict=True))
 
     def below(self, a: Expr, b: Expr) -> bool:
-        return self.may(a, b) and self.arith.prove(a <= b) is True
+        """True when `a <= b` is proved. Not tried where that could take long."""
+        if not self.may(a, b):
+            return False
+        atoms = [atom for monomial in self.arith.poly(b - a) for atom in monomial]
+        hard = sum(type(x) is Binary and x.op in _HARD for atom in atoms for x in walk(atom))
+        return hard <= _HARD_LIMIT and self.arith.prove(a <= b) is True
 
     def highest(self, ends: Iterable[Expr]) -> Expr:
         """The maximum, without those proved to be below another."""

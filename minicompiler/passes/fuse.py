@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..ir.arith import Arith
-from ..ir.equal import structural_key
+from ..ir.equal import attrs_key, structural_key
 from ..ir.expr import Expr, product
 from ..ir.graph import (
     Apply,
@@ -65,7 +65,7 @@ class _Partition:
         self.nodes = nodes
         self.row_limit = l2_bytes // 2
         self.number = {id(v): k for k, v in enumerate(nodes)}
-        self.info: list[Reads] = [reads(v) for v in nodes]
+        self.info: list[Reads] = _analysed(nodes)
         self.groups = [_Group(k, info.kind) for k, info in enumerate(self.info)]
         # consumers[n]: (consumer, argument position)
         self.consumers: list[list[tuple[int, int]]] = [[] for _ in nodes]
@@ -267,6 +267,19 @@ class _Partition:
             if self.find(n) != self.find(sink):
                 found.append(f"{_title(self.nodes[n])} with {_title(self.nodes[sink])}: {reason}")
         return tuple(found)
+
+
+def _analysed(nodes: list[Apply]) -> list[Reads]:
+    """`reads` of each node; nodes alike in operator, attributes and argument types share it."""
+    known: dict[tuple[Any, ...], Reads] = {}
+    found = []
+    for v in nodes:
+        types = tuple(None if a is None else type_of(a) for a in v.args)
+        key = (v.op, attrs_key(v.attrs), types)
+        if key not in known:
+            known[key] = reads(v)
+        found.append(known[key])
+    return found
 
 
 # ---- groups to functions ------------------------------------------------------------------------

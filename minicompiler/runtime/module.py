@@ -18,6 +18,7 @@ import os
 import struct
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +131,10 @@ class Module:
         if sizes is None:
             sizes = self._measure(key)
         if out is None:
-            results = [_new(*spec) for spec in sizes.outputs]
+            results = list(starmap(_new, sizes.outputs))
         else:
             results = self._given(out, sizes, arrays)
-        addresses = [_address(a) for a in arrays]
-        addresses += [_address(a) for a in results]
+        addresses = [*map(_address, arrays), *map(_address, results)]
         pool = self._pool
         if pool is None:
             pool = self._pool = self._start()

@@ -38,19 +38,21 @@ def f32(*v: float) -> Array:
 Case = tuple[str, list[Array], list[Any], dict[str, Any], int]
 CASES: list[Case] = [
     *[(op, [X3], [], {}, 20) for op in (
-        "Abs Atan Ceil Cos Elu Erf Exp Floor HardSigmoid HardSwish Identity LeakyRelu Mish Neg Relu "
-        "Round Selu Sigmoid Sign Sin Sinh Softplus Softsign Tanh ThresholdedRelu Gelu Softmax "
+        "Abs Atan Ceil Cos Elu Erf Exp Floor HardSigmoid HardSwish Identity LeakyRelu Mish Neg "
+        "Relu Round Selu Sigmoid Sign Sin Sinh Softplus Softsign Tanh ThresholdedRelu Gelu Softmax "
         "LogSoftmax IsNaN IsInf Celu Shrink"
     ).split()],
     *[(op, [POS], [], {}, 20) for op in ("Log", "Sqrt", "Reciprocal", "ReduceLogSum")],
-    *[(op, [X3, numbers(3, 1, seed=1, low=1)], [], {}, 20) for op in ("Add", "Sub", "Mul", "Div", "Less")],
+    *[(op, [X3, numbers(3, 1, seed=1, low=1)], [], {}, 20)
+      for op in ("Add", "Sub", "Mul", "Div", "Less")],
     *[(op, [B, B[:1]], [], {}, 20) for op in ("And", "Or", "Xor")],
     ("Not", [B], [], {}, 20),
     ("Equal", [I64, I64 % 3], [], {}, 20),
     ("Mod", [I64, np.full((4,), 3, np.int64)], [], {}, 20),
     ("Mod", [X3, POS[:1, :1]], [], {"fmod": 1}, 20),
     ("Pow", [POS, i64(2)], [], {}, 20),
-    ("BitShift", [np.array([1, 9], np.uint8), np.array([2, 1], np.uint8)], [], {"direction": "LEFT"}, 20),
+    ("BitShift", [np.array([1, 9], np.uint8), np.array([2, 1], np.uint8)], [],
+     {"direction": "LEFT"}, 20),
     ("Where", [B, POS, f32(1)], [], {}, 20),
     ("Max", [X3, X3[:1], f32(0)], [], {}, 20),
     ("Mean", [X3, X3[:1], f32(3)], [], {}, 20),
@@ -88,22 +90,28 @@ CASES: list[Case] = [
     ("GlobalMaxPool", [X4], [], {}, 20),
     ("Conv", [X4], [numbers(5, 4, 3, 2)], {"pads": [1, 0, 1, 1], "strides": [2, 1]}, 20),
     ("Conv", [X4], [numbers(8, 2, 3, 3), numbers(8)], {"group": 2, "dilations": [2, 1]}, 11),
-    ("Conv", [X4], [numbers(4, 1, 3, 3)], {"group": 4, "auto_pad": "SAME_UPPER", "strides": [2, 2]}, 20),
+    ("Conv", [X4], [numbers(4, 1, 3, 3)],
+     {"group": 4, "auto_pad": "SAME_UPPER", "strides": [2, 2]}, 20),
     ("Conv", [X3], [numbers(2, 3, 3)], {"auto_pad": "SAME_LOWER"}, 20),
-    ("ConvTranspose", [X4], [numbers(4, 3, 3, 3), numbers(3)], {"strides": [2, 2], "pads": [1, 1, 1, 1]}, 20),
-    ("ConvTranspose", [X4], [numbers(4, 2, 2, 2)], {"strides": [2, 2], "output_padding": [1, 1]}, 11),
+    ("ConvTranspose", [X4], [numbers(4, 3, 3, 3), numbers(3)],
+     {"strides": [2, 2], "pads": [1, 1, 1, 1]}, 20),
+    ("ConvTranspose", [X4], [numbers(4, 2, 2, 2)],
+     {"strides": [2, 2], "output_padding": [1, 1]}, 11),
     ("MaxPool", [X4], [], {"kernel_shape": [3, 2], "strides": [2, 2], "pads": [1, 0, 1, 1]}, 20),
     ("MaxPool", [X4], [], {"kernel_shape": [2, 2], "strides": [2, 2], "ceil_mode": 1}, 12),
-    ("AveragePool", [X4], [], {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "count_include_pad": 1}, 19),
+    ("AveragePool", [X4], [],
+     {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "count_include_pad": 1}, 19),
     ("AveragePool", [X4], [], {"kernel_shape": [3, 3], "auto_pad": "SAME_UPPER"}, 11),
     ("LpPool", [X4], [], {"kernel_shape": [2, 2]}, 18),
-    ("BatchNormalization", [X4], [numbers(4), numbers(4, seed=1), numbers(4, seed=2), numbers(4, low=0.5)], {}, 15),
+    ("BatchNormalization", [X4], [numbers(4, seed=s, low=0.5) for s in range(4)],
+     {}, 15),
     ("InstanceNormalization", [X4], [numbers(4), numbers(4, seed=1)], {"epsilon": 1e-3}, 20),
     ("GroupNormalization", [X4], [numbers(2), numbers(2, seed=1)], {"num_groups": 2}, 18),
     ("LayerNormalization", [X3], [numbers(4), numbers(4, seed=1)], {"axis": -1}, 17),
     ("LRN", [X4], [], {"size": 3}, 13),
     ("MatMul", [X3, numbers(2, 4, 5)], [], {}, 13),
-    ("Gemm", [POS, numbers(4, 3), f32(1, 2, 3, 4)], [], {"transB": 1, "alpha": 0.5, "beta": 2.0}, 13),
+    ("Gemm", [POS, numbers(4, 3), f32(1, 2, 3, 4)], [],
+     {"transB": 1, "alpha": 0.5, "beta": 2.0}, 13),
     ("Gemm", [numbers(3, 2), numbers(3, 4)], [], {"transA": 1}, 11),
     ("Reshape", [X3], [i64(0, -1)], {}, 14),
     ("Flatten", [X4], [], {"axis": 2}, 13),
@@ -131,12 +139,14 @@ CASES: list[Case] = [
     ("Trilu", [X3], [np.array(1, np.int64)], {"upper": 0}, 14),
     ("DepthToSpace", [X4], [], {"blocksize": 2, "mode": "CRD"}, 13),
     ("SpaceToDepth", [X4[:, :, :6]], [], {"blocksize": 2}, 13),
-    ("Resize", [X4], ["-", f32(1, 1, 2, 2)], {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}, 13),
+    ("Resize", [X4], ["-", f32(1, 1, 2, 2)],
+     {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}, 13),
     ("Resize", [X4], ["-", "-", i64(2, 4, 5, 9)], {"mode": "linear"}, 19),
     ("Upsample", [X4], [f32(1, 1, 2, 2)], {}, 9),
     ("Shape", [X4], [], {"start": 1}, 15),
     ("Size", [X4], [], {}, 13),
-    ("ConstantOfShape", [], [i64(2, 3)], {"value": helper.make_tensor("v", TensorProto.INT64, [1], [7])}, 9),
+    ("ConstantOfShape", [], [i64(2, 3)],
+     {"value": helper.make_tensor("v", TensorProto.INT64, [1], [7])}, 9),
     ("Range", [], [np.array(1, np.int64), np.array(9, np.int64), np.array(3, np.int64)], {}, 11),
     ("Range", [], [np.float32(0), np.float32(1), np.float32(0.25)], {}, 11),
     ("EyeLike", [POS], [], {"k": 1}, 9),
@@ -189,7 +199,10 @@ def attention_model() -> onnx.ModelProto:
         node("Concat", "b1 t1 rest", "back", axis=0),
     ]
     for k, perm in enumerate(([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3])):
-        nodes += [node("Reshape", f"p{k} target", f"r{k}"), node("Transpose", f"r{k}", f"h{k}", perm=perm)]
+        nodes += [
+            node("Reshape", f"p{k} target", f"r{k}"),
+            node("Transpose", f"r{k}", f"h{k}", perm=perm),
+        ]
     nodes += [
         node("MatMul", "h0 h1", "scores"),
         node("Softmax", "scores", "probs", axis=-1),
@@ -198,7 +211,8 @@ def attention_model() -> onnx.ModelProto:
         node("Reshape", "m1 back", "y"),
     ]
     constants = {
-        **weights, "zero": np.array(0), "one": np.array(1), "zeros": i64(0), "heads": i64(2, 4), "rest": i64(-1),
+        **weights, "zero": np.array(0), "one": np.array(1), "zeros": i64(0), "heads": i64(2, 4),
+        "rest": i64(-1),
     }  # fmt: skip
     x = numbers(2, 5, 8)
     return model(nodes, {"x": x}, ["y"], constants, shapes={"x": ("batch", "time", 8)})
@@ -236,7 +250,11 @@ def test_locations_and_names_come_from_the_model(tmp_path: Path) -> None:
 
 def test_constants_are_views_and_never_nodes() -> None:
     w = numbers(3, 4)
-    m = model([node("Constant", "", "c", value=numpy_helper.from_array(w)), node("Add", "x c", "y")], {"x": X3}, ["y"])
+    m = model(
+        [node("Constant", "", "c", value=numpy_helper.from_array(w)), node("Add", "x c", "y")],
+        {"x": X3},
+        ["y"],
+    )
     fn = check(m, {"x": X3})
     (add,) = applies(fn)
     assert isinstance(add.args[1], Constant)
@@ -259,13 +277,49 @@ def test_the_functions_of_a_model_are_inlined() -> None:
     body = [node("Mul", "a a", "q"), helper.make_node("LeakyRelu", ["q"], ["r"])]
     alpha = onnx.AttributeProto(name="alpha", ref_attr_name="slope", type=onnx.AttributeProto.FLOAT)
     body[1].attribute.append(alpha)
-    f = helper.make_function("own", "Square", ["a"], ["r"], body, [helper.make_opsetid("", 20)], ["slope"])
-    m = model([node("Square", "x", "s", domain="own", slope=0.5), node("Square", "s", "y", domain="own", slope=0.1)],
+    f = helper.make_function(
+        "own", "Square", ["a"], ["r"], body, [helper.make_opsetid("", 20)], ["slope"]
+    )
+    calls = [
+        node("Square", "x", "s", domain="own", slope=0.5),
+        node("Square", "s", "y", domain="own", slope=0.1),
+    ]
+    m = model(calls,
               {"x": X3}, ["y"], {"unused": numbers(2)})  # fmt: skip
     m.functions.append(f)
     m.opset_import.append(helper.make_opsetid("own", 1))
     fn = check(m, {"x": X3})
     assert [v.op.name for v in applies(fn)] == ["mul", "leaky_relu"] * 2
+
+
+def test_a_condition_that_is_known_chooses_its_branch() -> None:
+    def graph(op: str) -> Any:
+        out = helper.make_tensor_value_info("out", TensorProto.FLOAT, None)
+        return helper.make_graph([node(op, "x", "mid"), node("Add", "mid w", "out")], op, [], [out])
+
+    nodes = [
+        node("Shape", "x", "s", start=2),
+        node("Equal", "s four", "cond"),
+        node("If", "cond", "y", then_branch=graph("Neg"), else_branch=graph("Abs")),
+    ]
+    m = model(nodes, {"x": X3}, ["y"], {"four": i64(4), "w": numbers(4)})
+    fn = check(m, {"x": X3})
+    assert [v.op.name for v in applies(fn)] == ["neg", "add"]
+    with pytest.raises(ImportModelError, match="input 0 of If has to be a constant"):
+        load(
+            model(
+                nodes,
+                {"x": X3},
+                ["y"],
+                {"four": i64(4), "w": numbers(4)},
+                shapes={"x": (2, 3, "n")},
+            )
+        )
+
+
+def test_a_dropout_has_a_mask_of_ones() -> None:
+    m = model([node("Dropout", "x", "y mask")], {"x": X3}, ["y", "mask"], opset=13)
+    check(m, {"x": X3})
 
 
 def test_a_result_may_be_an_input_or_a_constant() -> None:
@@ -300,7 +354,9 @@ def test_external_data_is_mapped(tmp_path: Path) -> None:
     np.testing.assert_array_equal(add.args[1].data, w)
 
 
-@pytest.mark.parametrize("location", ["../w.bin", "/etc/passwd", "a/../../w.bin", "C:\\w.bin", "..\\w.bin", ""])
+@pytest.mark.parametrize(
+    "location", ["../w.bin", "/etc/passwd", "a/../../w.bin", "C:\\w.bin", "..\\w.bin", ""]
+)
 def test_external_data_stays_in_the_folder(tmp_path: Path, location: str) -> None:
     with pytest.raises(ImportModelError, match="not a path inside the model's folder"):
         load(external(tmp_path, location))
