@@ -33,6 +33,8 @@ from .ir.expr import Expr
 from .ir.graph import Apply, Constant, Function, Item, Value, topological
 from .ir.layout import IndexMap
 from .ir.tir import Buffer, PrimFunc, script
+from .ir.verify_tir import verify_tir
+from .lower.cost import flops, moved
 from .lower.lift_constants import lift_constants
 from .lower.memory import KernelCall, plan_memory, to_size
 from .lower.to_tir import lower_function
@@ -51,7 +53,7 @@ class Kernel:
 
     params: per kernel parameter ("arg", k): argument k of the fused function; ("prepared", k): a
     constant made while compiling; ("result", k). prepared: for each, its symbol, its own parameters
-    in the same form, dtype and physical shape.
+    in the same form, dtype and physical shape. flops, moved: operations and bytes of a call, see lower/cost.py.
     """
 
     name: str
@@ -60,7 +62,17 @@ class Kernel:
     dims: tuple[str, ...]
     shared: Size
     local: Size
+    flops: Size
+    moved: Size
     code: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """The kernels of an optimised graph by name, and their calls in order."""
+
+    kernels: dict[str, Kernel]
+    calls: tuple[KernelCall, ...]
 
 
 def compile(
@@ -109,6 +121,11 @@ def optimise(fn: Function, ctx: Context) -> Function:
 
 def build_module(fn: Function, ctx: Context) -> Module:
     """Kernels, memory plan and native main of an optimised graph."""
+    return assemble(fn, build_kernels(fn, ctx), ctx)
+
+
+def build_kernels(fn: Function, ctx: Context) -> Built:
+    """The kernels of an optimised graph, each compiled once or taken from the cache."""
     assert ctx.target is not None
     cache = DiskCache()
     kernels: dict[str, Kernel] = {}
@@ -126,18 +143,25 @@ def build_module(fn: Function, ctx: Context) -> Module:
         if kernel is None:
             kernel = kernels[key] = _cached_kernel(key, v.op, constant, ctx, cache)
         calls.append(_call(v, kernel, libraries, made))
+    return Built({k.name: k for k in kernels.values()}, tuple(calls))
+
+
+def assemble(fn: Function, built: Built, ctx: Context) -> Module:
+    """The module of an optimised graph and its kernels: memory plan and native main."""
+    assert ctx.target is not None
     start = time.perf_counter()
-    plan, constants = plan_memory(fn, calls)
+    plan, constants = plan_memory(fn, built.calls)
     ctx.stages.append(Stage(fn.name, "plan", "plan_memory", "", time.perf_counter() - start))
     start = time.perf_counter()
     text = emit_main(plan)
     main_key = f"main {_stamp(ctx.target)}\n{text}"
+    cache = DiskCache()
     entry = cache.get(main_key.encode())
     main = entry.value if entry is not None else compile_object(text, ctx.target, opt=1)
     if entry is None:
         cache.put(main_key.encode(), main)
     ctx.stages.append(Stage(fn.name, "code", "main", "", time.perf_counter() - start))
-    objects = {k.name: k.code for k in kernels.values()}
+    objects = {name: k.code for name, k in built.kernels.items()}
     return Module(plan, objects, main, constants, ctx.target, ctx.options.threads or None, tuple(ctx.stages))
 
 
@@ -188,7 +212,7 @@ def _kernel_from(data: Mapping[str, Any], code: bytes) -> Kernel:
 
     prepared = tuple((n, params(p), t, tuple(s)) for n, p, t, s in data["prepared"])
     return Kernel(data["name"], params(data["params"]), prepared, tuple(data["dims"]),
-                  size(data["shared"]), size(data["local"]), bytes(code))  # fmt: skip
+                  size(data["shared"]), size(data["local"]), size(data["flops"]), size(data["moved"]), bytes(code))  # fmt: skip
 
 
 def build_kernel(fn: Function, constant: tuple[bool, ...], ctx: Context, suffix: str = "") -> Kernel:
@@ -197,8 +221,13 @@ def build_kernel(fn: Function, constant: tuple[bool, ...], ctx: Context, suffix:
     assert target is not None
     lowered = _timed(ctx, fn.name, "tir", "to_tir", lambda: lower_function(fn, constant), script)
     original = lowered.params
-    s = _timed(ctx, fn.name, "tir", "schedule", lambda: schedule(lowered, target), lambda r: script(r.func))
+    check = verify_tir if ctx.options.checked else None
+    s = _timed(ctx, fn.name, "tir", "schedule", lambda: schedule(lowered, target, after_step=check),
+               lambda r: script(r.func))  # fmt: skip
     func, prepared = _timed(ctx, fn.name, "tir", "lift_constants", lambda: lift_constants(s.func), lambda r: script(r[0]))
+    if ctx.options.checked:
+        for f in (func, *[p.func for p in prepared]):
+            verify_tir(f, finished=True)
     name = fn.name + suffix
     parts = []
     emitted = None
@@ -229,7 +258,7 @@ def build_kernel(fn: Function, constant: tuple[bool, ...], ctx: Context, suffix:
     final = func.params
     params = tuple(("prepared", ready.index(b)) if b in ready else place(b, func) for b in final)
     return Kernel(name, params, tuple(made), tuple(d.name for d in func.dims),
-                  to_size(emitted.shared), to_size(emitted.local), code)  # fmt: skip
+                  to_size(emitted.shared), to_size(emitted.local), to_size(flops(lowered)), to_size(moved(lowered)), code)  # fmt: skip
 
 
 def _timed(ctx: Context, subject: str, level: str, name: str, run: Any, text: Any) -> Any:
@@ -324,4 +353,7 @@ def _prepare(address: int, arrays: list[np.ndarray], dtype: str, shape: tuple[in
     return result
 
 
-__all__ = ["IndexMap", "Kernel", "build_kernel", "build_module", "compile", "import_model", "kernel_key", "optimise"]
+__all__ = [
+    "Built", "IndexMap", "Kernel", "assemble", "build_kernel", "build_kernels", "build_module", "compile",
+    "import_model", "kernel_key", "optimise",
+]  # fmt: skip

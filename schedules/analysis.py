@@ -82,7 +82,10 @@ def arith_of(func: PrimFunc) -> Arith:
             ranges[s.var] = (ZERO, s.extent - 1)
         elif isinstance(s, Block):
             for i in s.iters:
-                ranges[i.var] = (ZERO, i.extent - 1)
+                # Two blocks may share an iterator (an init and its update), one of them widened.
+                most = i.extent - 1
+                known = ranges.get(i.var)
+                ranges[i.var] = (ZERO, most if known is None else maximum(known[1], most))
     return Arith(ranges)
 
 

@@ -9,6 +9,7 @@ from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import (
     TRUE,
     ZERO,
+    Binary,
     Const,
     Expr,
     Load,
@@ -23,6 +24,7 @@ from minicompiler.ir.expr import (
     rewrite,
     select,
     substitute,
+    walk,
 )
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import (
@@ -529,21 +531,50 @@ def _unconditional(block: Block, tile: Buffer, arith: Arith) -> Block:
     if not dropped:
         return block
     mapping = analysis.values_of(block)
+    # `p < n` holds for min(p, n - 1): with that in place of p (wherever p is taken apart, p // w, p % w)
+    # the load is the one of the last valid point.
+    capped = {c.a: minimum(c.a, c.b - 1) for c in dropped if type(c) is Binary and c.op == "lt"}
+
+    def cap(e: Expr) -> Expr | None:
+        return capped.get(e)
+
     inside = Arith({**arith.ranges, **{i.var: (ZERO, i.extent - 1) for i in block.iters}})
+
+    tail_iters = {
+        i.var for i in block.iters if any(x in capped for x in walk(i.value))
+    }
 
     def clamp(e: Expr) -> Expr | None:
         if type(e) is not Load or e.buffer is tile or e.mask is not None:
             return None
+        moved: list[bool] = []
         indices = []
         for i, room in zip(e.indices, e.buffer.padded_shape, strict=True):
-            value = arith.simplify(substitute(i, mapping))
-            safe = inside.prove(value < room)
-            indices.append(i if safe is True else minimum(i, room - 1))
+            value = substitute(i, mapping)
+            safe = inside.prove(arith.simplify(value) < room)
+            if safe is not True:
+                limited = rewrite(value, cap)
+                safe = inside.prove(inside.simplify(limited) < room)
+                i = limited if safe is True and limited is not value else minimum(i, room - 1)
+                moved.append(True)
+            indices.append(i)
+        if moved:  # one index capped: cap all that depend on the same point
+            indices = [rewrite(substitute(i, mapping), cap) if free_vars(i) & tail_iters else i for i in indices]
         return Load(e.buffer, tuple(indices))
 
     body = block.body.with_(value=rewrite(block.body.value, clamp))
     init = None if block.init is None else block.init.with_(value=rewrite(block.init.value, clamp))
-    return block.with_(where=drop_conditions(block.where, dropped), body=body, init=init)
+    iters = tuple(_widened(i, arith) for i in block.iters)
+    return Block(block.name, iters, drop_conditions(block.where, dropped), init, body, block.tag)
+
+
+def _widened(it: Iter, arith: Arith) -> Iter:
+    """The iterator of a block that lost its conditions: it may run past its extent."""
+    if it.reduce or arith.prove(it.value < it.extent) is True:
+        return it
+    inner = [v for v in free_vars(it.value) if v in arith.ranges]
+    most = arith.bound(it.value, inner, +1)
+    return it if most is None else it.with_(extent=arith.simplify(most + 1))
 
 
 def _read_first(

@@ -301,6 +301,22 @@ class Arith:
             r = self._eliminate(p, v)
             if r is not None and r != p and self.nonneg(r, depth + 1):
                 return True
+        # g*(x // d) + r >= 0 is x + (r // g)*d >= 0, and r >= g*(x // d) is (r // g + 1)*d > x.
+        for m, c in p.items():
+            if len(m) == 1 and type(m[0]) is Binary and m[0].op == "floordiv":
+                x, d = self.poly(m[0].a), self.poly(m[0].b)
+                low = self._poly_interval(d)[0]
+                if low is not None and low > 0:
+                    rest = {n: k for n, k in p.items() if n != m}
+                    g = abs(c)
+                    if all(k % g == 0 for n, k in rest.items() if n):
+                        rest = _clean({n: k // g for n, k in rest.items()})
+                        if c > 0:
+                            r = _add(x, _mul(rest, d))
+                        else:
+                            r = self._sub(_plus(_mul(_plus(rest, 1), d), -1), x)
+                        if self.nonneg(r, depth + 1):
+                            return True
         # A quotient or remainder of loop variables by a Dim lies within its symbolic bounds.
         for m, c in p.items():
             for k, atom in enumerate(m):
@@ -344,6 +360,9 @@ class Arith:
                     cases = [_add(rest, _mul(others, self.poly(side))) for side in (atom.a, atom.b)]
                     easy = (atom.op == "max") == (c > 0)
                     if (any if easy else all)(self.nonneg(q, depth + 1) for q in cases):
+                        return True
+                    # Twice the max is at least a + b: |x| = max(x, -x) >= 0.
+                    if easy and self.nonneg(_add(cases[0], cases[1]), depth + 1):
                         return True
         return depth < 2 and any(self.nonneg(self._sub(p, f), depth + 3) for f in self.facts if f != p) or (
             p in self.facts

@@ -25,7 +25,7 @@ from minicompiler.codegen.launch import emit_main
 from minicompiler.codegen.llvm import emit
 from minicompiler.codegen.native import compile_object
 from minicompiler.errors import RunError
-from minicompiler.ir.expr import ONE, Dim, Expr, eq, wrap
+from minicompiler.ir.expr import Dim, Expr, eq, wrap
 from minicompiler.ir.graph import Apply, Constant, Function, Input, Item, NoAttrs, Value, type_of
 from minicompiler.ir.tir import PARALLEL, For, PrimFunc
 from minicompiler.ir.types import DType, TensorType, bfloat16, float32, int64
@@ -35,6 +35,16 @@ from minicompiler.lower.to_tir import from_tensors
 from minicompiler.runtime import module as module_file
 from minicompiler.runtime import savefile
 from minicompiler.runtime.module import Module, load
+from minicompiler.runtime.plan import (
+    OPERATIONS,
+    Bind,
+    Call,
+    DimSpec,
+    Plan,
+    Size,
+    Tensor,
+    evaluate,
+)
 from minicompiler.target import Target
 
 HOST = Target.host()
@@ -152,7 +162,7 @@ def same(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
     return all(np.array_equal(p, q) for p, q in zip(a, b, strict=True))
 
 
-# ---- results --------------------------------------------------------------------------------------
+# ---- results ------------------------------------------------------------------------------------
 @pytest.mark.smoke
 def test_a_chain_of_kernels_computes_for_every_size(mlp: Module) -> None:
     for n in (1, 2, 7, 64, 3, 1):
@@ -171,6 +181,24 @@ def test_one_and_two_threads_give_the_same_bits(mlp: Module) -> None:
     two = with_threads(mlp, 2)
     for n in (1, 5, 64):
         assert same(mlp(rows(n)), two(rows(n)))
+
+
+def test_threads_wait_for_one_another_between_kernels() -> None:
+    n = Dim("n", 1, None)
+    b = Builder()
+    t: Any = b.input("x", (n, 64))
+    for _ in range(8):  # each kernel reads what the other thread wrote
+
+        def reverse(t: te.Tensor) -> te.Tensor:
+            return te.compute((n, 64), lambda i, j: t[n - 1 - i, j] + 1.0, "reverse")
+
+        t = b.call(reverse, t)
+    m = b.build(t, threads=2)
+    x = np.random.default_rng(1).standard_normal((90, 64)).astype(np.float32)
+    expected = m(x)[0]
+    np.testing.assert_allclose(expected, x + 8, rtol=1e-5)
+    for _ in range(100):
+        assert np.array_equal(m(x)[0], expected)
 
 
 def test_results_by_name(mlp: Module) -> None:
@@ -211,6 +239,63 @@ def test_sizes_that_are_expressions() -> None:
         module(p, q[:8])
 
 
+def test_sizes_that_cannot_be_compared_while_compiling() -> None:
+    n, m = Dim("n", 1, None), Dim("m", 1, None)
+    b = Builder()
+    x, y = b.input("x", (n,)), b.input("y", (m,))
+    steps = [x, y]
+    for k in range(4):  # all alive until the end
+        steps += [b.call(lambda t, k=k: t + float(k + 1), t) for t in (x, y)]
+    steps += [
+        b.call(lambda t: te.compute((t.shape[0] // 2 + 1,), lambda i: t[i * 0], "h"), steps[2])
+    ]
+    total = steps[-1]
+    for t in steps[2:-1]:
+        total = b.call(lambda t, s: te.map_elements(lambda a, b: a + b, te.sum(t, 0), s), t, total)
+    module = b.build(total)
+    assert module.plan.named
+    for p, q in ((1, 1), (1, 500), (500, 1), (77, 78)):
+        (got,) = module(np.full(p, 1, np.float32), np.full(q, 10, np.float32))
+        expected = 2 + sum(p * (1 + k) + q * (10 + k) for k in range(1, 5))
+        assert got.tolist() == [expected] * (p // 2 + 1)
+
+
+PROBE = """
+define void @probe(i32 %tid, i32 %n, ptr %barrier, ptr %at, ptr %out, ptr %ws) #0 {
+  %word = ptrtoint ptr %at to i64
+  store i64 %word, ptr %out
+  ret void
+}
+"""
+
+
+def test_native_offsets_are_those_of_the_plan() -> None:
+    big: Size = ("sub", "n", 20)  # negative for small n
+    sizes: list[Size] = [0, 64, "n", "$0", big]
+    sizes += [(op, a, b) for op in OPERATIONS for a in ("n", big) for b in (7, "$0")]
+    sizes += [("floordiv", "n", -3), ("mod", big, -8), ("max", ("mul", "n", "n"), ("mod", "n", 4))]
+    plan = Plan(
+        inputs=(Tensor("x", "bool", ("n",)),),
+        outputs=tuple(Tensor(f"y{k}", "int64", ()) for k in range(len(sizes))),
+        dims=(DimSpec("n", 0, None, 1),),
+        binds=(Bind("n", 0, 0),),
+        guards=(),
+        named=(("$0", ("add", ("mul", "n", 3), 1)),),
+        calls=tuple(Call("probe", (("arena", s), ("output", k)), ()) for k, s in enumerate(sizes)),
+        results=tuple(("output", k) for k in range(len(sizes))),
+        constants=0,
+        arena=64,
+        shared=0,
+        local=0,
+    )
+    main = compile_object(emit_main(plan), HOST)
+    m = Module(plan, {"probe": compile_object(PROBE, HOST)}, main, [], HOST, 1)
+    for n in (0, 1, 13, 20, 1000):
+        got = [int(r) for r in m(np.zeros(n, bool))]
+        env = {"n": n, "$0": 3 * n + 1}
+        assert [g - got[0] for g in got] == [evaluate(s, env) for s in sizes]
+
+
 def test_bfloat16_and_bool_constants_survive_a_file(tmp_path: Path) -> None:
     b = Builder()
     x = b.input("x", (4,), bfloat16)
@@ -228,7 +313,7 @@ def test_bfloat16_and_bool_constants_survive_a_file(tmp_path: Path) -> None:
         assert ints.tolist() == [2, 3]
 
 
-# ---- arguments --------------------------------------------------------------------------------------
+# ---- arguments ----------------------------------------------------------------------------------
 def test_other_forms_of_an_input(mlp: Module) -> None:
     a = rows(4)
     expected = mlp(a)
@@ -269,7 +354,12 @@ def test_python_numbers_take_the_dtype_only_if_they_fit() -> None:
     assert [r.tolist() for r in m(1.5, [1, 2])] == [3.0, [2, 3]]
     assert [r.tolist() for r in m(3, (True, 2))] == [6.0, [2, 3]]
     assert [r.tolist() for r in m(np.float32(3), np.array([1, 2]))] == [6.0, [2, 3]]
-    for x_value, i_value in ((1e300, [1, 2]), (2**24 + 1, [1, 2]), (1.0, [1.5, 2]), (1.0, [2**70, 1])):
+    for x_value, i_value in (
+        (1e300, [1, 2]),
+        (2**24 + 1, [1, 2]),
+        (1.0, [1.5, 2]),
+        (1.0, [2**70, 1]),
+    ):
         with pytest.raises(RunError, match="do not fit into"):
             m(x_value, i_value)
     with pytest.raises(RunError, match="not a tensor"):
@@ -284,7 +374,10 @@ def test_python_numbers_take_the_dtype_only_if_they_fit() -> None:
         ((rows(2).astype(np.float64),), '"x" has dtype float64, expected float32'),
         ((rows(2)[0],), r'"x" has 1 dimensions, 2 are expected: shape \[12\]'),
         ((np.zeros((2, 13), np.float32),), r"axis 1 has size 13, expected 12: shape \[2, 13\]"),
-        ((rows(65),), r'"n" is 65 \(axis 0 of input "x"\), the model was compiled for from 1 to 64'),
+        (
+            (rows(65),),
+            r'"n" is 65 \(axis 0 of input "x"\), the model was compiled for from 1 to 64',
+        ),
         ((rows(0),), '"n" is 0'),
     ],
 )
@@ -345,7 +438,7 @@ def test_unsuitable_arrays_for_results_are_refused(mlp: Module) -> None:
     x = rows(3)
     frozen = a.copy()
     frozen.flags.writeable = False
-    for given, phrase in (
+    cases: list[tuple[Any, str]] = [
         (a, "expected a list or tuple"),
         ([a], "1 outputs given"),
         ([a.tolist(), None], '"y0" is list, expected a numpy array'),
@@ -355,7 +448,8 @@ def test_unsuitable_arrays_for_results_are_refused(mlp: Module) -> None:
         ([np.asfortranarray(a), None], "not C-contiguous"),
         ([frozen, None], "read-only"),
         ([a, a], 'overlaps out= for output "y0"'),
-    ):
+    ]
+    for given, phrase in cases:
         with pytest.raises(RunError, match=phrase):
             mlp(x, out=given)
     whole = np.zeros(96, np.float32)
@@ -363,7 +457,7 @@ def test_unsuitable_arrays_for_results_are_refused(mlp: Module) -> None:
         mlp(whole[:36].reshape(3, 12), out=[whole[30:90].reshape(3, 20), None])
 
 
-# ---- threads, memory, processes -----------------------------------------------------------------------
+# ---- threads, memory, processes -----------------------------------------------------------------
 def test_many_python_threads_at_once(mlp: Module) -> None:
     m = with_threads(mlp, 2)
     expected = {n: m(rows(n)) for n in range(1, 9)}
@@ -435,8 +529,8 @@ def test_ctrl_c_leaves_the_module_usable(mlp: Module) -> None:
     expected = m(rows(64))
     for delay in range(20):
         timer = threading.Timer(0.0005 * delay, signal.raise_signal, [signal.SIGINT])
-        timer.start()
         with pytest.raises(KeyboardInterrupt):
+            timer.start()
             while True:
                 m(rows(64))
         timer.join()
@@ -444,7 +538,7 @@ def test_ctrl_c_leaves_the_module_usable(mlp: Module) -> None:
     assert same(m(rows(2)), mlp(rows(2)))
 
 
-# ---- files ----------------------------------------------------------------------------------------------
+# ---- files --------------------------------------------------------------------------------------
 def test_a_saved_module_gives_the_same_bits(mlp: Module, tmp_path: Path) -> None:
     path = tmp_path / "mlp.mc"
     mlp.save(path)
@@ -486,7 +580,7 @@ def test_a_file_for_another_processor_is_refused(mlp: Module, tmp_path: Path) ->
     m.save(tmp_path / "m.mc")
     with pytest.raises(RunError, match=r'"m.mc" uses instructions .* lacks: avx1024'):
         load(tmp_path / "m.mc")
-    with pytest.raises(RunError, match="this module uses instructions .*avx1024"):
+    with pytest.raises(RunError, match=r"this module uses instructions .*avx1024"):
         m(rows(1))
 
 

@@ -1,0 +1,63 @@
+"""The kernels of docs/schedules.md that run: each gives the PrimFunc before scheduling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from minicompiler import te
+from minicompiler.ir.expr import Dim, maximum
+from minicompiler.ir.layout import IndexMap
+from minicompiler.ir.tir import PrimFunc
+from minicompiler.ir.types import float32
+from minicompiler.lower.to_tir import from_tensors
+from minicompiler.ops.conv import conv
+from minicompiler.ops.norm import layer_norm
+
+
+def gemm() -> PrimFunc:
+    """relu(A @ B + bias) with any number of rows; B and bias are weights."""
+    m = Dim("M", 1, 4096)
+    a = te.placeholder("A", (m, 768), float32)
+    b = te.placeholder("B", (768, 1024), float32)
+    bias = te.placeholder("bias", (1024,), float32)
+    (k,) = te.reduce_vars(1)
+    c = te.compute((m, 1024), lambda i, j: a[i, k] * b[k, j], "C", ("sum", {k: 768}))
+    d = te.map_elements(lambda x, y: maximum(x + y, 0.0), c, bias, name="D")
+    return from_tensors("gemm", [a, b, bias], [d], [b, bias])
+
+
+def _conv(name: str, channels: int, groups: int, size: int) -> PrimFunc:
+    x = te.placeholder("x", (1, channels, size, size), float32)
+    w = te.placeholder("w", (channels, channels // groups, 3, 3), float32)
+    b = te.placeholder("b", (channels,), float32)
+    attrs = conv.attrs(pads_begin=(1, 1), pads_end=(1, 1), groups=groups)
+    y = te.map_elements(lambda v: maximum(v, 0.0), conv.computes[0].build(x, w, b, attrs), name="relu")
+    blocked = IndexMap.blocked(4, 1, 16)
+    return from_tensors(name, [x, w, b], [y], [w, b], {x: blocked, y: blocked})
+
+
+def conv3x3() -> PrimFunc:
+    """3x3 convolution, bias, ReLU; activations in NCHW16c."""
+    return _conv("conv3x3", 64, 1, 14)
+
+
+def depthwise() -> PrimFunc:
+    """Depthwise 3x3 convolution, bias, ReLU; activations in NCHW16c."""
+    return _conv("depthwise", 32, 32, 14)
+
+
+def layer_norm_rows() -> PrimFunc:
+    """Layer normalisation over the last axis, scale and offset are weights."""
+    s = Dim("S", 1, 512)
+    x = te.placeholder("x", (s, 768), float32)
+    scale, offset = (te.placeholder(n, (768,), float32) for n in ("scale", "offset"))
+    y = layer_norm.computes[0].build(x, scale, offset, layer_norm.attrs(axis=-1))
+    return from_tensors("layer_norm", [x, scale, offset], [y], [scale, offset])
+
+
+KERNELS: dict[str, Callable[[], PrimFunc]] = {
+    "gemm": gemm,
+    "conv3x3": conv3x3,
+    "depthwise": depthwise,
+    "layer_norm": layer_norm_rows,
+}
