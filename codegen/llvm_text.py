@@ -73,7 +73,9 @@ def literal(e: Expr) -> str:
         return str(value - (1 << t.bits) if value >= 1 << (t.bits - 1) else value)
     if t.bits == 16:
         raw = int(np.asarray(e.value, t.numpy).view(np.uint16))
-        return f"0xH{raw:04X}" if t.name == "float16" else str(raw)
+        if t.name == "float16":
+            return f"0xH{raw:04X}"
+        return str(raw - (1 << 16) if raw >> 15 else raw)
     with np.errstate(over="ignore"):  # beyond float32 a value becomes infinite, as in numpy
         value = float(np.float32(e.value)) if t.name == "float32" else e.value
     return f"0x{struct.unpack('<Q', struct.pack('<d', value))[0]:016X}"

@@ -54,9 +54,13 @@ class Stage:
 
 @dataclasses.dataclass
 class Context:
-    """One compilation. Passes read `target` and `options`; only the pipeline adds `stages`."""
+    """One compilation. Passes read `target` and `options`; only the pipeline adds `stages`.
+
+    guards: comparisons of dimensions to be checked at every call, each with the node that needs it.
+    """
 
     target: Target | None = None
     options: Options = dataclasses.field(default_factory=Options)
     database: Any = None
     stages: list[Stage] = dataclasses.field(default_factory=list)
+    guards: list[tuple[Any, str]] = dataclasses.field(default_factory=list)

@@ -29,9 +29,20 @@ from .errors import InternalError, MinicompilerError
 from .frontend import onnx as onnx_frontend
 from .ir.arith import evaluate_int
 from .ir.equal import structural_key
-from .ir.expr import Expr
-from .ir.graph import Apply, Constant, Function, Item, Value, topological
+from .ir.expr import Expr, eq
+from .ir.graph import (
+    Apply,
+    Constant,
+    Function,
+    Item,
+    Value,
+    applies,
+    arg_of,
+    function_dims,
+    topological,
+)
 from .ir.layout import IndexMap
+from .ir.op import assumptions
 from .ir.tir import Buffer, PrimFunc, script
 from .ir.verify_tir import verify_tir
 from .lower.cost import flops, moved
@@ -112,10 +123,27 @@ def import_model(source: Any, dims: Mapping[str, Any] | None = None, ctx: Contex
     return fn
 
 
+def run_time_guards(fn: Function) -> list[tuple[Expr, str]]:
+    """The equalities of sizes that type rules took for granted, each with the node that needs it."""
+    found: dict[Expr, str] = {}
+    if not function_dims(fn):
+        return []
+    for v in applies(fn):
+        if isinstance(v.op, Function):
+            continue
+        with assumptions() as pairs:
+            v.op.infer(*[None if a is None else arg_of(a) for a in v.args], v.attrs)
+        for a, b in pairs:
+            where = str(v.locs[0]) if v.locs else v.op.name
+            found.setdefault(eq(a, b), f"{where} needs {a} = {b}")
+    return list(found.items())
+
+
 def optimise(fn: Function, ctx: Context) -> Function:
     """The graph passes of the chosen level; the result consists of fused functions."""
     if not 0 <= ctx.options.level <= 3:
         raise MinicompilerError(f"level must be 0, 1, 2 or 3, not {ctx.options.level!r}")
+    ctx.guards = run_time_guards(fn)
     return pipeline.run(pipeline.GRAPH_PASSES[ctx.options.level], fn, ctx)
 
 
@@ -150,7 +178,7 @@ def assemble(fn: Function, built: Built, ctx: Context) -> Module:
     """The module of an optimised graph and its kernels: memory plan and native main."""
     assert ctx.target is not None
     start = time.perf_counter()
-    plan, constants = plan_memory(fn, built.calls)
+    plan, constants = plan_memory(fn, built.calls, ctx.guards)
     ctx.stages.append(Stage(fn.name, "plan", "plan_memory", "", time.perf_counter() - start))
     start = time.perf_counter()
     text = emit_main(plan)

@@ -1,9 +1,10 @@
-"""Structural equality of graph functions, and the key under which equal kernels compile once.
+"""Structural equality of functions, and the key under which equal kernels compile once.
 
     structural_key(f) == structural_key(g)    one compiled kernel serves both: same operators,
                                               attributes, types, dims, layouts; constants by type
     structurally_equal(f, g)                  the same computation: constants by value as well
-Names of functions, values, parameters and locations never matter.
+    tir_equal(f, g)                           the same loop nests, statement by statement
+Names of graph functions, values, parameters and locations never matter.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from .expr import Dim, Expr, walk
+from .expr import Const, Dim, Expr, walk
 from .graph import Apply, Constant, Function, Input, Item, Value, topological
 from .layout import IndexMap
+from .node import Node
+from .tir import Buffer, PrimFunc
 from .types import DType, TensorType
 
 
@@ -130,3 +133,46 @@ class _Writer:
         if isinstance(value, DType):
             return str(value)
         return repr(value)
+
+
+# ---- TIR ----------------------------------------------------------------------------------------
+def tir_equal(a: PrimFunc, b: PrimFunc) -> bool:
+    """True when both are the same program with the same names: every field of every statement
+    equal, and buffers used in the same places."""
+    return _Matcher().same(a, b)
+
+
+class _Matcher:
+    """Compares in lockstep. Buffers of one function answer to those of the other one to one."""
+
+    def __init__(self) -> None:
+        self.memo: dict[tuple[int, int], bool] = {}
+        self.partner: dict[Buffer, Buffer] = {}
+        self.taken: dict[Buffer, Buffer] = {}
+
+    def same(self, x: Any, y: Any) -> bool:
+        if isinstance(x, tuple):
+            return (
+                isinstance(y, tuple)
+                and len(x) == len(y)
+                and all(self.same(p, q) for p, q in zip(x, y, strict=True))
+            )
+        if type(x) is not type(y):
+            return False
+        if isinstance(x, Buffer) and isinstance(y, Buffer):
+            if x in self.partner or y in self.taken:
+                return self.partner.get(x) is y and self.taken.get(y) is x
+            self.partner[x], self.taken[y] = y, x
+            return self.fields(x, y)
+        if isinstance(x, Expr | Node):
+            key = (id(x), id(y))
+            known = self.memo.get(key)
+            if known is None:
+                known = self.memo[key] = x is y if type(x) is Const else self.fields(x, y)
+            return known
+        return bool(x == y)
+
+    def fields(self, x: Any, y: Any) -> bool:
+        if isinstance(x, Expr):
+            return self.same(x._fields, y._fields)
+        return all(self.same(getattr(x, n), getattr(y, n)) for n in x.__dataclass_fields__)

@@ -7,13 +7,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from .expr import Expr
 from .types import TensorType
 
 
@@ -98,6 +100,27 @@ class Op:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _lookup, (self.name,)
+
+
+# ---- what type rules take for granted ---------------------------------------------------------------
+_assumed: list[list[tuple[Expr, Expr]]] = []
+
+
+def assume_equal(a: Expr, b: Expr) -> None:
+    """A type rule needs two sizes to be equal and cannot tell: the plan gets a run-time guard."""
+    if _assumed:
+        _assumed[-1].append((a, b))
+
+
+@contextlib.contextmanager
+def assumptions() -> Iterator[list[tuple[Expr, Expr]]]:
+    """Collects the equalities that type rules assume meanwhile."""
+    found: list[tuple[Expr, Expr]] = []
+    _assumed.append(found)
+    try:
+        yield found
+    finally:
+        _assumed.pop()
 
 
 REGISTRY: dict[str, Op] = {}

@@ -27,7 +27,7 @@ from .rules import (
     float32_inside,
     need_dtype,
     same_dtype,
-    same_size,
+    unequal,
 )
 
 Array = np.ndarray
@@ -190,7 +190,7 @@ def _prelu_infer(x: Arg, slope: Arg, a: NoAttrs) -> TensorType:
     need_dtype("prelu", x, "f")
     got = broadcast("prelu", x, slope)
     sizes = zip(got, x.type.shape, strict=False)
-    if len(got) != x.type.rank or any(same_size(p, q) is False for p, q in sizes):
+    if len(got) != x.type.rank or any(unequal(p, q) for p, q in sizes):
         fail(f"prelu: the slope {slope.type} does not broadcast to {x.type}")
     return TensorType(got, same_dtype("prelu", x, slope))
 

@@ -29,8 +29,8 @@ from .rules import (
     optional,
     result,
     same_dtype,
-    same_size,
     simplified,
+    unequal,
     widened,
 )
 from .windows import Windows, np_counts, np_padded, np_windows, padded
@@ -89,7 +89,7 @@ def _conv_infer(x: Arg, w: Arg, *rest: Any) -> TensorType:
     if need_const("conv", "the number of output channels", out) % a.groups:
         fail(f"conv: {out} output channels do not divide into {a.groups} groups")
     channels = x.type.shape[1]
-    if same_size(channels, w.type.shape[1] * a.groups) is False:
+    if unequal(channels, w.type.shape[1] * a.groups):
         fail(
             f"conv: the input has {channels} channels, but the weight {w.type} with {a.groups} "
             f"group(s) reads {simplified(w.type.shape[1] * a.groups)}",

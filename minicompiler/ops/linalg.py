@@ -24,7 +24,7 @@ from .rules import (
     need_rank,
     result,
     same_dtype,
-    same_size,
+    unequal,
     widened,
 )
 
@@ -62,7 +62,7 @@ def _matmul_infer(a: Arg, b: Arg, attrs: MatmulAttrs) -> TensorType:
     need_rank("matmul", b, 1)
     need_dtype("matmul", a, "fi")
     _, _, ka, kb, _, _ = _matrices(a.type.shape, b.type.shape, attrs)
-    if same_size(ka, kb) is False:
+    if unequal(ka, kb):
         fail(
             f"matmul of {a.type} and {b.type}: the inner sizes {ka} and {kb} differ",
             "transpose an operand, or check the layout of the weight",

@@ -36,9 +36,9 @@ from .rules import (
     need_same,
     result,
     same_dtype,
-    same_size,
     simplified,
     text,
+    unequal,
 )
 from .shape import MOVED, absorber, numbers
 
@@ -132,7 +132,7 @@ def _parts(x: Shape, a: SplitAttrs) -> tuple[int, list[Expr]]:
     axis = axis_of(a.axis, len(x), "split")
     if a.sizes:
         total = simplified(sum((wrap(s) for s in a.sizes), Const(0)))
-        if same_size(total, x[axis]) is False:
+        if unequal(total, x[axis]):
             fail(f"split: {text(a.sizes)} does not add up to dimension {axis} of {text(x)}")
         return axis, [simplified(s) for s in a.sizes]
     chunk = simplified((x[axis] + (a.parts - 1)) // a.parts)

@@ -17,7 +17,7 @@ from .. import te
 from ..errors import ShapeError
 from ..ir.arith import Arith
 from ..ir.expr import Const, Expr, binary, cast, const, const_int, eq, select, wrap
-from ..ir.op import Arg, Compute
+from ..ir.op import Arg, Compute, assume_equal
 from ..ir.types import DType, TensorType, float32
 
 Size = Expr | int
@@ -92,6 +92,15 @@ def same_size(a: Size, b: Size) -> bool | None:
     return Arith().prove(eq(wrap(a), wrap(b)))
 
 
+def unequal(a: Size, b: Size) -> bool:
+    """True when two sizes can never be equal. Undecided ones are taken to be equal from here on, and
+    checked at every call."""
+    same = same_size(a, b)
+    if same is None:
+        assume_equal(wrap(a), wrap(b))
+    return same is False
+
+
 def known_nonneg(e: Size) -> bool:
     """True when a size expression cannot be negative."""
     return Arith().prove(Const(0) <= wrap(e)) is True
@@ -99,7 +108,7 @@ def known_nonneg(e: Size) -> bool:
 
 def need_same(op: str, what: str, a: Size, b: Size) -> None:
     """Refuses sizes that can never be equal; undecided ones are left to the run-time guards."""
-    if same_size(a, b) is False:
+    if unequal(a, b):
         fail(f"{op}: {what} do not match: {a} and {b}")
 
 
@@ -126,7 +135,7 @@ def broadcast_sizes(op: str, *shapes: Shape) -> Shape:
     result = te.broadcast_shape(shapes)
     for s in shapes:
         for got, size in zip(result[len(result) - len(s) :], s, strict=True):
-            if const_int(size) != 1 and same_size(got, size) is False:
+            if const_int(size) != 1 and unequal(got, size):
                 fail(
                     f"{op}: shapes {' and '.join(map(text, shapes))} cannot be broadcast",
                     f"sizes {got} and {size} differ and neither is 1",

@@ -37,6 +37,7 @@ from .rules import (
     same_size,
     simplified,
     text,
+    unequal,
 )
 
 Array = np.ndarray
@@ -87,7 +88,7 @@ def reshaped(x: Shape, a: ReshapeAttrs) -> Shape:
     have = simplified(product(x))
     rest = simplified(product(s for s in target if s is not None))
     found = tuple(simplified(have // rest) if s is None else s for s in target)
-    if rest is not Const(0) and same_size(product(found), have) is False:
+    if rest is not Const(0) and unequal(product(found), have):
         fail(
             f"reshape: {text(x)} has {have} elements, {text(a.shape)} holds {rest}",
             "one size of the target may be -1",
@@ -278,7 +279,7 @@ def _squeezed(x: Shape, a: SqueezeAttrs) -> tuple[int, ...]:
         return tuple(k for k, s in enumerate(x) if const_int(s) == 1)
     over = axes_of(a.axes, len(x), "squeeze")
     for k in over:
-        if same_size(x[k], 1) is False:
+        if unequal(x[k], 1):
             fail(f"squeeze: dimension {k} of {text(x)} is not 1")
     return over
 

@@ -1,0 +1,596 @@
+"""Scalar expressions -> LLVM values: index arithmetic, hoisted, and the arithmetic of kernels.
+
+An index expression is emitted once, in the scope of its innermost variable. Any other value is
+emitted where it is needed and remembered there. Inside a vector loop an expression that depends on
+the loop variable has one lane per iteration; the rest stays scalar until it meets such a value.
+"""
+
+from __future__ import annotations
+
+from minicompiler.errors import CodegenError
+from minicompiler.ir.arith import Arith, Poly
+from minicompiler.ir.expr import (
+    ZERO,
+    Binary,
+    Call,
+    Cast,
+    Const,
+    Dim,
+    Expr,
+    Load,
+    Select,
+    Var,
+    cast,
+    free_vars,
+    maximum,
+    minimum,
+    substitute,
+)
+from minicompiler.ir.tir import Buffer, For, PrimFunc, Scope, statements
+from minicompiler.ir.types import DType, float32, float64, int32, int64
+
+from . import llvm_math
+from .llvm_text import Operand, Writer, everywhere, literal, mangle, value_type, vector
+
+_INDEX_OPS = frozenset(("add", "sub", "mul", "floordiv", "mod", "min", "max"))
+_NSW = {"add": "add nsw", "sub": "sub nsw", "mul": "mul nsw"}
+_FLOAT_COMPARE = {"lt": "fcmp olt", "le": "fcmp ole", "eq": "fcmp oeq", "ne": "fcmp une"}
+_FLOAT_OPS = {
+    "add": "fadd contract", "sub": "fsub contract", "mul": "fmul contract", "div": "fdiv",
+}  # fmt: skip
+_INTEGER_OPS = {"add": "add", "sub": "sub", "mul": "mul", "and": "and", "or": "or", "xor": "xor"}
+# `fma` may round twice where the processor has no such instruction; the C library has none for us.
+_INTRINSICS = {
+    "sqrt": "sqrt", "floor": "floor", "ceil": "ceil", "round": "roundeven", "trunc": "trunc",
+    "abs": "fabs", "fma": "fmuladd", "copysign": "copysign",
+}  # fmt: skip
+_NO_BUFFERS: frozenset[Buffer] = frozenset()
+
+
+class Values(Writer):
+    """Expressions of one function, given the variables that are bound at this point."""
+
+    def __init__(self, func: PrimFunc) -> None:
+        super().__init__(func)
+        self.level: dict[Expr, int] = {}  # variable -> index of the scope it belongs to
+        self.names: dict[Expr, str] = {}
+        self.env: dict[Expr, Expr] = {}  # unrolled variables and their value now
+        self.vector: tuple[Expr, int] | None = None
+        self.masks: list[Operand] = []
+        self.written: set[Buffer] = set()
+        self.arith = Arith(
+            {s.var: (ZERO, s.extent - 1) for s in statements(func) if isinstance(s, For)}
+        )
+        self.resolved: dict[object, Expr] = {}
+        self.expanded: dict[Expr, Expr | None] = {}
+        self.buffers_in: dict[Expr, frozenset[Buffer]] = {}
+        self.index_like: dict[Expr, bool] = {}
+
+    # ---- facts about expressions ----------------------------------------------------------------
+    def reads(self, e: Expr) -> frozenset[Buffer]:
+        """The buffers that `e` loads from."""
+        found = self.buffers_in.get(e)
+        if found is None:
+            found = _NO_BUFFERS
+            for c in e.children():
+                inner = self.reads(c)
+                if inner:
+                    found = found | inner if found else inner
+            if type(e) is Load:
+                found = found | {e.buffer}
+            self.buffers_in[e] = found
+        return found
+
+    def is_index(self, e: Expr) -> bool:
+        """Whether `index` can emit all of `e`, which then moves out of inner loops."""
+        found = self.index_like.get(e)
+        if found is None:
+            if type(e) is Binary:
+                known = e.op in _INDEX_OPS and e.dtype is int64
+                found = known and self.is_index(e.a) and self.is_index(e.b)
+            elif type(e) is Select:
+                found = e.dtype is int64 and self.is_condition(e.cond)
+                found = found and self.is_index(e.a) and self.is_index(e.b)
+            else:
+                found = e.dtype is int64 and isinstance(e, Const | Var | Dim)
+            self.index_like[e] = found
+        return found
+
+    def is_condition(self, e: Expr) -> bool:
+        """A comparison of index expressions, or several joined by and, or."""
+        if type(e) is Binary and e.op in ("and", "or"):
+            return self.is_condition(e.a) and self.is_condition(e.b)
+        return type(e) is Binary and e.dtype.is_bool and self.is_index(e.a) and self.is_index(e.b)
+
+    def resolve(self, e: Expr) -> Expr:
+        """`e` with unrolled variables replaced by their current values, simplified."""
+        if not self.env:
+            return e
+        free = free_vars(e)
+        used = [v for v in self.env if v in free]
+        if not used:
+            return e
+        key = (e, *[(v, self.env[v]) for v in used])
+        found = self.resolved.get(key)
+        if found is None:
+            found = self.arith.simplify(substitute(e, {v: self.env[v] for v in used}))
+            self.resolved[key] = found
+        return found
+
+    def at_env(self, poly: Poly) -> Poly:
+        """A polynomial with the unrolled variables replaced."""
+        if not self.env:
+            return poly
+        result: Poly = {}
+        for m, whole in poly.items():
+            c = whole
+            rest: list[Expr] | None = []
+            for a in m:
+                value = self.env.get(a)
+                if type(value) is Const:
+                    c = c * value.value
+                elif free_vars(a).isdisjoint(self.env):
+                    assert rest is not None
+                    rest.append(a)
+                else:  # an unrolled variable inside // or %: simplify the whole term
+                    rest = None
+                    break
+            if rest is None:
+                term = self.resolve(self.arith.expr({m: whole}))
+                for m2, c2 in self.arith.poly(term).items():
+                    result[m2] = result.get(m2, 0) + c2
+            else:
+                k = tuple(rest)
+                result[k] = result.get(k, 0) + c
+        return {m: c for m, c in result.items() if c}
+
+    def home(self, e: Expr) -> int:
+        """The scope a pure expression belongs to: that of its innermost variable."""
+        level = self.level
+        return max([level[v] for v in free_vars(e)], default=0)
+
+    # ---- index arithmetic -----------------------------------------------------------------------
+    def index(self, e: Expr, at: int | None = None) -> str:
+        """An i64 operand for a scalar index expression."""
+        e = self.resolve(e)
+        if type(e) is Const:
+            return str(e.value)
+        known = self.names.get(e)
+        if known is not None:
+            return known
+        if self.reads(e):
+            return self.value(e).name
+        home = self.home(e) if at is None else at
+        found = self.scopes[home].values.get(e)
+        if found is not None:
+            return found.name
+        if type(e) is Binary and e.op in _INDEX_OPS:
+            a, b = self.index(e.a), self.index(e.b)
+            if e.op in _NSW:
+                name = self.op(f"{_NSW[e.op]} i64 {a}, {b}", home)
+            elif e.op in ("min", "max"):
+                name = self.intrinsic("s" + e.op, "i64", a, b, level=home)
+            else:
+                name = self.floor(e.op, e.a, a, e.b, b, home)
+        elif type(e) is Select and self.is_condition(e.cond):
+            c = self.condition(e.cond, home)
+            a, b = self.index(e.a), self.index(e.b)
+            name = self.op(f"select i1 {c}, i64 {a}, i64 {b}", home)
+        else:  # a conversion from numbers: ordinary values, computed at their home
+            inner = self.scopes
+            self.scopes = inner[: home + 1]
+            name = self.value(e).name
+            self.scopes = inner
+        self.scopes[home].values[e] = Operand(name)
+        return name
+
+    def condition(self, e: Expr, home: int) -> str:
+        """An i1 operand for what `is_condition` accepts."""
+        assert isinstance(e, Binary)
+        if e.op in ("and", "or"):
+            a, b = self.condition(e.a, home), self.condition(e.b, home)
+            return self.op(f"{e.op} i1 {a}, {b}", home)
+        code = {"lt": "slt", "le": "sle"}.get(e.op, e.op)
+        return self.op(f"icmp {code} i64 {self.index(e.a)}, {self.index(e.b)}", home)
+
+    def floor(self, op: str, ea: Expr, a: str, eb: Expr, b: str, home: int) -> str:
+        """Division rounding down; plain unsigned division where both sides are known positive."""
+        low = self.arith.interval(ea)[0]
+        divisor = self.arith.interval(eb)[0]
+        positive = divisor is not None and divisor > 0
+        if not positive and b.startswith("%"):
+            # Code moved out of a loop also runs where the loop does not: it must not trap.
+            zero = self.op(f"icmp eq i64 {b}, 0", home)
+            b = self.op(f"select i1 {zero}, i64 1, i64 {b}", home)
+        if low is not None and low >= 0 and positive:
+            return self.op(f"{'udiv' if op == 'floordiv' else 'urem'} i64 {a}, {b}", home)
+        return self.floor_signed(op, a, b, "i64", 1, home)
+
+    def floor_signed(self, op: str, a: str, b: str, scalar: str, lanes: int, level: int) -> str:
+        ty, flag = vector(scalar, lanes), vector("i1", lanes)
+        zero = "0" if lanes == 1 else "zeroinitializer"
+        r = self.op(f"srem {ty} {a}, {b}", level)
+        signs = self.op(f"xor {ty} {r}, {b}", level)
+        differ = self.op(f"icmp slt {ty} {signs}, {zero}", level)
+        some = self.op(f"icmp ne {ty} {r}, {zero}", level)
+        fix = self.op(f"and {flag} {differ}, {some}", level)
+        if op == "mod":
+            more = self.op(f"add {ty} {r}, {b}", level)
+            return self.op(f"select {flag} {fix}, {ty} {more}, {ty} {r}", level)
+        q = self.op(f"sdiv {ty} {a}, {b}", level)
+        less = self.op(f"sext {flag} {fix} to {ty}", level)
+        return self.op(f"add {ty} {q}, {less}", level)
+
+    # ---- any value ------------------------------------------------------------------------------
+    def load(self, e: Load, mask: Operand | None) -> Operand:
+        """The element (or elements) of a buffer; see llvm_memory.py."""
+        raise NotImplementedError
+
+    def value(self, e: Expr, mask: Operand | None = None) -> Operand:
+        """The operand for any expression. `mask`: lanes in which a load may be done."""
+        if type(e) is Const:
+            return Operand(literal(e))
+        known = self.names.get(e)
+        if known is not None:
+            return Operand(known)
+        unrolled = self.env.get(e)
+        if unrolled is not None:
+            return Operand(literal(unrolled))
+        in_vector = False
+        if self.vector is not None:
+            if e is self.vector[0]:
+                ramp = ", ".join([f"i64 {k}" for k in range(self.vector[1])])
+                return Operand(f"<{ramp}>", self.vector[1])
+            in_vector = self.vector[0] in free_vars(e)
+        if not in_vector and self.is_index(e):
+            return Operand(self.index(e))
+        buffers = self.reads(e)
+        if not buffers:
+            mask = None
+        free = free_vars(e)
+        used = tuple([(v, self.env[v]) for v in self.env if v in free])
+        key = (e, used, self.vector if in_vector else None, mask)
+        for scope in reversed(self.scopes):
+            found = scope.values.get(key)
+            if found is not None:
+                return found
+        result = self.emit_value(e, mask)
+        # A load may be repeated later only if nothing is stored there meanwhile.
+        if not buffers or (
+            not self.masks
+            and buffers.isdisjoint(self.written)
+            and all(b.scope in (Scope.PARAM, Scope.GLOBAL) for b in buffers)
+        ):
+            self.scopes[-1].values[key] = result
+        return result
+
+    def emit_value(self, e: Expr, mask: Operand | None) -> Operand:
+        if type(e) is Load:
+            return self.load(e, mask)
+        if type(e) is Binary:
+            return self.binary(e, mask)
+        if type(e) is Select:
+            return self.select(e, mask)
+        if type(e) is Cast:
+            return self.convert(self.value(e.a, mask), e.a.dtype, e.dtype)
+        if type(e) is Call:
+            return self.call(e, mask)
+        message = f"the LLVM backend does not know the expression {type(e).__name__}: {e}"
+        raise CodegenError(message, self.func.locs)
+
+    def binary(self, e: Binary, mask: Operand | None) -> Operand:
+        t = e.a.dtype
+        if t.is_float and t.bits == 16:  # computed in float32, rounded once
+            wide = Binary(e.op, cast(e.a, float32), cast(e.b, float32))
+            return self.value(wide if e.dtype.is_bool else Cast(t, wide), mask)
+        if e.op == "pow":
+            expanded = self.expanded.get(e)
+            if expanded is None:
+                expanded = self.expanded[e] = llvm_math.power(e.a, e.b)
+            if expanded is not None:
+                return self.value(expanded, mask)
+        if e.op in ("lt", "le") and self.vector is not None and t is int64:
+            found = self.lane_limit(e)
+            if found is not None:
+                return found
+        a, b = self.value(e.a, mask), self.value(e.b, mask)
+        lanes = max(a.lanes, b.lanes)
+        scalar, ty = value_type(t), value_type(t, lanes)
+        x, y = self.splat(a, scalar, lanes).name, self.splat(b, scalar, lanes).name
+        return Operand(self.operation(e.op, x, y, t, lanes, ty), lanes)
+
+    def operation(self, op: str, a: str, b: str, t: DType, lanes: int, ty: str) -> str:
+        """One operation on operands of the same type and lane count."""
+        if t.is_float:
+            if op in _FLOAT_OPS:
+                return self.op(f"{_FLOAT_OPS[op]} {ty} {a}, {b}")
+            if op in _FLOAT_COMPARE:
+                return self.op(f"{_FLOAT_COMPARE[op]} {ty} {a}, {b}")
+            if op in ("min", "max"):
+                return self.float_extreme(op, a, b, lanes, ty)
+            if op == "mod":
+                return self.float_mod(a, b, t, lanes)
+            if op == "floordiv":
+                return self.intrinsic("floor", ty, self.op(f"fdiv {ty} {a}, {b}"))
+            raise CodegenError(f"{op} of {t}", self.func.locs)
+        sign = "s" if t.is_signed else "u"
+        if op in ("lt", "le", "eq", "ne"):
+            code = {"lt": f"{sign}lt", "le": f"{sign}le"}.get(op, op)
+            return self.op(f"icmp {code} {ty} {a}, {b}")
+        if op in _INTEGER_OPS:
+            return self.op(f"{_INTEGER_OPS[op]} {ty} {a}, {b}")
+        if op in ("min", "max"):
+            if t.is_bool:
+                return self.op(f"{'and' if op == 'min' else 'or'} {ty} {a}, {b}")
+            return self.intrinsic(sign + op, ty, a, b)
+        if op in ("div", "floordiv", "mod"):
+            return self.division(op, a, b, t, lanes)
+        if op in ("shl", "shr"):
+            return self.shift(op, a, b, t, lanes)
+        if op == "pow":
+            helper = self.helper("power", f"{value_type(t)}", llvm_math.INTEGER_POWER)
+            return self.lanewise(helper, [a, b], value_type(t), lanes)
+        raise CodegenError(f"{op} of {t}", self.func.locs)
+
+    def lane_limit(self, e: Binary) -> Operand | None:
+        """`base + lane < n` as a comparison of 32-bit lane numbers with n - base, which is half the
+        work of 64-bit lanes. None when the condition has another form."""
+        assert self.vector is not None
+        v, lanes = self.vector
+        if v not in free_vars(e) or not self.is_index(e.a) or not self.is_index(e.b):
+            return None
+        poly = self.at_env(self.arith.poly(e.b - e.a))
+        limit = {m: c for m, c in poly.items() if m != (v,)}
+        if poly.get((v,)) != -1 or any(v in free_vars(a) for m in limit for a in m):
+            return None
+        room = self.arith.expr(limit)
+        room = room + 1 if e.op == "le" else room
+        count = self.index(minimum(maximum(room, 0), lanes))
+        low = count if not count.startswith("%") else self.op(f"trunc i64 {count} to i32")
+        bound = self.splat(Operand(low), "i32", lanes)
+        ramp = "<" + ", ".join([f"i32 {k}" for k in range(lanes)]) + ">"
+        return Operand(self.op(f"icmp slt <{lanes} x i32> {ramp}, {bound.name}"), lanes)
+
+    # ---- integers -------------------------------------------------------------------------------
+    def division(self, op: str, a: str, b: str, t: DType, lanes: int) -> str:
+        """Never traps: what is divided by zero gives 0, as in numpy, and -2**31 / -1 wraps."""
+        scalar = value_type(t)
+        ty, flag = vector(scalar, lanes), vector("i1", lanes)
+        zero = everywhere(scalar, "0", lanes)
+        known = not b.startswith("%") and b not in ("0", "-1", zero)
+        known = known and b != everywhere(scalar, "-1", lanes)
+        bad, by = "", b
+        if not known:
+            bad = self.op(f"icmp eq {ty} {b}, {zero}")
+            unsafe = bad
+            if t.is_signed:
+                minus = self.op(f"icmp eq {ty} {b}, {everywhere(scalar, '-1', lanes)}")
+                unsafe = self.op(f"or {flag} {bad}, {minus}")
+            one = everywhere(scalar, "1", lanes)
+            by = self.op(f"select {flag} {unsafe}, {ty} {one}, {ty} {b}")
+        if not t.is_signed:
+            result = self.op(f"{'urem' if op == 'mod' else 'udiv'} {ty} {a}, {by}")
+        elif op == "div":
+            result = self.op(f"sdiv {ty} {a}, {by}")
+        else:
+            result = self.floor_signed(op, a, by, scalar, lanes, -1)
+        if known:
+            return result
+        if t.is_signed and op != "mod":
+            less = self.op(f"sub {ty} {zero}, {a}")
+            result = self.op(f"select {flag} {minus}, {ty} {less}, {ty} {result}")
+        return self.op(f"select {flag} {bad}, {ty} {zero}, {ty} {result}")
+
+    def shift(self, op: str, a: str, b: str, t: DType, lanes: int) -> str:
+        """A shift by the width or more leaves only the sign."""
+        scalar = value_type(t)
+        ty, flag = vector(scalar, lanes), vector("i1", lanes)
+        code = "shl" if op == "shl" else "ashr" if t.is_signed else "lshr"
+        if not b.startswith("%"):
+            return self.op(f"{code} {ty} {a}, {b}")
+        most = everywhere(scalar, str(t.bits - 1), lanes)
+        near = self.op(f"icmp ule {ty} {b}, {most}")
+        by = self.op(f"select {flag} {near}, {ty} {b}, {ty} {most}")
+        result = self.op(f"{code} {ty} {a}, {by}")
+        if code == "ashr":
+            return result
+        zero = everywhere(scalar, "0", lanes)
+        return self.op(f"select {flag} {near}, {ty} {result}, {ty} {zero}")
+
+    # ---- floats ---------------------------------------------------------------------------------
+    def float_extreme(self, op: str, a: str, b: str, lanes: int, ty: str) -> str:
+        """min and max; NaN where either side is, as in numpy. One instruction picks b when either
+        is NaN, so a constant goes first and needs no more."""
+        if not b.startswith("%"):
+            a, b = b, a
+        flag = vector("i1", lanes)
+        first = self.op(f"fcmp {'ogt' if op == 'max' else 'olt'} {ty} {a}, {b}")
+        best = self.op(f"select {flag} {first}, {ty} {a}, {ty} {b}")
+        if not a.startswith("%"):
+            return best
+        nan = self.op(f"fcmp uno {ty} {a}, {a}")
+        return self.op(f"select {flag} {nan}, {ty} {a}, {ty} {best}")
+
+    def float_mod(self, a: str, b: str, t: DType, lanes: int) -> str:
+        """The remainder with the sign of the divisor, exact."""
+        scalar = value_type(t)
+        wide = lanes if t is float64 else -lanes
+        x, y = (Operand(v, lanes) for v in (a, b))
+        if wide < 0:  # float32 numbers are float64 numbers, and so are their remainders
+            x, y = self.convert(x, t, float64), self.convert(y, t, float64)
+        helper = self.helper("remainder", "double", llvm_math.REMAINDER)
+        r = Operand(self.lanewise(helper, [x.name, y.name], "double", lanes), lanes)
+        result = self.convert(r, float64, t).name
+        ty, flag, zero = vector(scalar, lanes), vector("i1", lanes), everywhere(scalar, "0.0", lanes)
+        some = self.op(f"fcmp one {ty} {result}, {zero}")
+        negative = self.op(f"fcmp olt {ty} {result}, {zero}")
+        wanted = self.op(f"fcmp olt {ty} {b}, {zero}")
+        differ = self.op(f"xor {flag} {negative}, {wanted}")
+        fix = self.op(f"and {flag} {some}, {differ}")
+        more = self.op(f"fadd {ty} {result}, {b}")
+        return self.op(f"select {flag} {fix}, {ty} {more}, {ty} {result}")
+
+    def helper(self, name: str, scalar: str, body: str) -> str:
+        """A function of this kernel for what needs a loop of its own."""
+        full = f"@{self.func.name}_{name}_{scalar}"
+        self.helpers[full] = body.replace("NAME", full).replace("TYPE", scalar)
+        return full
+
+    def lanewise(self, function: str, args: list[str], scalar: str, lanes: int) -> str:
+        """A call for each lane."""
+        if lanes == 1:
+            return self.op(f"call {scalar} {function}({', '.join(f'{scalar} {a}' for a in args)})")
+        ty, result = vector(scalar, lanes), "poison"
+        for k in range(lanes):
+            ones = [self.op(f"extractelement {ty} {a}, i64 {k}") for a in args]
+            one = self.op(f"call {scalar} {function}({', '.join(f'{scalar} {a}' for a in ones)})")
+            result = self.op(f"insertelement {ty} {result}, {scalar} {one}, i64 {k}")
+        return result
+
+    # ---- select, conversions, functions ---------------------------------------------------------
+    def select(self, e: Select, mask: Operand | None) -> Operand:
+        cond = self.value(e.cond, mask)
+        if cond.name == "true":
+            return self.value(e.a, mask)
+        if cond.name == "false":
+            return self.value(e.b, mask)
+        a_mask = b_mask = mask
+        if self.reads(e.a):
+            a_mask = self.both(mask, cond)
+        if self.reads(e.b):
+            b_mask = self.both(mask, self.negated(cond))
+        a, b = self.value(e.a, a_mask), self.value(e.b, b_mask)
+        lanes = max(cond.lanes, a.lanes, b.lanes)
+        scalar, ty = value_type(e.dtype), value_type(e.dtype, lanes)
+        a, b = self.splat(a, scalar, lanes), self.splat(b, scalar, lanes)
+        flag = vector("i1", cond.lanes)
+        text = f"select {flag} {cond.name}, {ty} {a.name}, {ty} {b.name}"
+        return Operand(self.op(text), lanes)
+
+    def convert(self, v: Operand, source: DType, target: DType) -> Operand:
+        """As numpy's astype on this kind of processor."""
+        if source is target:
+            return v
+        lanes = v.lanes
+        a, b = value_type(source, lanes), value_type(target, lanes)
+        if target.is_bool:
+            zero = everywhere(value_type(source), "0.0" if source.is_float else "0", lanes)
+            if source.name == "bfloat16":  # its bits, but for the sign
+                v = Operand(self.op(f"shl {a} {v.name}, {everywhere('i16', '1', lanes)}"), lanes)
+                zero, source = "zeroinitializer" if lanes > 1 else "0", DType("int16")
+            code = "fcmp une" if source.is_float else "icmp ne"
+            return Operand(self.op(f"{code} {a} {v.name}, {zero}"), lanes)
+        if source.is_float and source.bits == 16:
+            if source.name == "float16":
+                wide = self.op(f"fpext {a} {v.name} to {vector('float', lanes)}")
+            else:
+                i32 = vector("i32", lanes)
+                raw = self.op(f"zext {a} {v.name} to {i32}")
+                raw = self.op(f"shl {i32} {raw}, {everywhere('i32', '16', lanes)}")
+                wide = self.op(f"bitcast {i32} {raw} to {vector('float', lanes)}")
+            return self.convert(Operand(wide, lanes), float32, target)
+        if target.is_float and target.bits == 16:
+            if source is float64:
+                v = self.rounded_to_odd(v)
+            elif source is not float32:
+                v = self.convert(v, source, float32)
+            if target.name == "bfloat16":
+                return self.bfloat(v)
+            return Operand(self.op(f"fptrunc {vector('float', lanes)} {v.name} to {b}"), lanes)
+        if source.is_bool:
+            code = "uitofp" if target.is_float else "zext"
+        elif source.is_float and target.is_float:
+            code = "fpext" if target.bits > source.bits else "fptrunc"
+        elif source.is_float:
+            # Narrow types go through a wider one and wrap. What does not fit is whatever the
+            # processor makes of it.
+            if target.name == "uint64":
+                code = "fptoui"
+            else:
+                code = "fptosi"
+                via = int64 if target.name in ("uint32", "int64") else int32
+                if via.bits != target.bits:
+                    wide = self.op(f"fptosi {a} {v.name} to {value_type(via, lanes)}")
+                    return self.convert(Operand(wide, lanes), via, target)
+        elif target.is_float:
+            code = "sitofp" if source.is_signed else "uitofp"
+        elif target.bits == source.bits:
+            return v
+        else:
+            code = "trunc" if target.bits < source.bits else "sext" if source.is_signed else "zext"
+        return Operand(self.op(f"{code} {a} {v.name} to {b}"), lanes)
+
+    def rounded_to_odd(self, v: Operand) -> Operand:
+        """float64 -> float32 such that rounding the result again to 16 bits gives what rounding
+        once would: cut off, with the last bit set if anything was lost."""
+        lanes = v.lanes
+        f, d, i32, i1 = (vector(s, lanes) for s in ("float", "double", "i32", "i1"))
+        near = self.op(f"fptrunc {d} {v.name} to {f}")
+        back = self.op(f"fpext {f} {near} to {d}")
+        lost = self.op(f"fcmp one {d} {back}, {v.name}")
+        above = self.intrinsic("fabs", d, back)
+        size = self.intrinsic("fabs", d, v.name)
+        up = self.op(f"fcmp ogt {d} {above}, {size}")
+        raw = self.op(f"bitcast {f} {near} to {i32}")
+        less = self.op(f"sext {i1} {up} to {i32}")
+        cut = self.op(f"add {i32} {raw}, {less}")
+        odd = self.op(f"or {i32} {cut}, {everywhere('i32', '1', lanes)}")
+        kept = self.op(f"select {i1} {lost}, {i32} {odd}, {i32} {raw}")
+        return Operand(self.op(f"bitcast {i32} {kept} to {f}"), lanes)
+
+    def bfloat(self, v: Operand) -> Operand:
+        """float32 -> the bits of the nearest bfloat16, ties to even."""
+        lanes = v.lanes
+        f, i32, i1 = vector("float", lanes), vector("i32", lanes), vector("i1", lanes)
+
+        def all_lanes(n: int) -> str:
+            return everywhere("i32", str(n), lanes)
+
+        raw = self.op(f"bitcast {f} {v.name} to {i32}")
+        top = self.op(f"lshr {i32} {raw}, {all_lanes(16)}")
+        odd = self.op(f"and {i32} {top}, {all_lanes(1)}")
+        half = self.op(f"add {i32} {odd}, {all_lanes(0x7FFF)}")
+        total = self.op(f"add {i32} {raw}, {half}")
+        rounded = self.op(f"lshr {i32} {total}, {all_lanes(16)}")
+        quiet = self.op(f"or {i32} {top}, {all_lanes(0x40)}")
+        nan = self.op(f"fcmp uno {f} {v.name}, {v.name}")
+        best = self.op(f"select {i1} {nan}, {i32} {quiet}, {i32} {rounded}")
+        return Operand(self.op(f"trunc {i32} {best} to {vector('i16', lanes)}"), lanes)
+
+    def call(self, e: Call, mask: Operand | None) -> Operand:
+        t = e.args[0].dtype
+        if e.fn == "bitcast":
+            v = self.value(e.args[0], mask)
+            a, b = value_type(t, v.lanes), value_type(e.dtype, v.lanes)
+            return Operand(self.op(f"bitcast {a} {v.name} to {b}"), v.lanes)
+        if t.is_float and t.bits == 16:
+            wide = Call(e.fn, tuple(cast(a, float32) for a in e.args))
+            return self.value(wide if e.dtype.is_bool else Cast(t, wide), mask)
+        expanded = self.expanded.get(e)
+        if expanded is None and e not in self.expanded:
+            expanded = self.expanded[e] = llvm_math.expand(e)
+        if expanded is not None:
+            return self.value(expanded, mask)
+        args = [self.value(a, mask) for a in e.args]
+        lanes = max(a.lanes for a in args)
+        scalar, ty = value_type(t), value_type(t, lanes)
+        names = [self.splat(a, scalar, lanes).name for a in args]
+        if e.fn == "not":
+            return self.negated(args[0])
+        if e.fn == "isnan":
+            return Operand(self.op(f"fcmp uno {ty} {names[0]}, {names[0]}"), lanes)
+        if e.fn == "isinf":
+            size = self.intrinsic("fabs", ty, names[0])
+            inf = everywhere(scalar, literal(Const(float("inf"), t)), lanes)
+            return Operand(self.op(f"fcmp oeq {ty} {size}, {inf}"), lanes)
+        name = _INTRINSICS.get(e.fn)
+        if name is None:
+            message = f"the LLVM backend does not know the function {e.fn}"
+            raise CodegenError(message, self.func.locs)
+        if t.is_float:
+            return Operand(self.intrinsic(name, ty, *names), lanes)
+        if e.fn != "abs":
+            return args[0]  # rounding an integer
+        full = f"llvm.abs.{mangle(ty)}"
+        f = self.declare(full, f"{ty} @{full}({ty}, i1)")
+        return Operand(self.op(f"call {ty} {f}({ty} {names[0]}, i1 false)"), lanes)

@@ -1,0 +1,191 @@
+"""Models opened for the command line, and the tables that it prints.
+
+    opened = open_model("resnet18.onnx", threads=2)      .mc is loaded, anything else compiled
+    opened.flops({})                                     3.6e9, None for a loaded module
+    Output(as_json=False).table("kernels", ["name", "ms"], [["fused_conv", "1.25"]])
+
+Results go to standard output, remarks to standard error; with --json the output is one object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from minicompiler.errors import MinicompilerError
+from minicompiler.inputs import Bounds, suffix_of
+from minicompiler.runtime.module import Module, load
+from minicompiler.runtime.plan import Plan, evaluate
+from minicompiler.runtime.profile import KernelTime
+
+if TYPE_CHECKING:
+    from minicompiler.driver import Kernel
+    from minicompiler.ir.graph import Function
+
+_WIDTH = 160  # of tables that are not shown on a terminal
+
+
+# ---- models ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to run. graph: as imported; kernels: with their costs; both absent for .mc."""
+
+    path: str
+    module: Module
+    seconds: float
+    graph: Function | None = None
+    kernels: Mapping[str, Kernel] = field(default_factory=dict)
+
+    def flops(self, dims: Mapping[str, int]) -> int | None:
+        """Floating-point operations of one call."""
+        if not self.kernels:
+            return None
+        names = dict(dims)
+        for name, size in self.module.plan.named:
+            names[name] = evaluate(size, names)
+        return sum(evaluate(self.kernels[c.kernel].flops, names) for c in self.module.plan.calls)
+
+
+def open_model(
+    path: str,
+    dims: Mapping[str, Bounds] | None = None,
+    threads: int | None = None,
+    target: str = "cpu",
+    level: int = 3,
+) -> Opened:
+    """Loads a saved module or compiles a model. Raises MinicompilerError."""
+    start = time.perf_counter()
+    if suffix_of(path) == ".mc":
+        if any(not isinstance(b, int) for b in (dims or {}).values()):
+            raise MinicompilerError(
+                f"{path} is compiled, so the ranges of its dimensions are fixed",
+                hint="give single sizes (name=8), or compile the model again",
+            )
+        module = load(path, threads)
+        return Opened(path, module, time.perf_counter() - start)
+    # Imported here so that a saved module runs without the compiler.
+    from minicompiler import driver
+
+    return compiled(path, driver.import_model(path, dims), threads, target, level, start)
+
+
+def compiled(
+    path: str, graph: Function, threads: int | None, target: str, level: int, start: float
+) -> Opened:
+    """A graph, compiled; `start` is when the work on it began."""
+    from minicompiler import driver
+    from minicompiler.context import Context, Options
+    from minicompiler.target import Target
+
+    # Texts of stages are not shown here, and writing them takes time.
+    options = Options(level=level, threads=threads or 0, record=False)
+    ctx = Context(Target.parse(target), options)
+    fn = driver.optimise(graph, ctx)
+    built = driver.build_kernels(fn, ctx)
+    module = driver.assemble(fn, built, ctx)
+    return Opened(path, module, time.perf_counter() - start, graph, built.kernels)
+
+
+def memory(module: Module, dims: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of one call: constants, arena, workspace."""
+    plan: Plan = module.plan
+    names = dict(dims)
+    for name, size in plan.named:
+        names[name] = evaluate(size, names)
+    workspace = evaluate(plan.shared, names) + module.threads * evaluate(plan.local, names)
+    return {
+        "constants": sum(c.nbytes for c in module._constants),
+        "arena": evaluate(plan.arena, names),
+        "workspace": workspace,
+    }
+
+
+# ---- output ---------------------------------------------------------------------------------------
+class Output:
+    """Where results and remarks of a command go."""
+
+    def __init__(self, as_json: bool) -> None:
+        # Imported here so that --help does not wait for it.
+        from rich.console import Console
+
+        self.as_json = as_json
+        terminal = sys.stdout.isatty()
+        # Without a terminal a line must not break in the middle of a table's row.
+        self._out = Console(width=None if terminal else _WIDTH, highlight=False)
+        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(self, text: str = "") -> None:
+        """A line of the result; not with --json."""
+        if not self.as_json:
+            self._out.print(text, markup=False, soft_wrap=True)
+
+    def remark(self, text: str) -> None:
+        """What the user should know about the result, on standard error."""
+        self._err.print(text, style="yellow", markup=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table; columns whose name starts with ">" are aligned to the right."""
+        if self.as_json or not rows:
+            return
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table
+
+        made = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+        for c in columns:
+            made.add_column(c.removeprefix(">"), justify="right" if c.startswith(">") else "left")
+        for row in rows:
+            made.add_row(*(escape(str(cell)) for cell in row))
+        self._out.print(made)
+
+    def finish(self, data: Mapping[str, Any]) -> None:
+        """The result as a machine reads it, with --json."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def kernel_rows(opened: Opened, times: Sequence[KernelTime]) -> list[dict[str, Any]]:
+    """Per kernel, the slowest first: name, calls, seconds of all calls, GFLOP/s, bytes moved."""
+    found: dict[str, dict[str, Any]] = {}
+    for t in times:
+        row = found.setdefault(t.kernel, {"kernel": t.kernel, "calls": 0, "seconds": 0.0})
+        row["calls"] += 1
+        row["seconds"] += t.seconds
+        kernel = opened.kernels.get(t.kernel)
+        if kernel is not None:
+            row["flops"] = row.get("flops", 0) + evaluate(kernel.flops, t.dims)
+            row["bytes"] = row.get("bytes", 0) + evaluate(kernel.moved, t.dims)
+    return sorted(found.values(), key=lambda row: -float(row["seconds"]))
+
+
+def show_kernels(out: Output, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The table of `kernel_rows`."""
+    total = sum(row["seconds"] for row in rows) or 1.0
+    cells = []
+    for row in rows:
+        seconds = row["seconds"]
+        rates = [f"{row[k] / seconds / 1e9:.1f}" if row.get(k) and seconds else "" for k in ("flops", "bytes")]
+        share = f"{100 * seconds / total:.1f}"
+        cells.append([row["kernel"], row["calls"], f"{seconds * 1e3:.3f}", share, *rates])
+    out.table("Kernels", ["kernel", ">calls", ">ms", ">%", ">GFLOP/s", ">GB/s"], cells)
+
+
+def show_stages(out: Output, module: Module) -> None:
+    """What the compiler did, in order; steps that ran for each kernel are one row."""
+    sums: dict[tuple[str, str], list[float]] = {}
+    for s in module.stages:
+        sums.setdefault((s.level, s.name), []).append(s.seconds)
+    rows = [[level, name, len(t), f"{sum(t) * 1e3:.1f}"] for (level, name), t in sums.items()]
+    out.table("Stages", ["level", "step", ">times", ">ms"], rows)
+
+
+def count_text(n: float, unit: str) -> str:
+    """3600000000, "FLOP" -> "3.6 GFLOP"."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= factor:
+            return f"{n / factor:.4g} {prefix}{unit}"
+    return f"{n:.4g} {unit}"
