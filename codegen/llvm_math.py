@@ -1,10 +1,12 @@
-"""float32 and float64 functions as polynomial expressions: LLVM has no vector exp, tanh, erf, ...
+"""Elementary functions as expressions of + * fma, bit operations and selects.
 
-    expand(Call("exp", (x,)))   -> an expression of + * fma, bit operations and selects
+    expand(Call("exp", (x,)))   -> an expression without the call
 
-Bounds (float32, over all inputs, tests/codegen/test_llvm_math.py): exp 1.0 ulp, log 1.0, sigmoid 2.5,
-tanh 2.0, erf 2.0. Methods: Cody-Waite range reduction (W. J. Cody, W. Waite, Software Manual for the
-Elementary Functions, 1980) with minimax polynomials.
+LLVM has no vector exp, tanh, erf, and we call no C library. Largest errors in ulp (units in the last
+place; float32: over all inputs, tests/codegen/test_llvm_math.py), on processors with fma:
+    float32: exp 1.0, log 1.0, sigmoid 2.5, tanh 2.0, erf 2.0, all others 0.51
+    float64: exp, log, log1p, expm1 2, sigmoid 3, tanh 3, erf 2, power 4; see llvm_trig.py
+Method: Cody-Waite range reduction (Software Manual for the Elementary Functions, 1980), polynomials.
 """
 
 from __future__ import annotations
@@ -13,212 +15,435 @@ import math
 from collections.abc import Callable
 
 from minicompiler.ir.expr import (
-    Binary,
     Call,
+    Const,
     Expr,
     binary,
     cast,
     const,
+    eq,
     maximum,
     minimum,
+    ne,
     select,
 )
-from minicompiler.ir.types import DType, float32, int32, int64
+from minicompiler.ir.types import DType, float32, float64, int32, int64
+
+LN2_HIGH, LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+
+# Functions that need a loop, one element at a time. NAME and TYPE are filled in by the emitter.
+INTEGER_POWER = """define internal TYPE NAME(TYPE %a, TYPE %n) #0 {
+entry:
+  br label %loop
+loop:
+  %x = phi TYPE [ %a, %entry ], [ %square, %loop ]
+  %k = phi TYPE [ %n, %entry ], [ %rest, %loop ]
+  %r = phi TYPE [ 1, %entry ], [ %next, %loop ]
+  %bit = and TYPE %k, 1
+  %odd = icmp ne TYPE %bit, 0
+  %product = mul TYPE %r, %x
+  %next = select i1 %odd, TYPE %product, TYPE %r
+  %square = mul TYPE %x, %x
+  %rest = lshr TYPE %k, 1
+  %more = icmp ne TYPE %rest, 0
+  br i1 %more, label %loop, label %done
+done:
+  ret TYPE %next
+}
+"""
+# What C calls fmod: b is doubled up to a, then subtracted while it is halved again; every step is
+# exact.
+REMAINDER = """declare double @llvm.fabs.f64(double)
+declare double @llvm.copysign.f64(double, double)
+define internal TYPE NAME(TYPE %x, TYPE %y) #0 {
+entry:
+  %a = call double @llvm.fabs.f64(double %x)
+  %b = call double @llvm.fabs.f64(double %y)
+  %finite = fcmp olt double %a, 0x7FF0000000000000
+  %some = fcmp ogt double %b, 0.0
+  %valid = and i1 %finite, %some
+  br i1 %valid, label %start, label %invalid
+invalid:
+  ret double 0x7FF8000000000000
+start:
+  %half = fmul double %a, 0.5
+  br label %up
+up:
+  %t = phi double [ %b, %start ], [ %twice, %up ]
+  %twice = fadd double %t, %t
+  %smaller = fcmp ole double %t, %half
+  br i1 %smaller, label %up, label %down
+down:
+  %r = phi double [ %a, %up ], [ %less, %down ]
+  %u = phi double [ %t, %up ], [ %under, %down ]
+  %fits = fcmp oge double %r, %u
+  %difference = fsub double %r, %u
+  %less = select i1 %fits, double %difference, double %r
+  %under = fmul double %u, 0.5
+  %more = fcmp ogt double %u, %b
+  br i1 %more, label %down, label %done
+done:
+  %signed = call double @llvm.copysign.f64(double %less, double %x)
+  ret double %signed
+}
+"""
 
 
 def expand(e: Call) -> Expr | None:
-    """An equal expression without the call; None for functions LLVM lowers itself (sqrt, floor, ...)."""
+    """An equal expression without the call; None for functions that are instructions (sqrt, ...)."""
+    from . import llvm_trig  # which builds on this module
+
     f = _EXPANSIONS.get(e.fn)
-    return None if f is None else f(*e.args)
+    if f is not None:
+        return f(*e.args)
+    f = llvm_trig.FUNCTIONS.get(e.fn)
+    if f is None:
+        return None
+    # One implementation, in float64, serves both types.
+    return in_float64(f, *e.args)
 
 
-def fma(a: Expr, b: Expr, c: Expr) -> Expr:
+def in_float64(f: Callable[..., Expr], *args: Expr) -> Expr:
+    return cast(f(*[cast(a, float64) for a in args]), args[0].dtype)
+
+
+# ---- pieces -------------------------------------------------------------------------------------
+def fma(a: Expr, b: Expr, c: Expr | float) -> Expr:
     """a * b + c with one rounding."""
-    return Call("fma", (a, b, c))
+    return Call("fma", (a, b, const(c, a.dtype) if isinstance(c, float) else c))
+
+
+def absolute(x: Expr) -> Expr:
+    return Call("abs", (x,))
+
+
+def with_sign(size: Expr, x: Expr) -> Expr:
+    return Call("copysign", (size, x))
 
 
 def bits(x: Expr, to: DType) -> Expr:
     """The bits of x as another type of the same size."""
-    return Call("bitcast", (x,), to.with_lanes(x.dtype.lanes))
+    return Call("bitcast", (x,), to)
 
 
 def horner(x: Expr, *coefficients: float) -> Expr:
     """A polynomial, highest coefficient first."""
     result = const(coefficients[0], x.dtype)
     for c in coefficients[1:]:
-        result = fma(result, x, const(c, x.dtype))
+        result = fma(result, x, c)
     return result
 
 
-def _pow2(n: Expr) -> Expr:
-    """2**n for an int32 n in the normal range, as float32."""
-    return bits(binary("shl", n + 127, 23), float32)
+def exact_product(a: Expr, b: Expr) -> tuple[Expr, Expr]:
+    """a * b as rounded value and error. (An fma, so that it cannot be fused with a later sum.)"""
+    high = fma(a, b, -0.0)
+    return high, fma(a, b, const(0.0, a.dtype) - high)
 
 
-def _round(x: Expr) -> Expr:
-    return Call("round", (x,))
+def fast_sum(a: Expr, b: Expr) -> tuple[Expr, Expr]:
+    """a + b as rounded value and error, where |a| >= |b|."""
+    high = a + b
+    return high, b - (high - a)
 
 
-def exp(x: Expr) -> Expr:
-    """e**x: x = n*ln2 + r with |r| <= ln2/2, a degree 6 polynomial of r, scaled by 2**n in two steps so
-    that subnormal results stay right."""
-    if x.dtype.scalar.name == "float64":
+# ---- exp ----------------------------------------------------------------------------------------
+def exp(x: Expr, negative: bool = False) -> Expr:
+    """e**x. 1 ulp. negative: x is known not to be above 0.
+
+    x = n*ln2 + r with |r| <= ln2/2, a polynomial of r, times 2**n in two factors, so that subnormal
+    results are rounded once and large ones become inf.
+    """
+    if x.dtype is float64:
         return _exp64(x)
-    if x.dtype.scalar.bits == 16:
-        return cast(exp(cast(x, float32)), x.dtype.scalar)
-    t = const(0.0, float32)
-    y = minimum(maximum(x, const(-104.0, t.dtype)), const(89.0, t.dtype))
-    n = _round(y * const(1.4426950408889634, float32))
+    # Adding 1.5 * 2**23 rounds to an integer that then is the low end of the bits. With 254 in it
+    # too they hold the sum of the exponent fields of both factors.
+    shift = 12582912.0 + 254.0
+    y = x if negative else minimum(x, 89.0)
+    y = maximum(y, -104.0)
+    t = fma(y, const(1.4426950408889634, float32), shift)
+    n = t - shift
     r = fma(n, const(-0.693145751953125, float32), y)
     r = fma(n, const(-1.428606765330187e-06, float32), r)
     p = horner(r, 1.3978564e-3, 8.3692595e-3, 4.1666616e-2, 1.6666520e-1, 5.0e-1)
-    p = fma(r * r, p, r) + const(1.0, float32)
-    i = cast(n, int32)
+    p = fma(r * r, p, r) + 1.0
+    i = bits(t, DType("uint32"))
     half = binary("shr", i, 1)
-    return p * _pow2(half) * _pow2(i - half)
+    a, b = bits(binary("shl", half, 23), float32), bits(binary("shl", i - half, 23), float32)
+    return p * a * b
 
 
-def _exp64(x: Expr) -> Expr:
-    f = x.dtype.scalar
-    y = minimum(maximum(x, const(-746.0, f)), const(710.0, f))
-    n = _round(y * const(1.4426950408889634, f))
-    r = fma(n, const(-6.93147180369123816490e-01, f), y)
-    r = fma(n, const(-1.90821492927058770002e-10, f), r)
-    p = horner(r, *[1.0 / math.factorial(k) for k in range(13, 1, -1)])
-    p = fma(r * r, p, r) + const(1.0, f)
-    i = cast(n, int64)
+def _exp64(x: Expr, low: Expr | None = None) -> Expr:
+    """e**(x + low) for a low that is small against an ulp of x: 1 ulp."""
+    shift = 6755399441055744.0 + 2046.0
+    y = maximum(minimum(x, 710.0), -746.0)
+    t = fma(y, const(1.4426950408889634, float64), shift)
+    n = t - shift
+    r = fma(n, const(-LN2_HIGH, float64), y)
+    # What the second step loses would be half an ulp of the result by itself.
+    s = fma(n, const(-LN2_LOW, float64), r)
+    lost = fma(n, const(-LN2_LOW, float64), r - s)
+    if low is not None:
+        lost = lost + low
+    p = horner(s, *[1.0 / math.factorial(k) for k in range(13, 1, -1)])
+    p = (fma(s * s, p, lost) + s) + 1.0
+    i = bits(t, DType("uint64"))
     half = binary("shr", i, 1)
+    a, b = bits(binary("shl", half, 52), float64), bits(binary("shl", i - half, 52), float64)
+    return p * a * b
 
-    def pow2(k: Expr) -> Expr:
-        return bits(binary("shl", k + 1023, 52), f)
 
-    return p * pow2(half) * pow2(i - half)
+def expm1(x: Expr) -> Expr:
+    """e**x - 1 in float64, also near 0: 2**n * (e**r - 1) + (2**n - 1). 2 ulp."""
+    shift = 6755399441055744.0 + 1023.0
+    y = maximum(minimum(x, 709.0), -50.0)
+    t = fma(y, const(1.4426950408889634, float64), shift)
+    n = t - shift
+    r = fma(n, const(-LN2_HIGH, float64), y)
+    s = fma(n, const(-LN2_LOW, float64), r)
+    lost = fma(n, const(-LN2_LOW, float64), r - s)
+    p = horner(s, *[1.0 / math.factorial(k) for k in range(14, 1, -1)])
+    p = fma(s * s, p, lost) + s
+    scale = bits(binary("shl", bits(t, int64), 52), float64)
+    near = fma(scale, p, scale - 1.0)
+    near = select(x < 709.0, near, exp(x))
+    return select(eq(x, 0.0), x, near)  # keeps -0.0
+
+
+# ---- log ----------------------------------------------------------------------------------------
+def _mantissa(x: Expr) -> tuple[Expr, Expr]:
+    """(k, m) with x = 2**k * m and m in [sqrt(1/2), sqrt(2)), for finite x > 0."""
+    f = x.dtype
+    wide = f is float64
+    whole, width, bias = (int64, 52, 1023) if wide else (int32, 23, 127)
+    tiny = x < 2.0 ** (1 - bias)
+    extra = 54 if wide else 25
+    i = bits(select(tiny, x * 2.0**extra, x), whole)
+    # Adding 1 - sqrt(1/2) in units of the mantissa moves the cut from 1 to sqrt(1/2).
+    cut = 0x3FE6A09E00000000 if wide else 0x3F3504F3
+    j = i + ((bias << width) - cut)
+    m = bits(binary("and", j, (1 << width) - 1) + cut, f)
+    e = binary("shr", bits(j, DType(f"u{whole.name}")), width)
+    less = select(tiny, const(-bias - extra, whole), const(-bias, whole))
+    n = bits(e, whole) + less
+    if not wide:
+        return cast(n, f), m
+    # int64 -> float64 is no vector instruction before AVX-512; for small numbers this does it.
+    return bits(n + 0x4338000000000000, f) - 6755399441055744.0, m
+
+
+def _log_limits(x: Expr, body: Expr) -> Expr:
+    """log of 0, of negative numbers, of inf and NaN."""
+    f = x.dtype
+    body = select(x < math.inf, body, x)
+    body = select(eq(x, 0.0), const(-math.inf, f), body)
+    return select(x < 0.0, const(math.nan, f), body)
 
 
 def log(x: Expr) -> Expr:
-    """ln x: x = 2**k * m with m in [sqrt(1/2), sqrt(2)), then the series in s = (m-1)/(m+1)."""
-    f = x.dtype.scalar
-    if f.bits == 16:
-        return cast(log(cast(x, float32)), f)
-    wide = f.name == "float64"
-    integer, mantissa, bias = (int64, 52, 1023) if wide else (int32, 23, 127)
-    tiny = 2.0 ** (-1022 if wide else -126)
-    scale = 2.0 ** (54 if wide else 25)
-    small = x < const(tiny, f)
-    scaled = select(small, x * const(scale, f), x)
-    i = bits(scaled, integer)
-    # Adding (1 - sqrt(1/2)) in units of the mantissa moves the cut from 1 to sqrt(1/2).
-    offset = 0x3FE6A09E00000000 if wide else 0x3F3504F3
-    j = i - offset
-    k = binary("shr", j, mantissa)
-    m = bits(binary("and", j, (1 << mantissa) - 1) + offset, f)
-    e = cast(k, f) - select(small, const(54.0 if wide else 25.0, f), const(0.0, f))
-    a = m - const(1.0, f)
-    s = a / (m + const(1.0, f))
+    """ln x: x = 2**k * m, then the series of log((1+s)/(1-s)) in s = (m-1)/(m+1). 1 ulp."""
+    f = x.dtype
+    wide = f is float64
+    k, m = _mantissa(x)
+    a = m - 1.0
+    s = a / (m + 1.0)
     z = s * s
+    half = a * a * 0.5
     if wide:
-        r = horner(z, *[2.0 / d for d in range(21, 1, -2)]) * z
-        hfsq = a * a * const(0.5, f)
-        low = fma(s, hfsq + r, e * const(1.90821492927058770002e-10, f))
-        body = fma(e, const(6.93147180369123816490e-01, f), a - (hfsq - low))
+        r = horner(z, *[2.0 / d for d in range(23, 1, -2)]) * z
+        high, low = LN2_HIGH, LN2_LOW
     else:
         r = horner(z, 0.24279078841, 0.28498786688, 0.40000972152, 0.66666662693) * z
-        hfsq = a * a * const(0.5, f)
-        low = fma(s, hfsq + r, e * const(9.0580006145e-06, f))
-        body = fma(e, const(6.9313812256e-01, f), a - (hfsq - low))
-    del bias
-    inf, nan = const(float("inf"), f), const(float("nan"), f)
-    body = select(x < inf, body, x)  # inf and NaN
-    body = select(binary("eq", x, const(0.0, f)), const(float("-inf"), f), body)
-    return select(x < const(0.0, f), nan, body)
+        high, low = 6.9313812256e-01, 9.0580006145e-06
+    rest = fma(s, half + r, k * const(low, f))
+    return _log_limits(x, fma(k, const(high, f), a - (half - rest)))
 
 
+def log1p(x: Expr) -> Expr:
+    """ln(1 + x) in float64: what rounding 1 + x loses is put back. 2 ulp."""
+    w = x + 1.0
+    lost = select(absolute(x) < 1e300, (x - (w - 1.0)) / w, const(0.0, float64))
+    # 1 + x is rounded to a multiple of 2**-53, so for larger x the other form has the whole loss.
+    other = (1.0 - (w - x)) / w
+    lost = select(binary("and", x > 1.0, x < 1e300), other, lost)
+    result = select(binary("and", w > 0.0, w < math.inf), log(w) + lost, log(w))
+    return select(eq(x, 0.0), x, result)
+
+
+# ---- sigmoid, tanh ------------------------------------------------------------------------------
 def sigmoid(x: Expr) -> Expr:
-    """1 / (1 + e**-x)."""
+    """1 / (1 + e**-x) = e**x / (1 + e**x), whichever has the negative exponent."""
     one = const(1.0, x.dtype)
-    return one / (one + exp(const(0.0, x.dtype) - x))
+    e = exp(const(0.0, x.dtype) - absolute(x), negative=True)
+    return select(x < 0.0, e, one) / (e + one)
 
 
 def tanh(x: Expr) -> Expr:
     """An odd polynomial near 0, elsewhere 1 - 2 / (e**2|x| + 1) with the sign of x."""
-    f = x.dtype.scalar
-    if f.bits == 16:
-        return cast(tanh(cast(x, float32)), f)
-    a = Call("abs", (x,))
-    e = exp(a + a)
-    one = const(1.0, f)
-    big = one - const(2.0, f) / (e + one)
+    f = x.dtype
+    a = absolute(x)
+    if f is float64:
+        t = expm1(minimum(a + a, 64.0))
+        return with_sign(t / (t + 2.0), x)
+    big = 1.0 - const(2.0, f) / (exp(a + a) + 1.0)
     z = x * x
-    if f.name == "float64":
-        # (e**2a - 1) / (e**2a + 1) loses digits near 0: use expm1's series there.
-        t = expm1_small(a + a)
-        near = t / (t + const(2.0, f))
-        return Call("copysign", (select(a < const(0.17, f), near, big), x))
-    p = horner(z, -5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
-    near = fma(p * z, x, x)
-    return select(a < const(0.625, f), near, Call("copysign", (big, x)))
+    p = horner(
+        z, -5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1
+    )
+    return select(a < 0.625, fma(p * z, x, x), with_sign(big, x))
 
 
-def expm1_small(x: Expr) -> Expr:
-    """e**x - 1 for |x| < 0.35 by its series (float64)."""
-    return horner(x, *[1.0 / math.factorial(k) for k in range(16, 0, -1)], 0.0)
-
-
+# ---- erf ----------------------------------------------------------------------------------------
 def erf(x: Expr) -> Expr:
-    """Two polynomial pieces after N. Juffa's minimax fit (erff, 2016): in x**2 for |x| < 0.921875,
-    elsewhere 1 - exp(-p(|x|))."""
-    f = x.dtype.scalar
-    if f.bits == 16:
-        return cast(erf(cast(x, float32)), f)
-    if f.name == "float64":
-        return cast(erf(cast(x, float32)), f)
-    a = Call("abs", (x,))
+    """Two polynomial pieces after N. Juffa's minimax fit (2016): in x**2 for |x| < 0.93, elsewhere
+    1 - exp(p(|x|)). float64: the five intervals of fdlibm's s_erf.c (Sun, 1993)."""
+    a = absolute(x)
+    if x.dtype is float64:
+        return _erf64(x, a)
+    f = x.dtype
     s = x * x
-    r = fma(const(-1.72853470e-5, f), a, const(3.83197126e-4, f))
-    u = fma(const(-3.88396438e-3, f), a, const(2.42546219e-2, f))
+    r = fma(const(-1.72853470e-5, f), a, 3.83197126e-4)
+    u = fma(const(-3.88396438e-3, f), a, 2.42546219e-2)
     r = fma(r, s, u)
-    r = fma(r, a, const(-1.06777877e-1, f))
-    r = fma(r, a, const(-6.34846687e-1, f))
-    r = fma(r, a, const(-1.28717512e-1, f))
+    r = fma(r, a, -1.06777877e-1)
+    r = fma(r, a, -6.34846687e-1)
+    r = fma(r, a, -1.28717512e-1)
     r = fma(r, a, const(0.0, f) - a)
-    far = const(1.0, f) - exp(r)
-    p = horner(s, -5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1, 1.28379166e-1)
-    near = fma(p, x, x)
-    return select(a < const(0.927734375, f), near, Call("copysign", (far, x)))
+    far = 1.0 - exp(select(a < 4.0, r, const(-20.0, f)), negative=True)
+    far = select(ne(a, a), a, far)
+    near = horner(
+        s, -5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1, 1.28379166e-1
+    )
+    return select(a < 0.927734375, fma(near, x, x), with_sign(far, x))
 
 
+def _erf64(x: Expr, a: Expr) -> Expr:
+    z = x * x
+    p = horner(
+        z, -2.37630166566501626084e-05, -5.77027029648944159157e-03, -2.84817495755985104766e-02,
+        -3.25042107247001499370e-01, 1.28379167095512558561e-01,
+    )  # fmt: skip
+    q = horner(
+        z, -3.96022827877536812320e-06, 1.32494738004321644526e-04, 5.08130628187576562776e-03,
+        6.50222499887672944485e-02, 3.97917223959155352819e-01, 1.0,
+    )  # fmt: skip
+    near = fma(x, p / q, x)
+    s = a - 1.0
+    p = horner(
+        s, -2.16637559486879084300e-03, 3.54783043256182359371e-02, -1.10894694282396677476e-01,
+        3.18346619901161753674e-01, -3.72207876035701323847e-01, 4.14856118683748331666e-01,
+        -2.36211856075265944077e-03,
+    )  # fmt: skip
+    q = horner(
+        s, 1.19844998467991074170e-02, 1.36370839120290507362e-02, 1.26171219808761642112e-01,
+        7.18286544141962662868e-02, 5.40397917702171048937e-01, 1.06420880400844228286e-01, 1.0,
+    )  # fmt: skip
+    middle = p / q + 8.45062911510467529297e-01
+    b = minimum(a, 6.5)
+    t = 1.0 / (b * b)
+    p1 = horner(
+        t, -9.81432934416914548592e00, -8.12874355063065934246e01, -1.84605092906711035994e02,
+        -1.62396669462573470355e02, -6.23753324503260060396e01, -1.05586262253232909814e01,
+        -6.93858572707181764372e-01, -9.86494403484714822705e-03,
+    )  # fmt: skip
+    q1 = horner(
+        t, -6.04244152148580987438e-02, 6.57024977031928170135e00, 1.08635005541779435134e02,
+        4.29008140027567833386e02, 6.45387271733267880336e02, 4.34565877475229228821e02,
+        1.37657754143519042600e02, 1.96512716674392571292e01, 1.0,
+    )  # fmt: skip
+    p2 = horner(
+        t, -4.83519191608651397019e02, -1.02509513161107724954e03, -6.37566443368389627722e02,
+        -1.60636384855821916062e02, -1.77579549177547519889e01, -7.99283237680523006574e-01,
+        -9.86494292470009928597e-03,
+    )  # fmt: skip
+    q2 = horner(
+        t, -2.24409524465858183362e01, 4.74528541206955367215e02, 2.55305040643316442583e03,
+        3.19985821950859553908e03, 1.53672958608443695994e03, 3.25792512996573918826e02,
+        3.03380607434824582924e01, 1.0,
+    )  # fmt: skip
+    inner = a < 1.0 / 0.35
+    ratio = select(inner, p1, p2) / select(inner, q1, q2)
+    far = 1.0 - exp(ratio - 0.5625 - b * b) / b
+    size = select(a < 1.25, middle, far)
+    return select(a < 0.84375, near, with_sign(size, x))
+
+
+# ---- power --------------------------------------------------------------------------------------
 def rsqrt(x: Expr) -> Expr:
     """1 / sqrt(x), correctly rounded at each step."""
-    return const(1.0, x.dtype) / Call("sqrt", (x,))
+    return 1.0 / Call("sqrt", (x,))
 
 
-def power(a: Expr, b: Expr) -> Expr:
-    """a**b through exp(b * ln|a|) with the signs and zeros of IEEE pow; about 1e-6 relative error for
-    moderate exponents."""
-    f = a.dtype.scalar
-    size = exp(b * log(Call("abs", (a,))))
-    whole = binary("eq", _round(b), b)
-    odd = binary("ne", _round(b * const(0.5, f)) * const(2.0, f), b)
-    one, nan = const(1.0, f), const(float("nan"), f)
-    negative = select(whole, select(odd, const(0.0, f) - size, size), nan)
-    result = select(a < const(0.0, f), negative, size)
-    result = select(binary("eq", b, const(0.0, f)), one, result)
-    return select(binary("eq", a, one), one, result)
+def power(a: Expr, b: Expr) -> Expr | None:
+    """a**b with the signs, zeros and infinities of IEEE pow. float32 0.51 ulp, float64 4 ulp; n/2
+    for a constant integer exponent |n| <= 8. None for integers with a variable exponent."""
+    n = b.value if type(b) is Const else None
+    if n is not None and math.isfinite(n) and float(n).is_integer() and abs(n) <= 8:
+        return small_power(a, int(n))
+    if not a.dtype.is_float:
+        return None
+    return power64(a, b) if a.dtype is float64 else in_float64(power64, a, b)
 
 
 def small_power(a: Expr, n: int) -> Expr:
     """a**n for a small integer n by repeated squaring."""
     if n < 0:
         return const(1.0, a.dtype) / small_power(a, -n)
-    if n == 0:
-        return const(1.0, a.dtype)
-    half = small_power(a, n // 2) if n > 1 else None
-    if half is None:
-        return a
+    if n < 2:
+        return a if n else const(1.0, a.dtype)
+    half = small_power(a, n // 2)
     return half * half * a if n % 2 else half * half
+
+
+def power64(a: Expr, b: Expr) -> Expr:
+    """e**(b * ln|a|) with the logarithm in twice the precision, then the sign and special cases."""
+    f = float64
+    size = absolute(a)
+    high, low = _log_exact(size)
+    zero, inf = const(0.0, f), const(math.inf, f)
+    ordinary = binary("and", zero < size, size < inf)
+    limit = select(eq(size, 0.0), const(-math.inf, f), size)
+    high, low = select(ordinary, high, limit), select(ordinary, low, zero)
+    p = fma(high, b, -0.0)
+    lost = fma(high, b, zero - p) + low * b
+    lost = select(absolute(p) < 2000.0, lost, zero)
+    result = _exp64(p, lost)
+    whole = eq(Call("round", (b,)), b)
+    odd = ne(Call("round", (b * 0.5,)) * 2.0, b)
+    flipped = with_sign(result, select(odd, a, const(1.0, f)))
+    negative = binary("or", a < 0.0, eq(a, 0.0))
+    invalid = binary("and", a < 0.0, binary("and", Call("not", (whole,)), size < inf))
+    result = select(binary("and", negative, whole), flipped, result)
+    result = select(invalid, const(math.nan, f), result)
+    ones = binary("or", eq(b, 0.0), eq(a, 1.0))
+    ones = binary("or", ones, binary("and", eq(a, -1.0), eq(absolute(b), math.inf)))
+    return select(ones, const(1.0, f), result)
+
+
+def _log_exact(x: Expr) -> tuple[Expr, Expr]:
+    """ln x of a finite x > 0 as a sum of two numbers, to about 64 bits."""
+    k, m = _mantissa(x)
+    a, d = m - 1.0, m + 1.0
+    dl = m - (d - 1.0)  # d + dl = m + 1
+    s = a / d
+    sl = (fma(s, const(0.0, float64) - d, a) - s * dl) / d
+    z, zl = exact_product(s, s)
+    zl = fma(s + s, sl, zl)
+    q = horner(z, *[2.0 / n for n in range(25, 3, -2)]) * z
+    u, ul = fast_sum(const(2.0 / 3.0, float64), q)
+    ul = ul + 3.700743415417188e-17  # what 2/3 has beyond its first 53 bits
+    v, vl = exact_product(z, u)
+    vl = fma(z, ul, fma(zl, u, vl))
+    # ln m = 2 s + s v
+    w, wl = exact_product(s, v)
+    wl = fma(s, vl, fma(sl, v, wl))
+    high, low = fast_sum(s + s, w)
+    low = low + (wl + (sl + sl))
+    kh, kl = exact_product(k, const(0.6931471805599453, float64))
+    kl = fma(k, const(2.3190468138462996e-17, float64), kl)
+    total, error = fast_sum(kh, high)
+    return fast_sum(total, error + (low + kl))
 
 
 _EXPANSIONS: dict[str, Callable[..., Expr]] = {
     "exp": exp, "log": log, "sigmoid": sigmoid, "tanh": tanh, "erf": erf, "rsqrt": rsqrt,
 }  # fmt: skip
-__all__ = ["Binary", "expand", "power", "small_power"]

@@ -17,12 +17,12 @@ import numpy as np
 
 from minicompiler.ir.expr import Const, Expr
 from minicompiler.ir.tir import PrimFunc
-from minicompiler.ir.types import DType
+from minicompiler.ir.types import CODED, DType
 
 _TYPES = {
     "bool": "i8", "int8": "i8", "uint8": "i8", "int16": "i16", "uint16": "i16", "int32": "i32",
     "uint32": "i32", "int64": "i64", "uint64": "i64", "float16": "half", "bfloat16": "i16",
-    "float32": "float", "float64": "double",
+    "float32": "float", "float64": "double", **dict.fromkeys(CODED, "i8"),
 }  # fmt: skip
 _MANGLED = {"float": "f32", "double": "f64", "half": "f16"}
 
@@ -35,13 +35,14 @@ class Operand(NamedTuple):
 
 
 def memory_type(t: DType) -> str:
-    """The LLVM type of an element in memory. A bfloat16 is its bits: few processors know it."""
-    return _TYPES[t.name]
+    """The LLVM type of an element in memory. A bfloat16 is its bits, as few processors know it;
+    so are the types of at most 8 bits that are only stored."""
+    return _TYPES.get(t.name, "i8")
 
 
 def value_type(t: DType, lanes: int = 1) -> str:
     """The LLVM type of a value in a register (a bool is i1)."""
-    return vector("i1" if t.is_bool else _TYPES[t.name], lanes)
+    return vector("i1" if t.is_bool else _TYPES.get(t.name, "i8"), lanes)
 
 
 def vector(scalar: str, lanes: int) -> str:

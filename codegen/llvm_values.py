@@ -414,10 +414,9 @@ class Values(Writer):
     def float_mod(self, a: str, b: str, t: DType, lanes: int) -> str:
         """The remainder with the sign of the divisor, exact."""
         scalar = value_type(t)
-        wide = lanes if t is float64 else -lanes
-        x, y = (Operand(v, lanes) for v in (a, b))
-        if wide < 0:  # float32 numbers are float64 numbers, and so are their remainders
-            x, y = self.convert(x, t, float64), self.convert(y, t, float64)
+        # float32 numbers are float64 numbers, and so are their remainders.
+        x = self.convert(Operand(a, lanes), t, float64)
+        y = self.convert(Operand(b, lanes), t, float64)
         helper = self.helper("remainder", "double", llvm_math.REMAINDER)
         r = Operand(self.lanewise(helper, [x.name, y.name], "double", lanes), lanes)
         result = self.convert(r, float64, t).name

@@ -80,9 +80,7 @@ class Builder:
         if not values:
             raise MinicompilerError(f'model "{self.name}" has no result')
         names = [*(f"output{k}" for k in range(len(results))), *named]
-        return Function(
-            self.name, tuple(self.inputs), tuple(values), result_names=tuple(names)
-        )
+        return Function(self.name, tuple(self.inputs), tuple(values), result_names=tuple(names))
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         op = REGISTRY.get(name)
@@ -148,10 +146,7 @@ def _attributes(op: Op, given: dict[str, Any], loc: Loc) -> Any:
             v = tuple(v)
         is_dtype = isinstance(v, str) and "DType" in str(fields[name].type)
         values[name] = DType(v) if is_dtype else v
-    try:
-        return op.attrs(**values)
-    except TypeError as e:
-        raise ShapeError(f"{op.name}: {e}", (loc,)) from None
+    return op.attrs(**values)
 
 
 __all__ = ["Builder"]

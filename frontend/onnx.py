@@ -25,12 +25,12 @@ from minicompiler.ir.graph import Apply, Constant, Function, Input, Value, type_
 from minicompiler.ir.types import Loc, TensorType
 
 from .onnx_data import element_type, parse, tensor_array
-from .onnx_node import OnnxNode, items
+from .onnx_node import Nothing, OnnxNode, Tensors, items
 from .onnx_ops import CONVERTERS
 
 Source = Union[str, "os.PathLike[str]", bytes, ModelProto]
 Bounds = int | tuple[int, int | None] | tuple[int, int | None, int]
-OLDEST_OPSET = 7
+OLDEST_OPSET = 6
 _ONNX = ("", "ai.onnx")
 _NAMED = 3  # nodes named per unsupported operator
 _EXPANSION_DEPTH = 8
@@ -83,7 +83,7 @@ def _inlined(model: ModelProto) -> ModelProto:
     return done
 
 
-Env = dict[str, Value]
+Env = dict[str, Any]  # Values, and Tensors or Nothing of onnx_node
 
 
 class _Importer:
@@ -121,16 +121,25 @@ class _Importer:
         self._check_dims()
         self._check_operators(g.node, self.opsets)
         self._nodes(g.node, env, self.opsets)
-        results = []
+        results: list[Value] = []
+        names: list[str] = []
         for value in g.output:
             if value.name not in env:
                 raise ImportModelError(
                     f"{self.file}: the output {value.name!r} is not computed by any node",
                     hint=_nearest(value.name, env),
                 )
-            results.append(env[value.name])
+            found = env[value.name]
+            if isinstance(found, Nothing):
+                raise ImportModelError(f"{self.file}: the output {value.name!r} is {found}")
+            if isinstance(found, Tensors):  # "seq" of two tensors: "seq.0" and "seq.1"
+                results += found.items
+                names += [f"{value.name}.{k}" for k in range(len(found.items))]
+            else:
+                results.append(found)
+                names.append(value.name)
         name = Path(self.file).stem or "model"
-        return Function(name, tuple(params), tuple(results), False, tuple(v.name for v in g.output))
+        return Function(name, tuple(params), tuple(results), False, tuple(names))
 
     # ---- head of the model ----------------------------------------------------------------------
     def _opsets(self) -> dict[str, int]:
@@ -236,7 +245,7 @@ class _Importer:
             loc = at or Loc(label, self.file, position[id(n)], n.op_type)
             results = self._convert(n, env, opsets, loc, given or {})
             wanted = [k for k, o in enumerate(n.output) if o]
-            if wanted and wanted[-1] >= len(results):
+            if any(k >= len(results) or results[k] is None for k in wanted):
                 raise ImportModelError(
                     f"{n.op_type} with {len(n.output)} results: only {len(results)} are supported",
                     (loc,),
@@ -250,14 +259,20 @@ class _Importer:
         opsets: Mapping[str, int],
         loc: Loc,
         given: Mapping[str, AttributeProto],
-    ) -> tuple[Value, ...]:
+    ) -> tuple[Any, ...]:
         inputs = tuple(env[i] if i else None for i in n.input)
         convert = CONVERTERS.get(_key(n))
-        if convert is None:
+
+        def expand() -> tuple[Any, ...]:
+            if _schema_with_body(n, opsets) is None:
+                raise ImportModelError(f"this form of {n.op_type} is not supported", (loc,))
             return self._expand(n, inputs, env, opsets, loc, given)
 
-        def branch(name: str) -> tuple[Value, ...]:
-            return self._branch(_graph(n, name), env, opsets)
+        if convert is None:
+            return expand()
+
+        def branch(name: str, *args: Any) -> tuple[Any, ...]:
+            return self._branch(_graph(n, name), env, opsets, args)
 
         node = OnnxNode(
             n.op_type,
@@ -267,6 +282,7 @@ class _Importer:
             tuple(n.output),
             loc,
             branch,
+            expand,
         )
         try:
             made = convert(node)
@@ -342,10 +358,13 @@ class _Importer:
                         stack.append((source, False))
         return order
 
-    def _branch(self, g: GraphProto, outer: Env, opsets: Mapping[str, int]) -> tuple[Value, ...]:
-        """The results of a subgraph without inputs, computed in the place of its node."""
+    def _branch(
+        self, g: GraphProto, outer: Env, opsets: Mapping[str, int], args: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        """The results of a subgraph for values of its inputs, in the place of its node."""
         env = dict(outer)
         env.update((t.name, self._constant(t)) for t in g.initializer)
+        env.update((v.name, a) for v, a in zip(g.input, args, strict=False))
         self._nodes(g.node, env, opsets)
         return tuple(env[v.name] for v in g.output)
 
@@ -353,12 +372,12 @@ class _Importer:
     def _expand(
         self,
         n: NodeProto,
-        inputs: tuple[Value | None, ...],
+        inputs: tuple[Any, ...],
         env: Env,
         opsets: Mapping[str, int],
         loc: Loc,
         given: Mapping[str, AttributeProto],
-    ) -> tuple[Value, ...]:
+    ) -> tuple[Any, ...]:
         """Imports a node through the function body that the ONNX specification holds for it."""
         schema = _schema_with_body(n, opsets)
         assert schema is not None
@@ -389,12 +408,8 @@ class _Importer:
         self.depth += 1
         self._nodes(nodes, inner, versions, loc, attributes)
         self.depth -= 1
-        made: list[Value] = []
-        for o in body.output:
-            if o not in inner:  # an optional result that this body does not compute
-                break
-            made.append(inner[o])
-        return tuple(made)
+        # An optional result that this body does not compute is None.
+        return tuple(inner.get(o) for o in body.output)
 
 
 # ---- views of protos ----------------------------------------------------------------------------
@@ -474,7 +489,7 @@ def _schema_with_body(n: NodeProto, opsets: Mapping[str, int]) -> Any:
 
 
 def _body(
-    schema: Any, n: NodeProto, inputs: Sequence[Value | None], opsets: Mapping[str, int]
+    schema: Any, n: NodeProto, inputs: Sequence[Any], opsets: Mapping[str, int]
 ) -> onnx.FunctionProto:
     """The newest function body that is not newer than the model's opset."""
     opset = opsets["" if n.domain in _ONNX else n.domain]
@@ -487,16 +502,23 @@ def _body(
     types = []
     for value in inputs:
         proto = onnx.TypeProto()
-        if value is not None:
-            t = type_of(value)
-            shape = [s.value if type(s) is Const else str(s) for s in t.shape]
-            code = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(t.dtype.numpy))
-            proto = onnx.helper.make_tensor_type_proto(code, shape)
+        if isinstance(value, Tensors):
+            inner = _type_proto(value.items[0]) if value.items else onnx.TypeProto()
+            proto = onnx.helper.make_sequence_type_proto(inner)
+        elif isinstance(value, Value):
+            proto = _type_proto(value)
         types.append(proto.SerializeToString())
     text = schema.get_context_dependent_function_with_opset_version(
         version, n.SerializeToString(), types
     )
     return onnx.FunctionProto.FromString(text)
+
+
+def _type_proto(value: Value) -> onnx.TypeProto:
+    t = type_of(value)
+    shape = [s.value if type(s) is Const else str(s) for s in t.shape]
+    code = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(t.dtype.numpy))
+    return onnx.helper.make_tensor_type_proto(code, shape)
 
 
 # ---- names and dims -----------------------------------------------------------------------------

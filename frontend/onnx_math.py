@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from minicompiler.ir.expr import ONE
 from minicompiler.ir.graph import Value, type_of
 from minicompiler.ir.op import Op
 from minicompiler.ir.types import DType, TensorType
 from minicompiler.ops import activations as act
 from minicompiler.ops import elementwise as el
 from minicompiler.ops import reduce as red
+from minicompiler.ops import shape as sh
 
 from .onnx_data import element_type
 from .onnx_node import OnnxNode, constant_value
@@ -26,6 +28,37 @@ Converter = Callable[[OnnxNode], Any]
 def direct(op: Op, inputs: int) -> Converter:
     """An operator with the same inputs and no attributes."""
     return lambda n: n.apply(op, *(n.arg(k) for k in range(inputs)))
+
+
+def _binary(op: Op) -> Converter:
+    """Two operands. Before opset 7 the second one started at `axis` of the first."""
+
+    def convert(n: OnnxNode) -> Value:
+        return n.apply(op, n.arg(0), _aligned(n))
+
+    return convert
+
+
+def _aligned(n: OnnxNode) -> Value:
+    """The second operand, with trailing axes of size 1 where an old model gives it an axis."""
+    y = n.arg(1)
+    t: TensorType = n.type(1)
+    if n.opset >= 7 or not n.attr("broadcast", 0) or n.attr("axis", None) is None:
+        return y
+    trailing = n.type(0).rank - n.attr("axis") % max(n.type(0).rank, 1) - t.rank
+    if trailing <= 0:
+        return y
+    return n.apply(sh.reshape, y, attrs=sh.ReshapeAttrs((*t.shape, *(ONE,) * trailing)), name="")
+
+
+def _prelu(n: OnnxNode) -> Value:
+    """Before opset 7 a slope per channel had one axis."""
+    slope, t = n.arg(1), n.type(1)
+    trailing = n.type(0).rank - 2
+    if n.opset < 7 and t.rank == 1 and trailing > 0 and t.shape[0] is not ONE:
+        shape = (*t.shape, *(ONE,) * trailing)
+        slope = n.apply(sh.reshape, slope, attrs=sh.ReshapeAttrs(shape), name="")
+    return n.apply(act.prelu, n.arg(0), slope)
 
 
 def with_attrs(op: Op, **defaults: Any) -> Converter:
@@ -62,7 +95,7 @@ def _folded(op: Op, mean: bool = False) -> Converter:
 
 
 def _pow(n: OnnxNode) -> Value:
-    return n.apply(el.power, n.arg(0), cast_to(n, n.arg(1), n.type(0).dtype))
+    return n.apply(el.power, n.arg(0), cast_to(n, _aligned(n), n.type(0).dtype))
 
 
 def _mod(n: OnnxNode) -> Value:
@@ -89,14 +122,26 @@ def _clip(n: OnnxNode) -> Value:
     return x if n.opt(2) is None else n.apply(el.minimum_, x, n.arg(2))
 
 
+def _identity(n: OnnxNode) -> Any:
+    found = n.raw(0)
+    return n.apply(el.identity, n.arg(0)) if isinstance(found, Value) else found
+
+
 # ---- one operand --------------------------------------------------------------------------------
 def _cast(n: OnnxNode) -> Value:
     dtype = element_type(n.attr("to"), f"the result of {n.op_type}", n.loc.file)
-    return n.apply(el.cast_, n.arg(0), attrs=el.CastAttrs(dtype))
+    return _converted(n, dtype)
 
 
 def _cast_like(n: OnnxNode) -> Value:
-    return n.apply(el.cast_, n.arg(0), attrs=el.CastAttrs(n.type(1).dtype))
+    return _converted(n, n.type(1).dtype)
+
+
+def _converted(n: OnnxNode, dtype: DType) -> Value:
+    # Only the powers of two of float8e8m0 are not rounded to the nearest.
+    rounding = n.attr("round_mode", "up")
+    attrs = el.CastAttrs(dtype, bool(n.attr("saturate", 1)), rounding)
+    return n.apply(el.cast_, n.arg(0), attrs=attrs)
 
 
 def _is_inf(n: OnnxNode) -> Value:
@@ -175,7 +220,7 @@ _UNARY = {
     "Abs": el.abs_, "Acos": el.acos, "Acosh": el.acosh, "Asin": el.asin, "Asinh": el.asinh,
     "Atan": el.atan, "Atanh": el.atanh, "BitwiseNot": el.bitwise_not, "Ceil": el.ceil,
     "Cos": el.cos, "Cosh": el.cosh, "Erf": el.erf, "Exp": el.exp, "Floor": el.floor,
-    "HardSwish": act.hard_swish, "Identity": el.identity, "IsNaN": el.isnan, "Log": el.log,
+    "HardSwish": act.hard_swish, "IsNaN": el.isnan, "Log": el.log,
     "Mish": act.mish, "Neg": el.neg, "Not": el.logical_not, "Reciprocal": el.reciprocal,
     "Relu": act.relu, "Round": el.round_, "Sigmoid": el.sigmoid, "Sign": el.sign, "Sin": el.sin,
     "Sinh": el.sinh, "Softplus": act.softplus, "Softsign": act.softsign, "Sqrt": el.sqrt,
@@ -185,12 +230,12 @@ _BINARY = {
     "Add": el.add, "And": el.logical_and, "BitwiseAnd": el.bitwise_and,
     "BitwiseOr": el.bitwise_or, "BitwiseXor": el.bitwise_xor, "Div": el.div, "Equal": el.equal,
     "Greater": el.greater, "GreaterOrEqual": el.greater_equal, "Less": el.less,
-    "LessOrEqual": el.less_equal, "Mul": el.mul, "Or": el.logical_or, "PRelu": act.prelu,
+    "LessOrEqual": el.less_equal, "Mul": el.mul, "Or": el.logical_or,
     "Sub": el.sub, "Xor": el.logical_xor,
 }  # fmt: skip
 MATH: dict[str, Converter] = {
     **{name: direct(op, 1) for name, op in _UNARY.items()},
-    **{name: direct(op, 2) for name, op in _BINARY.items()},
+    **{name: _binary(op) for name, op in _BINARY.items()},
     "ArgMax": _arg_reduction(red.argmax),
     "ArgMin": _arg_reduction(red.argmin),
     "BitShift": _bit_shift,
@@ -206,6 +251,7 @@ MATH: dict[str, Converter] = {
     "GlobalLpPool": _global_lp,
     "GlobalMaxPool": _global(red.reduce_max),
     "HardSigmoid": with_attrs(act.hard_sigmoid, alpha=0.2, beta=0.5),
+    "Identity": _identity,
     "IsInf": _is_inf,
     "LeakyRelu": with_attrs(act.leaky_relu, alpha=0.01),
     "LpNormalization": _lp_norm,
@@ -213,6 +259,7 @@ MATH: dict[str, Converter] = {
     "Mean": _folded(el.add, mean=True),
     "Min": _folded(el.minimum_),
     "Mod": _mod,
+    "PRelu": _prelu,
     "Pow": _pow,
     "ReduceL1": _reduction(red.reduce_l1),
     "ReduceL2": _reduction(red.reduce_l2),

@@ -58,29 +58,34 @@ def _ones(n: OnnxNode, name: str, rank: int) -> tuple[int, ...]:
     return tuple(n.attr(name, (1,) * rank))
 
 
-def _kernel(n: OnnxNode) -> tuple[int, ...]:
-    sizes = [const_int(s) for s in n.type(1).shape[2:]]
+def _kernel(n: OnnxNode, w: Value) -> tuple[int, ...]:
+    sizes = [const_int(s) for s in type_of(w).shape[2:]]
     if None in sizes:
         n.fail(
-            f"the weight of {n.op_type} has the shape {n.type(1)}: the kernel has to be constant"
+            f"the weight of {n.op_type} has the shape {type_of(w)}: the kernel has to be constant"
         )
     kernel = tuple(s for s in sizes if s is not None)
     said = n.attr("kernel_shape", None)
     if said is not None and tuple(said) != kernel:
-        n.fail(f"kernel_shape is {list(said)}, but the weight is {n.type(1)}")
+        n.fail(f"kernel_shape is {list(said)}, but the weight is {type_of(w)}")
     return kernel
 
 
 def _conv(n: OnnxNode) -> Value:
-    kernel = _kernel(n)
+    return convolution(n, n.arg(0), n.arg(1), n.opt(2))
+
+
+def convolution(n: OnnxNode, x: Value, w: Value, bias: Value | None) -> Value:
+    """A convolution with the attributes of a node."""
+    kernel = _kernel(n, w)
     strides, dilations = _ones(n, "strides", len(kernel)), _ones(n, "dilations", len(kernel))
     begin, end = _padding(n, kernel, strides, dilations)
     attrs = cv.ConvAttrs(strides, begin, end, dilations, n.attr("group", 1))
-    return n.apply(cv.conv, n.arg(0), n.arg(1), n.opt(2), attrs=attrs)
+    return n.apply(cv.conv, x, w, bias, attrs=attrs)
 
 
 def _conv_transpose(n: OnnxNode) -> Value:
-    kernel = _kernel(n)
+    kernel = _kernel(n, n.arg(1))
     rank = len(kernel)
     strides, dilations = _ones(n, "strides", rank), _ones(n, "dilations", rank)
     extra = tuple(n.attr("output_padding", (0,) * rank))
@@ -224,6 +229,11 @@ def _softmax(op: Op) -> Converter:
     return convert
 
 
+def _or_body(convert: Converter) -> Converter:
+    """For a second result the node is expanded through its definition."""
+    return lambda n: n.expand() if any(n.outputs[1:]) else convert(n)
+
+
 def _quiet_outputs(convert: Converter, name: str) -> Converter:
     """Refuses the optional results that exist for training only."""
 
@@ -244,7 +254,7 @@ NN: dict[str, Converter] = {
     "GroupNormalization": _group_norm,
     "InstanceNormalization": _instance_norm,
     "LRN": _lrn,
-    "LayerNormalization": _quiet_outputs(_row_norm(norm.layer_norm), "LayerNormalization"),
+    "LayerNormalization": _or_body(_row_norm(norm.layer_norm)),
     "LogSoftmax": _softmax(red.log_softmax),
     "LpPool": _pool(pl.lp_pool),
     "MatMul": lambda n: n.apply(linalg.matmul, n.arg(0), n.arg(1)),

@@ -16,9 +16,19 @@ import numpy as np
 
 from minicompiler.errors import ImportModelError
 from minicompiler.ir.expr import Const, Expr
-from minicompiler.ir.graph import Apply, Constant, Item, Value, apply, content_of, type_of
+from minicompiler.ir.graph import (
+    Apply,
+    Constant,
+    Item,
+    Value,
+    apply,
+    content_of,
+    topological,
+    type_of,
+)
 from minicompiler.ir.op import Op
 from minicompiler.ir.types import Loc, TensorType
+from minicompiler.passes.fold import evaluate_node
 
 MISSING: Any = object()
 
@@ -34,16 +44,19 @@ class OnnxNode:
         attributes: by name, as Python numbers, strings, lists, numpy arrays.
         outputs: names of the results; "" where one is not wanted.
         loc: the place in the model.
-        branch: imports the graph in an attribute in the place of the node: its results.
+        branch: imports the graph in an attribute in the place of the node, with values for its
+            inputs: its results.
+        expand: imports the node through the body that the ONNX specification defines for it.
     """
 
     op_type: str
     opset: int
-    inputs: tuple[Value | None, ...]
+    inputs: tuple[Any, ...]
     attributes: dict[str, Any]
     outputs: tuple[str, ...]
     loc: Loc
-    branch: Callable[[str], tuple[Value, ...]]
+    branch: Callable[..., tuple[Any, ...]]
+    expand: Callable[[], tuple[Any, ...]]
 
     def arg(self, k: int) -> Value:
         """A required input."""
@@ -54,7 +67,18 @@ class OnnxNode:
 
     def opt(self, k: int) -> Value | None:
         """An optional input."""
+        found = self.raw(k)
+        if not (found is None or isinstance(found, Value)):
+            self.fail(f"input {k} of {self.op_type} is {found}, not a tensor")
+        return found
+
+    def raw(self, k: int) -> Any:
+        """An optional input that may also be a sequence or an empty optional."""
         return self.inputs[k] if k < len(self.inputs) else None
+
+    def wants(self, k: int) -> bool:
+        """Whether result `k` is used."""
+        return k < len(self.outputs) and self.outputs[k] != ""
 
     def type(self, k: int) -> TensorType:
         """The type of a required input."""
@@ -123,8 +147,46 @@ def items(v: Apply) -> tuple[Value, ...]:
     return tuple(Item(v, k) for k in range(len(v.type)))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tensors:
+    """A sequence of tensors, which exists only while importing: its length is known."""
+
+    items: tuple[Any, ...] = ()
+
+    def __str__(self) -> str:
+        return f"a sequence of {len(self.items)}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Nothing:
+    """An optional without a value."""
+
+    def __str__(self) -> str:
+        return "an empty optional"
+
+
+_FOLDED = 1 << 20  # bytes of a value that is computed because shapes may follow from it
+
+
 def constant_value(value: Value) -> np.ndarray | None:
     """The number(s) a value always has, when they are known while importing."""
+    done: dict[int, np.ndarray | None] = {}
+    for v in topological([value]):
+        if isinstance(v, Apply) and not isinstance(v.type, TensorType):
+            done[id(v)] = None
+            continue
+        found = _from_content(v)
+        if found is None and isinstance(v, Apply):
+            args = [None if a is None else done[id(a)] for a in v.args]
+            known = [None if a is None else Constant(a) for a in args]
+            if all(k is not None or a is None for k, a in zip(args, v.args, strict=True)):
+                results = evaluate_node(v.with_(args=tuple(known)), _FOLDED)
+                found = None if results is None else results[0]
+        done[id(v)] = found
+    return done[id(value)]
+
+
+def _from_content(value: Value) -> np.ndarray | None:
     if isinstance(value, Constant):
         return value.data
     content = content_of(value)

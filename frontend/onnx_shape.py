@@ -65,11 +65,6 @@ def _eye_like(n: OnnxNode) -> Value:
     return n.constant(np.eye(rows, columns, n.attr("k", 0)), dtype.numpy, n.outputs[0])
 
 
-def _if(n: OnnxNode) -> tuple[Value, ...]:
-    """Exporters guard shapes with conditions that are known once the shapes are."""
-    return n.branch("then_branch" if n.scalar(0) else "else_branch")
-
-
 # ---- shapes -------------------------------------------------------------------------------------
 def _shape(n: OnnxNode) -> Value:
     return n.apply(
@@ -255,7 +250,6 @@ SHAPE: dict[str, Converter] = {
     "Gather": _gather(ix.gather),
     "GatherElements": _gather(ix.gather_elements),
     "GatherND": _gather_nd,
-    "If": _if,
     "OneHot": _one_hot,
     "Pad": _pad,
     "Range": _range,

@@ -21,9 +21,10 @@ import numpy as np
 from minicompiler.errors import MinicompilerError
 
 Runner = Callable[[], Sequence[np.ndarray]]
+Prepare = Callable[[Mapping[str, np.ndarray]], Runner]  # inputs -> what runs the model on them
 _BLOCK_SECONDS = 0.05  # of counted calls per turn
 _MIN_TURNS = 5
-_PAUSE_SECONDS = 0.02  # other runtimes' threads spin for a while after a call
+_PAUSE_SECONDS = 0.05  # other runtimes' threads spin for a while after a call
 
 
 @dataclass(frozen=True)
@@ -94,31 +95,26 @@ def _block(run: Runner, count: int) -> tuple[float, ...]:
     return tuple(times)
 
 
-# ---- other runtimes -------------------------------------------------------------------------------
-def peer(name: str, path: str, threads: int) -> Callable[[Mapping[str, np.ndarray]], Runner]:
+# ---- other runtimes ------------------------------------------------------------------------------
+def peer(name: str, path: str, threads: int) -> Prepare:
     """Another runtime with a model loaded: inputs -> runner. Raises MinicompilerError."""
     if name not in PEERS:
         raise MinicompilerError(f"unknown runtime {name}", hint=f"known: {', '.join(PEERS)}")
     build, packages = PEERS[name]
-    for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise MinicompilerError(
-                f"the Python package {package} is needed to run the model with {name}: {error}",
-                hint=f"pip install {' '.join(packages)}",
-            ) from None
     try:
-        return build(path, threads)
-    except MinicompilerError:
-        raise
+        modules = [importlib.import_module(package) for package in packages]
+    except ImportError as error:
+        raise MinicompilerError(
+            f"{' and '.join(packages)} must be installed to run the model with {name}: {error}",
+            hint=f"pip install {' '.join(packages)}",
+        ) from None
+    try:
+        return build(path, threads, *modules)
     except Exception as error:  # a foreign package raises what it likes
         raise MinicompilerError(f"{name} cannot load {path}: {error}") from error
 
 
-def _onnxruntime(path: str, threads: int) -> Callable[[Mapping[str, np.ndarray]], Runner]:
-    import onnxruntime as ort
-
+def _onnxruntime(path: str, threads: int, ort: Any) -> Prepare:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -127,9 +123,7 @@ def _onnxruntime(path: str, threads: int) -> Callable[[Mapping[str, np.ndarray]]
     return lambda feeds: lambda: session.run(None, dict(feeds))
 
 
-def _openvino(path: str, threads: int) -> Callable[[Mapping[str, np.ndarray]], Runner]:
-    import openvino
-
+def _openvino(path: str, threads: int, openvino: Any) -> Prepare:
     core = openvino.Core()
     settings = {
         "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY",
@@ -147,10 +141,8 @@ def _openvino(path: str, threads: int) -> Callable[[Mapping[str, np.ndarray]], R
     return prepare
 
 
-def _torch(path: str, threads: int) -> Callable[[Mapping[str, np.ndarray]], Runner]:
+def _torch(path: str, threads: int, torch: Any, onnx2torch: Any) -> Prepare:
     import onnx
-    import onnx2torch
-    import torch
 
     names = [i.name for i in onnx.load(path, load_external_data=False).graph.input]
     network = onnx2torch.convert(path).eval()
@@ -170,7 +162,7 @@ def _torch(path: str, threads: int) -> Callable[[Mapping[str, np.ndarray]], Runn
 
 
 # name -> (how to load a model, the packages of that name that pip installs)
-PEERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+PEERS: dict[str, tuple[Callable[..., Prepare], tuple[str, ...]]] = {
     "onnxruntime": (_onnxruntime, ("onnxruntime",)),
     "openvino": (_openvino, ("openvino",)),
     "torch": (_torch, ("torch", "onnx2torch")),

@@ -1,9 +1,9 @@
 """What a user of the command line says about sizes and inputs.
 
-    parse_dims("batch=1..64,sequence=8..512:8")   {"batch": [(1, 64)], "sequence": [(8, 512, 8)]}
-    parse_dims("batch=1,8")                       {"batch": [1, 8]}
-    sizes_for(plan, {"batch": 8})                 a legal value for every dimension of a plan
-    random_inputs(plan, sizes, {})                arrays of these sizes, the same ones each time
+parse_dims("batch=1..64,sequence=8..512:8")   {"batch": [(1, 64)], "sequence": [(8, 512, 8)]}
+parse_dims("batch=1,8")                       {"batch": [1, 8]}
+sizes_for(plan, {"batch": 8})                 a legal value for every dimension of a plan
+random_inputs(plan, sizes, {})                arrays of these sizes, the same ones each time
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SYNTAX = "write name=8, name=1..64, name=1.. or name=8..512:8 (multiples of 8),
 SEED = 0
 
 
-# ---- dimensions -----------------------------------------------------------------------------------
+# ---- dimensions ----------------------------------------------------------------------------------
 def parse_dims(texts: Sequence[str]) -> dict[str, list[Bounds]]:
     """The values given to each dimension, in order. Raises MinicompilerError for another syntax."""
     found: dict[str, list[Bounds]] = {}
@@ -63,10 +63,12 @@ def sizes_for(plan: Plan, wanted: Mapping[str, int]) -> dict[str, int]:
     if unknown:
         names = ", ".join(d.name for d in plan.dims) or "none"
         raise RunError(f"the model has no dimension {', '.join(unknown)}; it has: {names}")
-    return {d.name: wanted.get(d.name, -(-d.lo // d.multiple_of) * d.multiple_of) for d in plan.dims}
+    return {
+        d.name: wanted.get(d.name, -(-d.lo // d.multiple_of) * d.multiple_of) for d in plan.dims
+    }
 
 
-# ---- arrays ---------------------------------------------------------------------------------------
+# ---- arrays --------------------------------------------------------------------------------------
 def read_inputs(pairs: Sequence[str], archive: str | None) -> dict[str, np.ndarray]:
     """Arrays of `--input name=file.npy` and `--inputs file.npz`. Raises MinicompilerError."""
     found: dict[str, np.ndarray] = {}
@@ -127,7 +129,7 @@ def random_inputs(
     return made
 
 
-# ---- comparison -----------------------------------------------------------------------------------
+# ---- comparison ----------------------------------------------------------------------------------
 def difference(got: np.ndarray, want: np.ndarray) -> float:
     """max |error| / max |reference|; infinity where shape, dtype kind or special values differ."""
     want = np.asarray(want)

@@ -13,9 +13,11 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from minicompiler.bench import Times, ratios
 from minicompiler.errors import MinicompilerError
 from minicompiler.inputs import Bounds, suffix_of
 from minicompiler.runtime.module import Module, load
@@ -26,10 +28,14 @@ if TYPE_CHECKING:
     from minicompiler.driver import Kernel
     from minicompiler.ir.graph import Function
 
+TIMING_COLUMNS = (
+    "runtime", ">mean ms", ">median", ">p90", ">p99", ">calls/s", ">GFLOP/s", ">ratio",
+    ">difference",
+)  # fmt: skip
 _WIDTH = 160  # of tables that are not shown on a terminal
 
 
-# ---- models ---------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Opened:
     """A model ready to run. graph: as imported; kernels: with their costs; both absent for .mc."""
@@ -104,7 +110,22 @@ def memory(module: Module, dims: Mapping[str, int]) -> dict[str, int]:
     }
 
 
-# ---- output ---------------------------------------------------------------------------------------
+def parameters_of(graph: Function) -> tuple[dict[str, int], int, int]:
+    """Operators with their number of nodes, the number of parameters, and their bytes."""
+    from minicompiler.ir.graph import Apply, Constant, topological
+
+    operators: dict[str, int] = {}
+    count = size = 0
+    for v in topological(graph.results):
+        if isinstance(v, Apply):
+            operators[v.op.name] = operators.get(v.op.name, 0) + 1
+        elif isinstance(v, Constant):
+            count += v.data.size
+            size += v.data.nbytes
+    return dict(sorted(operators.items(), key=lambda item: -item[1])), count, size
+
+
+# ---- output --------------------------------------------------------------------------------------
 class Output:
     """Where results and remarks of a command go."""
 
@@ -127,6 +148,10 @@ class Output:
         """What the user should know about the result, on standard error."""
         self._err.print(text, style="yellow", markup=False)
 
+    def busy(self, text: str) -> AbstractContextManager[Any]:
+        """Shows that something takes time, on a terminal only."""
+        return self._err.status(text) if self._err.is_terminal else nullcontext()
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table; columns whose name starts with ">" are aligned to the right."""
         if self.as_json or not rows:
@@ -135,7 +160,9 @@ class Output:
         from rich.markup import escape
         from rich.table import Table
 
-        made = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+        made = Table(
+            title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold"
+        )
         for c in columns:
             made.add_column(c.removeprefix(">"), justify="right" if c.startswith(">") else "left")
         for row in rows:
@@ -168,7 +195,10 @@ def show_kernels(out: Output, rows: Sequence[Mapping[str, Any]]) -> None:
     cells = []
     for row in rows:
         seconds = row["seconds"]
-        rates = [f"{row[k] / seconds / 1e9:.1f}" if row.get(k) and seconds else "" for k in ("flops", "bytes")]
+        rates = [
+            f"{row[k] / seconds / 1e9:.1f}" if row.get(k) and seconds else ""
+            for k in ("flops", "bytes")
+        ]
         share = f"{100 * seconds / total:.1f}"
         cells.append([row["kernel"], row["calls"], f"{seconds * 1e3:.3f}", share, *rates])
     out.table("Kernels", ["kernel", ">calls", ">ms", ">%", ">GFLOP/s", ">GB/s"], cells)
@@ -189,3 +219,39 @@ def count_text(n: float, unit: str) -> str:
         if n >= factor:
             return f"{n / factor:.4g} {prefix}{unit}"
     return f"{n:.4g} {unit}"
+
+
+def timing_rows(
+    times: Mapping[str, Times], flops: int | None, apart: Mapping[str, float]
+) -> list[list[str]]:
+    """A row of TIMING_COLUMNS per runtime; apart: how far its results are from ours."""
+    rows = []
+    for name, t in times.items():
+        s = t.summary()
+        row = [name, *(f"{s[k] * 1e3:.4g}" for k in ("mean", "median", "p90", "p99"))]
+        row += [f"{s['calls_per_second']:.4g}", f"{flops / s['median'] / 1e9:.1f}" if flops else ""]
+        if name in apart:
+            middle, low, high = ratios(times["minicompiler"], t)
+            row += [f"{middle:.2f} ({low:.2f}-{high:.2f})", f"{apart[name]:.1e}"]
+        else:
+            row += ["", ""]
+        rows.append(row)
+    return rows
+
+
+def timing_records(
+    times: Mapping[str, Times], apart: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """The same for machines: seconds, and the ratio to minicompiler with its quartiles."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, t in times.items():
+        found[name] = {f"{k}_seconds" if k in ("mean", "median", "p90", "p99", "best") else k: v
+                       for k, v in t.summary().items()}  # fmt: skip
+        if name in apart:
+            middle, low, high = ratios(times["minicompiler"], t)
+            found[name] |= {
+                "ratio": middle,
+                "ratio_quartiles": [low, high],
+                "difference": apart[name],
+            }
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import (
@@ -16,13 +17,29 @@ from minicompiler.ir.expr import (
     Expr,
     Load,
     conjuncts,
+    const_int,
     free_vars,
     maximum,
     minimum,
     substitute,
     walk,
 )
-from minicompiler.ir.tir import Block, Buffer, For, If, PrimFunc, Stmt, Store, statements, sub_statements
+from minicompiler.ir.tir import (
+    PARALLEL,
+    VECTOR,
+    Block,
+    Buffer,
+    For,
+    If,
+    PrimFunc,
+    Stmt,
+    Store,
+    statements,
+    sub_statements,
+)
+
+if TYPE_CHECKING:
+    from .schedule import Schedule
 
 Path = tuple[Stmt, ...]
 Box = list[tuple[Expr, Expr]]  # (lowest index, extent) per dimension
@@ -136,6 +153,28 @@ def region(body: Stmt, buffer: Buffer, arith: Arith, found: Sequence[Access] | N
     return box
 
 
+def dense(body: Stmt, access: Access, arith: Arith) -> bool:
+    """True when an access below `body` is known to touch every element of its region."""
+    extents: dict[Expr, int | None] = {x.var: const_int(x.extent) for x in loops(body)}
+    used: set[Expr] = set()
+    for index in access.indices:
+        parts: list[tuple[int, Expr]] = []
+        for m, c in arith.poly(index).items():
+            inner = [v for a in m for v in free_vars(a) if v in extents]
+            if inner:
+                if len(m) > 1 or m[0] not in extents or c < 0 or m[0] in used:
+                    return False
+                used.add(m[0])
+                parts.append((c, m[0]))
+        reach: int | None = 1  # of how many neighbours the variables so far touch all
+        for c, v in sorted(parts, key=lambda t: t[0]):
+            if reach is None or c > reach:
+                return False
+            extent = extents[v]
+            reach = None if extent is None else reach + c * (extent - 1)
+    return True
+
+
 def reduce_loops(block: Block, around: Sequence[For]) -> list[For]:
     """Those of the given loops that the block reduces over."""
     used = frozenset().union(*[free_vars(i.value) for i in block.iters if i.reduce], frozenset())
@@ -146,6 +185,17 @@ def spatial_loops(block: Block, around: Sequence[For]) -> list[For]:
     """Those of the given loops that choose which element the block computes."""
     used = frozenset().union(*[free_vars(i.value) for i in block.iters if not i.reduce], frozenset())
     return [loop for loop in around if loop.var in used]
+
+
+def mixed_loops(block: Block, around: Sequence[For]) -> list[For]:
+    """Those of the given loops that choose the element and reduce as well (a fusion of both kinds)."""
+    reduce = reduce_loops(block, around)
+    return [x for x in spatial_loops(block, around) if x in reduce]
+
+
+def repeats(block: Block, loop: For) -> bool:
+    """True when every iteration of a loop around the block does the same."""
+    return const_int(loop.extent) != 1 and not any(loop.var in free_vars(i.value) for i in block.iters)
 
 
 def is_reduction(block: Block) -> bool:
@@ -193,6 +243,20 @@ def where_parts(block: Block) -> list[Expr]:
 def contains(s: Stmt, inner: Stmt) -> bool:
     """True when `inner` is `s` or stands below it."""
     return any(x is inner for x in statements(s))
+
+
+def refuse_parallel_below(s: Schedule, loop: For) -> None:
+    """Every thread runs what stands around a parallel loop, so nothing may be put there."""
+    for x in statements(loop):
+        if isinstance(x, For) and x.kind is PARALLEL:
+            s.refuse(f"{x.var} is parallel: nothing can be put around it", x, "do this before mark")
+
+
+def refuse_vector_around(s: Schedule, path: Path) -> None:
+    """A vector loop stays innermost, so no loops may be made inside it."""
+    for x in path:
+        if isinstance(x, For) and x.kind is VECTOR:
+            s.refuse(f"{x.var} is a vector loop: nothing can be put inside it", x, "do this before mark")
 
 
 def enclosing_condition(path: Path) -> bool:

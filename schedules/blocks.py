@@ -43,6 +43,7 @@ from minicompiler.ir.tir import (
     seq,
     statements,
 )
+from minicompiler.lower.to_tir import COMBINE, identity_of
 
 from . import analysis
 from .loops import drop_conditions
@@ -50,7 +51,7 @@ from .loops import drop_conditions
 if TYPE_CHECKING:
     from .schedule import Schedule
 
-IDENTITY = {"add": 0, "mul": 1, "max": float("-inf"), "min": float("inf"), "and": True, "or": False}
+COMBINER = {op: name for name, op in COMBINE.items()}
 
 
 # ---- inline -----------------------------------------------------------------------------------------
@@ -64,9 +65,15 @@ def inline(s: Schedule, name: str) -> None:
         s.refuse(f"{buffer.name} is a result of the function", block)
     if len(analysis.writers(s.func, buffer)) > 1 or block.where is not TRUE:
         s.refuse(f"block {name} does not define all of {buffer.name} by itself", block)
+    if _outer_vars(s, block):
+        s.refuse(f"what block {name} computes depends on the loops around it", block, "inline before staging")
     axes = [_plain_iter(block, i) for i in block.body.indices]
-    if any(a is None and i is not ZERO for a, i in zip(axes, block.body.indices, strict=True)):
+    if any(a is None and i is not ZERO for a, i in zip(axes, block.body.indices, strict=True)) or any(
+        i not in axes for i in block.iters
+    ):
         s.refuse(f"block {name} does not store at plain iterators", block)
+    for r in analysis.readers(s.func, buffer):
+        _stays_private(s, block, s.block(r.name)[1])
 
     def one(e: Expr) -> Expr | None:
         if type(e) is Load and e.buffer is buffer:
@@ -78,12 +85,23 @@ def inline(s: Schedule, name: str) -> None:
     def into(x: Stmt) -> Stmt | None:
         if x is block:
             return Seq(())
+        if isinstance(x, Alloc) and x.buffer is buffer:
+            return x.body
         if isinstance(x, Block) and any(ld.buffer is buffer for ld in analysis.block_loads(x)):
             return x.with_(body=x.body.with_(value=rewrite(x.body.value, one)))
         return None
 
     s.edit(into)
     s.func = s.func.with_(buffers=tuple(b for b in s.func.buffers if b is not buffer))
+
+
+def _outer_vars(s: Schedule, block: Block) -> frozenset[Expr]:
+    """The loop variables that the body itself mentions (staging makes its indices relative to them)."""
+    used: frozenset[Expr] = frozenset()
+    for store in (block.init, block.body):
+        if store is not None:
+            used = used.union(*map(free_vars, (store.value, *store.indices)))
+    return used - {i.var for i in block.iters} - set(s.func.dims)
 
 
 def _plain_iter(block: Block, index: Expr) -> Iter | None:
@@ -102,6 +120,9 @@ def compute_at(s: Schedule, name: str, loop_name: str) -> None:
     loop, path = s.loop(loop_name)
     if analysis.contains(loop, block):
         s.refuse(f"block {name} is inside {loop_name} already", block)
+    analysis.refuse_parallel_below(s, loop)
+    analysis.refuse_vector_around(s, (*path, loop))
+    _can_move(s, block, (*path, loop))
     arith = analysis.arith_of(s.func)
     below = list(analysis.blocks(loop.body))
     buffer = block.body.buffer
@@ -114,6 +135,39 @@ def compute_at(s: Schedule, name: str, loop_name: str) -> None:
     parts = list(target.body.stmts) if isinstance(target.body, Seq) else [target.body]
     parts.insert(place, nest)
     s.swap(target, target.with_(body=seq(parts)))
+
+
+def _can_move(s: Schedule, block: Block, to: analysis.Path) -> None:
+    """Refuses unless all that the block mentions is there below `to`, and its conditions say no more
+    than that its iterators are in range."""
+    missing = _outer_vars(s, block) - {x.var for x in analysis.loops_in(to)}
+    if missing:
+        names = ", ".join(sorted(map(str, missing)))
+        s.refuse(f"what block {block.name} computes depends on {names}", block, "move it before staging")
+    for b in [block.body.buffer, *[x.buffer for x in analysis.block_loads(block)]]:
+        if b.scope in (Scope.LOCAL, Scope.REGISTER):
+            s.refuse(f"block {block.name} uses the staged buffer {b.name}", block, "move it before staging")
+    own = _own_conditions(s, block)
+    if own:
+        s.refuse(f"block {block.name} has a condition of its own: {own[0]}", block)
+
+
+def _stays_private(s: Schedule, block: Block, to: analysis.Path, *also: Buffer, reads: bool = True) -> None:
+    """Refuses unless the private buffers that a block reads (and some others) are those below `to`."""
+    here = {x.buffer for x in to if isinstance(x, Alloc)}
+    for b in [*also, *[x.buffer for x in analysis.block_loads(block) if reads]]:
+        if b.scope in (Scope.LOCAL, Scope.REGISTER) and b not in here:
+            s.refuse(f"block {block.name} uses {b.name}, which is private to where it stands", block)
+
+
+def _own_conditions(s: Schedule, block: Block) -> list[Expr]:
+    """The conditions of a block that do not follow from its iterators being in range."""
+    parts = analysis.where_parts(block)
+    if not parts:
+        return []
+    in_range = [i.value < i.extent for i in block.iters] + [i.value >= ZERO for i in block.iters]
+    arith = Arith(analysis.arith_of(s.func).ranges, in_range)
+    return [c for c in parts if arith.prove(c) is not True]
 
 
 def _children(s: Stmt) -> list[Stmt]:
@@ -158,6 +212,14 @@ def _as_consumer(
     bind: dict[Expr, tuple[Expr, Expr]] = {}
     conditions: list[Expr] = []
     around = [*analysis.loops_in(path), loop]
+    if len(analysis.writers(s.func, block.body.buffer)) > 1:
+        s.refuse(f"several blocks write {block.body.buffer.name}", block)
+    for load in analysis.operand_loads(block):
+        for w in analysis.writers(s.func, load.buffer):
+            if not analysis.contains(loop, w) and _comes_after(s, w, loop):
+                s.refuse(f"block {w.name}, which {block.name} reads, runs after {loop.var}", block)
+            if analysis.contains(loop, w) and analysis.mixed_loops(w, around):
+                s.refuse(f"block {w.name} has a loop that is both spatial and reducing", w)
     same = _same_points(s, block, mine, loop, around, arith)
     if same is not None:
         return same, 1 + max(k for k, x in enumerate(kids) if {m.buffer for m in mine} & _written(x))
@@ -177,10 +239,6 @@ def _as_consumer(
         for w in makers:
             for r in analysis.reduce_loops(w, around):
                 conditions.append(eq(r.var, arith.simplify(r.extent - 1)))
-    for other in analysis.operand_loads(block):
-        for w in analysis.writers(s.func, other.buffer):
-            if not analysis.contains(loop, w) and _comes_after(s, w, loop):
-                s.refuse(f"block {w.name}, which {block.name} reads, runs after {loop.var}", block)
     nest = _nest(s, block, bind, arith, list(dict.fromkeys(conditions)))
     last = max(k for k, x in enumerate(kids) if {x2.buffer for x2 in mine} & _written(x))
     return nest, last + 1
@@ -202,16 +260,21 @@ def _same_points(
     for mine_index, made_index in zip(mine[0].indices, maker.body.indices, strict=True):
         it = _plain_iter(block, mine_index)
         if it is not None:
-            bound[it.var] = values.get(made_index, made_index)
-        elif mine_index is not ZERO:
+            bound[it.var] = arith.simplify(substitute(made_index, values))
+        elif mine_index is not ZERO or made_index is not ZERO:
             return None
     if len(bound) != len(block.iters):
         return None
     fresh, inner = _inner_loops(s, maker, loop)
+    there = {x.var for x in (*around, *inner)} | set(s.func.dims)
+    if any(not free_vars(e) <= there for e in bound.values()):
+        return None
     where = [eq(r.var, arith.simplify(r.extent - 1)) for r in analysis.reduce_loops(maker, around)]
-    where += [substitute(c, fresh) for c in _spatial_conditions(maker)]
+    where += [substitute(c, fresh) for c in _element_conditions(maker)]
     iters = tuple(i.with_(value=substitute(bound[i.var], fresh)) for i in block.iters)
-    return _wrap(block.with_(iters=iters, where=all_of([block.where, *where])), inner, fresh)
+    inside = Arith({**arith.ranges, **{fresh[x.var]: arith.ranges[x.var] for x in inner}}, where)
+    where += [i.value < i.extent for i in iters if inside.prove(i.value < i.extent) is not True]
+    return _wrap(block.with_(iters=iters, where=all_of(where)), inner, fresh)
 
 
 def _inner_loops(s: Schedule, block: Block, at: For) -> tuple[dict[Expr, Expr], list[For]]:
@@ -229,12 +292,23 @@ def _wrap(body: Stmt, inner: list[For], fresh: dict[Expr, Expr]) -> Stmt:
     return body
 
 
-def _spatial_conditions(block: Block) -> list[Expr]:
-    """The conditions of a block that say which elements it computes (a tail), not when."""
+def _element_conditions(block: Block) -> list[Expr]:
+    """The conditions of a block that may say which elements it computes."""
     reducing = frozenset().union(*[free_vars(i.value) for i in block.iters if i.reduce], frozenset())
     spatial = frozenset().union(*[free_vars(i.value) for i in block.iters if not i.reduce], frozenset())
     parts = analysis.where_parts(block)
     return [c for c in parts if not reducing & free_vars(c) and spatial & free_vars(c)]
+
+
+def _tail_conditions(block: Block, arith: Arith) -> list[Expr]:
+    """The conditions of a block that only keep its iterators in range: those of tails."""
+    parts = _element_conditions(block)
+    if not parts:
+        return []
+    spatial = [i for i in block.iters if not i.reduce]
+    in_range = [i.value < i.extent for i in spatial] + [i.value >= ZERO for i in spatial]
+    inside = Arith(arith.ranges, in_range)
+    return [c for c in parts if inside.prove(c) is True]
 
 
 def _written(s: Stmt) -> set[Buffer]:
@@ -304,7 +378,14 @@ def decompose_reduction(s: Schedule, name: str, loop_name: str) -> str:
     around = analysis.loops_in(path)
     if loop not in around:
         s.refuse(f"loop {loop_name} is not around block {name}", loop)
+    analysis.refuse_parallel_below(s, loop)
     outside, inside = around[: around.index(loop)], around[around.index(loop) :]
+    for x in inside:
+        if analysis.repeats(block, x):
+            s.refuse(f"loop {x.var} repeats all of the reduction {name}", x)
+    _stays_private(s, block, path[: path.index(loop)], block.body.buffer, reads=False)
+    if _outer_vars(s, block) & {x.var for x in inside}:
+        s.refuse(f"where block {name} stores depends on the loops around it", block, "do this before staging")
     made = _init_nest(s, block, outside, inside)
     s.edit(
         lambda x: x.with_(init=None) if x is block else None,
@@ -357,14 +438,20 @@ def stage(s: Schedule, name: str, at: str | None, scope: Scope, layout: IndexMap
     """
     buffer = s.buffer(name)
     arith = analysis.arith_of(s.func)
+    if layout is not None and layout.rank != len(buffer.shape):
+        s.refuse(f"the layout is for {layout.rank} axes, {name} has {len(buffer.shape)}")
     if at is None:
         return _stage_root(s, buffer, scope, layout, arith)
     loop, path = s.loop(at)
+    if scope not in (Scope.LOCAL, Scope.REGISTER):
+        s.refuse(f"inside a loop a buffer is local or register, not {scope.value}", loop)
+    analysis.refuse_parallel_below(s, loop)
+    analysis.refuse_vector_around(s, (*path, loop))
     found = analysis.accesses(loop.body, arith, buffer)
     if not found:
         s.refuse(f"nothing in {at} touches {name}", loop)
-    if scope is Scope.REGISTER:
-        tiled = _stage_tile(s, buffer, loop, path, found, arith, layout)
+    if scope is Scope.REGISTER and layout is None:  # a layout speaks of the buffer's own axes
+        tiled = _stage_tile(s, buffer, loop, path, found, arith)
         if tiled is not None:
             return tiled
     box = analysis.region(loop.body, buffer, arith, found)
@@ -391,9 +478,8 @@ def stage(s: Schedule, name: str, at: str | None, scope: Scope, layout: IndexMap
 
 
 def _stage_tile(
-    s: Schedule, buffer: Buffer, loop: For, path: analysis.Path, found: list[analysis.Access], arith: Arith,
-    layout: IndexMap | None,
-) -> str | None:  # fmt: skip
+    s: Schedule, buffer: Buffer, loop: For, path: analysis.Path, found: list[analysis.Access], arith: Arith
+) -> str | None:
     """Staging when every access below runs through the same points: the new buffer has one axis per loop,
     whatever shape the set of points has (a row of pixels that wraps around). None where it does not apply."""
     shape: tuple[Expr, ...] | None = None
@@ -406,18 +492,25 @@ def _stage_tile(
         canonical: dict[Expr, Expr] = {x.var: Var(f"_t{k}") for k, x in enumerate(inner)}
         here = tuple(substitute(i, canonical) for i in a.indices)
         size = tuple(x.extent for x in inner)
+        if any(not {x.var for x in below[below.index(loop) + 1 :]}.isdisjoint(free_vars(i)) for i in here):
+            return None
         if any(const_int(x) is None for x in size) or shape not in (None, size) or points not in (None, here):
             return None
         if any(x.var in free_vars(i) for x in analysis.reduce_loops(a.block, below[below.index(loop) + 1 :])
                for i in a.indices):  # fmt: skip
             return None
+        told = frozenset().union(*map(free_vars, here), frozenset())
+        if any(canonical[x.var] not in told and const_int(x.extent) != 1 for x in inner):
+            return None  # several points are one element
         shape, points = size, here
         chosen[id(a.block)] = inner
     assert shape is not None
-    new = Buffer(s.fresh(buffer.name + "_s"), buffer.dtype, shape, Scope.REGISTER, layout)
+    new = Buffer(s.fresh(buffer.name + "_s"), buffer.dtype, shape, Scope.REGISTER)
     writers = [a.block for a in found if a.is_store]
     pattern = next((w for w in writers if w.tag != "init"), found[0].block)
-    tail = _spatial_conditions(pattern)
+    tail = _element_conditions(pattern)
+    if tail != _tail_conditions(pattern, arith) or not _points_inside(points or (), shape, buffer, tail, chosen, pattern, arith):
+        return None
 
     def go(x: Stmt) -> Stmt | None:
         if id(x) not in chosen:
@@ -437,7 +530,7 @@ def _stage_tile(
         made = dataclasses.replace(x, init=store(x.init), body=store(x.body))
         return _unconditional(made, new, arith) if x.body.buffer is buffer else made
 
-    copy_in = _read_first(s, loop, path, buffer, arith, found)
+    copy_in = _read_first(s, loop, path, buffer, arith, found, pointwise=True)
     live = bool(writers) and _live_after(s, loop, path, buffer, [(p, ZERO) for p in points or ()])
 
     def copy(cond: Expr, into: bool) -> Stmt:
@@ -464,6 +557,32 @@ def _stage_tile(
     s.swap(loop, loop.with_(body=Alloc(new, seq(parts))))
     _forget_unused(s, buffer)
     return new.name
+
+
+def _points_inside(
+    points: tuple[Expr, ...], shape: tuple[Expr, ...], buffer: Buffer, tail: list[Expr],
+    chosen: dict[int, list[For]], pattern: Block, arith: Arith,
+) -> bool:  # fmt: skip
+    """True when the points of a tile are known to lie in the buffer where the tail's conditions hold."""
+    if any(type(x) is Load for p in points for x in walk(p)):
+        return False
+    canonical: dict[Expr, Expr] = {x.var: Var(f"_t{k}") for k, x in enumerate(chosen[id(pattern)])}
+    ranges = {Var(f"_t{k}"): (ZERO, n - 1) for k, n in enumerate(shape)}
+    conditions = [substitute(c, canonical) for c in tail]
+    inside = Arith({**arith.ranges, **ranges}, conditions)
+    # Where `p < n` holds p is min(p, n - 1), also where p is taken apart (p // w, p % w).
+    capped = {
+        inside.simplify(c.a): minimum(c.a, c.b - 1)
+        for c in conditions
+        if type(c) is Binary and c.op == "lt" and c.a.dtype.is_int
+    }
+
+    def within(p: Expr, n: Expr) -> bool:
+        if inside.prove(p >= ZERO) is not True:
+            return False
+        return inside.prove(p < n) is True or inside.prove(rewrite(inside.simplify(p), capped.get) < n) is True
+
+    return all(within(p, n) for p, n in zip(points, buffer.shape, strict=True))
 
 
 def _forget_unused(s: Schedule, buffer: Buffer) -> None:
@@ -527,7 +646,7 @@ def _redirect(
 def _unconditional(block: Block, tile: Buffer, arith: Arith) -> Block:
     """Drops the conditions on which element is computed: a tile has room for all, and nothing beyond
     the original is written back. Loads of other buffers that could then leave them are clamped."""
-    dropped = _spatial_conditions(block)
+    dropped = _tail_conditions(block, arith)
     if not dropped:
         return block
     mapping = analysis.values_of(block)
@@ -578,10 +697,11 @@ def _widened(it: Iter, arith: Arith) -> Iter:
 
 
 def _read_first(
-    s: Schedule, loop: For, path: analysis.Path, buffer: Buffer, arith: Arith, found: list[analysis.Access]
-) -> Expr | None:
+    s: Schedule, loop: For, path: analysis.Path, buffer: Buffer, arith: Arith, found: list[analysis.Access],
+    pointwise: bool = False,
+) -> Expr | None:  # fmt: skip
     """None: everything is written before it is read. Otherwise the condition under which the old
-    content is needed (TRUE: always)."""
+    content is needed (TRUE: always). pointwise: the new buffer holds just the points accessed."""
     around = [*analysis.loops_in(path), loop]
     first = next(b for b in analysis.blocks(loop.body) if any(a.block is b for a in found))
     own = [a for a in found if a.block is first]
@@ -592,15 +712,24 @@ def _read_first(
         return TRUE
     if first.init is None and any(x.buffer is buffer for x in analysis.block_loads(first)):
         return TRUE
-    # Written first: by an init (in the first reduction iteration only) or by a plain store.
-    conditions = [c for c in analysis.where_parts(first) if first.tag == "init"]
+    # Written first: by an init (in the first reduction iteration only) or by a plain store, to all
+    # of the box but for tails, which the staged buffer has room for.
+    mine = [a for a in own if a.is_store]
+    boxes = [analysis.region(loop.body, buffer, arith, x) for x in (mine, found)]
+    if boxes[0] != boxes[1] or not (pointwise or all(analysis.dense(loop.body, a, arith) for a in mine)):
+        return TRUE
+    tail = _tail_conditions(first, arith)
+    reducing = {x.var for x in analysis.reduce_loops(first, list(analysis.loops(s.func)))}
+    conditions = [c for c in analysis.where_parts(first) if c not in tail and not reducing & free_vars(c)]
     if first.init is not None:
         inner = {x.var: ZERO for x in analysis.loops(loop.body)}
         for i in first.iters:
             if i.reduce:
                 conditions.append(eq(arith.simplify(substitute(i.value, dict(inner))), ZERO))
     outer_vars = {x.var for x in around}
-    needed = [c for c in conditions if free_vars(c) <= outer_vars and arith.prove(c) is not True]
+    if any(not free_vars(c) <= outer_vars for c in conditions if arith.prove(c) is not True):
+        return TRUE
+    needed = [c for c in conditions if arith.prove(c) is not True]
     if not needed:
         return None
     return arith.simplify(~all_of(needed)) if len(needed) == 1 else ~all_of(needed)
@@ -618,10 +747,11 @@ def _live_after(s: Schedule, loop: For, path: analysis.Path, buffer: Buffer, box
             return True
     # A loop around that does not move the box comes back to the same elements (a reduction loop).
     moved = frozenset().union(*[free_vars(low) for low, _ in box], frozenset())
+    writing = [b for b in analysis.blocks(loop.body) if b.body.buffer is buffer]
     return any(
-        const_int(x.extent) != 1 and x.var not in moved
+        const_int(x.extent) != 1 and (x.var not in moved or any(analysis.mixed_loops(b, [x]) for b in writing))
         for x in [*analysis.loops_in(path), loop]
-        if any(analysis.reduce_loops(b, [x]) for b in analysis.blocks(loop.body) if b.body.buffer is buffer)
+        if any(analysis.reduce_loops(b, [x]) for b in writing)
     )
 
 
@@ -676,7 +806,7 @@ def rfactor(s: Schedule, name: str, loop_name: str) -> tuple[str, str]:
     block, path = s.block(name)
     loop, _ = s.loop(loop_name)
     update = analysis.update_operand(block)
-    if block.init is None or update is None or update[0] not in IDENTITY:
+    if block.init is None or update is None or update[0] not in COMBINER:
         s.refuse(f"block {name} is not a reduction with a known combiner", block)
     assert block.init is not None and update is not None
     around = analysis.loops_in(path)
@@ -684,7 +814,11 @@ def rfactor(s: Schedule, name: str, loop_name: str) -> tuple[str, str]:
     if loop not in reducing:
         s.refuse(f"block {name} does not reduce over {loop_name}", loop)
     combiner, operand = update
-    arith = analysis.arith_of(s.func)
+    top = around[around.index(reducing[0])]
+    analysis.refuse_parallel_below(s, top)
+    analysis.refuse_vector_around(s, path)
+    _can_rfactor(s, block, loop, top, path)
+    identity = identity_of(COMBINER[combiner], block.body.buffer.dtype)
     dtype = block.body.buffer.dtype
     spatial = [i for i in block.iters if not i.reduce]
     # Partial block: one reduce iterator per remaining reduction loop, the factored loop is spatial.
@@ -700,15 +834,15 @@ def rfactor(s: Schedule, name: str, loop_name: str) -> tuple[str, str]:
     if masks:
         spatial_of = {i.value: i.var for i in spatial if isinstance(i.value, Var)}
         cond = substitute(all_of(masks), {**to_iters, **spatial_of})
-        value = select(cond, value, const(IDENTITY[combiner], value.dtype))
+        value = select(cond, value, identity)
     partial = Buffer(s.fresh(block.body.buffer.name + "_rf"), dtype,
                      (*[i.extent for i in spatial], loop.extent), Scope.GLOBAL)  # fmt: skip
     at = (*[i.var for i in spatial], lane.var)
     rf_name = s.fresh(name + "_rf")
     rf_block = Block(
         rf_name, (*spatial, lane, *others), all_of(keep),
-        Store(partial, at, const(IDENTITY[combiner], dtype)),
-        Store(partial, at, binary(combiner, Load(partial, at), value)),
+        Store(partial, at, identity) if others else None,
+        Store(partial, at, binary(combiner, Load(partial, at), value) if others else value),
     )  # fmt: skip
     # The loops from the outermost reducing one on are repeated for the combining block.
     cut = around.index(reducing[0])
@@ -726,13 +860,36 @@ def rfactor(s: Schedule, name: str, loop_name: str) -> tuple[str, str]:
     final = For(last, loop.extent, SERIAL, final)
     for x in reversed(inside):
         final = For(fresh[x.var], substitute(x.extent, fresh), SERIAL, final)  # type: ignore[arg-type]
-    top = around[cut]
     s.edit(lambda x: rf_block if x is block else None)
     moved, _ = s.loop(top.var.name)
     s.swap(moved, seq([moved, final]))
     s.func = s.func.with_(buffers=(*s.func.buffers, partial))
-    del arith
     return rf_name, partial.name
+
+
+def _can_rfactor(s: Schedule, block: Block, loop: For, top: For, path: analysis.Path) -> None:
+    """The combining block comes after `top`, the outermost reducing loop: it must find all it needs there,
+    and nothing inside may wait for it."""
+    above = path[: path.index(top)]
+    around = analysis.loops_in(path)
+    reducing = analysis.reduce_loops(block, around)
+    if analysis.mixed_loops(block, around):
+        s.refuse(f"block {block.name} has a loop that is both spatial and reducing", block)
+    if free_vars(loop.extent) - set(s.func.dims):
+        s.refuse(f"the extent of {loop.var} varies: {loop.extent}", loop)
+    if _outer_vars(s, block) - {x.var for x in analysis.loops_in(above)}:
+        s.refuse(f"where block {block.name} stores depends on the loops around it", block, "do this before staging")
+    for x in around[around.index(top) :]:
+        if x not in reducing and any(r.var in free_vars(x.extent) for r in reducing):
+            s.refuse(f"the extent of {x.var} depends on a reduction loop", x)
+    own = block.body.buffer
+    if own.scope in (Scope.LOCAL, Scope.REGISTER) and not any(
+        isinstance(x, Alloc) and x.buffer is own for x in above
+    ):
+        s.refuse(f"{own.name} is private to the inside of {top.var}", block)
+    for b in analysis.blocks(top):
+        if b is not block and (b.body.buffer is own or any(x.buffer is own for x in analysis.block_loads(b))):
+            s.refuse(f"block {b.name} inside {top.var} uses {own.name} before all of it is added up", b)
 
 
 __all__ = ["compute_at", "decompose_reduction", "inline", "is_empty", "rfactor", "stage"]

@@ -62,7 +62,7 @@ def apply(s: Schedule) -> None:
     _follow_result_layout(s, main)
     for other in [b.name for b in analysis.blocks(s.func) if not product_loads(b)]:
         if _before(s, other, main.name):
-            _follow_reader_layout(s, other)
+            follow_reader_layout(s, other)
     nest = _analyse(s, main.name)
     if nest is None:
         elementwise.apply(s)
@@ -87,7 +87,7 @@ def _follow_result_layout(s: Schedule, main: Block) -> None:
             return
 
 
-def _follow_reader_layout(s: Schedule, name: str) -> None:
+def follow_reader_layout(s: Schedule, name: str) -> None:
     """A block that prepares an operand (padding) keeps the layout of what it reads."""
     block, _ = s.block(name)
     buffer = block.body.buffer

@@ -15,7 +15,7 @@ from typing import Any
 from minicompiler.ir.tir import PrimFunc
 from minicompiler.target import Target
 
-from . import contraction, elementwise, rows
+from . import contraction, elementwise, rows, transformed
 from .schedule import Schedule
 
 
@@ -29,6 +29,7 @@ class Rule:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule("transformed", transformed.applies, transformed.apply),
     Rule("contraction", contraction.applies, contraction.apply),
     Rule("rows", rows.applies, rows.apply),
     Rule("elementwise", lambda s: True, elementwise.apply),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import Const, Expr, Var, const_int, free_vars, substitute
-from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Scope
+from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, For, Scope
 
 from . import analysis
 from .schedule import Schedule
@@ -40,16 +40,18 @@ def strides(buffer: Buffer, indices: tuple[Expr, ...], var: Expr, arith: Arith) 
     return stride
 
 
-def memory_order(s: Schedule, name: str) -> list[str]:
+def memory_order(s: Schedule, name: str, below: str | None = None) -> list[str]:
     """Splits the spatial loops of a block by the blocking of what it writes and puts them in memory
-    order. Returns the spatial loop names, outermost first; reduction loops stay innermost."""
-    block, _ = s.block(name)
+    order. Returns the spatial loop names, outermost first; reduction loops stay innermost.
+
+    below: only the loops inside this one take part."""
+    block, path = s.block(name)
     buffer = block.body.buffer
     splits = buffer.layout.splits() if buffer.layout is not None else tuple((k, 1, 0) for k in range(len(buffer.shape)))
     loop_of: dict[int, str | None] = {}
     for axis, index in enumerate(block.body.indices):
         it = next((i for i in block.iters if i.var is index and not i.reduce), None)
-        loop_of[axis] = it.value.name if it is not None and isinstance(it.value, Var) else None
+        loop_of[axis] = _moving_loop(it.value, block, path, below) if it is not None else None
     parts: dict[tuple[int, int, int], str] = {}
     for axis, divisor, modulus in splits:
         loop = loop_of.get(axis)
@@ -63,7 +65,8 @@ def memory_order(s: Schedule, name: str) -> list[str]:
             parts[axis, 1, 0] = loop
     order = [parts[p] for p in splits if p in parts]
     block, path = s.block(name)
-    around = analysis.loops_in(path)
+    around = inside_of(analysis.loops_in(path), below)
+    order = [n for n in order if n in {x.var.name for x in around}]
     if len(around) > 1:
         spatial = {x.var.name for x in analysis.spatial_loops(block, around)}
         reduce = [x.var.name for x in around if x.var.name not in spatial]
@@ -73,7 +76,22 @@ def memory_order(s: Schedule, name: str) -> list[str]:
     return order
 
 
-def one_block(s: Schedule, name: str, parallel: bool = True) -> None:
+def inside_of(around: list[For], below: str | None) -> list[For]:
+    """The loops inside of one (all, for None)."""
+    names = [x.var.name for x in around]
+    return around if below is None else around[names.index(below) + 1 :]
+
+
+def _moving_loop(value: Expr, block: Block, path: analysis.Path, below: str | None) -> str | None:
+    """The loop (inside `below`) that moves an iterator by one each step, if there is just one."""
+    around = inside_of(analysis.loops_in(path), below)
+    if isinstance(value, Var):
+        return value.name if any(x.var is value for x in around) else None
+    moving = [x for x in around if x.var in free_vars(value)]
+    return moving[0].var.name if len(moving) == 1 else None
+
+
+def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None = None) -> None:
     """Memory order, vectors along the innermost axis, threads over the rest."""
     block, path = s.block(name)
     if not analysis.loops_in(path):
@@ -82,10 +100,10 @@ def one_block(s: Schedule, name: str, parallel: bool = True) -> None:
         reduction_block(s, name)
         return
     lanes = s.target.vector_bytes // max(4, block.body.buffer.dtype.bytes)
-    order = memory_order(s, name)
+    order = memory_order(s, name, below)
     if not order:
         return
-    flat = _same_everywhere(s, name)
+    flat = below is None and _same_everywhere(s, name)
     if flat and len(order) > 1:
         order = [s.fuse(*order)]
     inner = order[-1]

@@ -87,6 +87,7 @@ def split(s: Schedule, name: str, factor: int, tail: str) -> tuple[str, str]:
         rest = minimum(Const(factor), extent - outer * factor)
         s.swap(loop, For(outer, blocks_outer, SERIAL, For(inner, rest, SERIAL, body)))
     else:
+        analysis.refuse_parallel_below(s, loop)
         whole = arith.simplify(extent // factor)
         rest_var = s.fresh_var(name + "_t")
         rest_body = substitute_stmt(_renamed(s, loop.body), {loop.var: whole * factor + rest_var})
@@ -171,6 +172,12 @@ def reorder(s: Schedule, names: list[str]) -> None:
         here = here.body
     if any(n not in [x.var.name for x in chain] for n in names):
         s.refuse("the loops do not stand in one nest", outermost)
+    for x in chain:
+        if x.kind not in (SERIAL, UNROLL):
+            s.refuse(f"loop {x.var} is marked {x.kind.value} already", x, "reorder before mark")
+        for b in analysis.blocks(x.body):
+            if analysis.is_reduction(b) and analysis.repeats(b, x):
+                s.refuse(f"loop {x.var} repeats all of the reduction {b.name}", x)
     below = list(analysis.blocks(innermost.body))
     if len(below) > 1:
         for x in chain:
@@ -234,6 +241,11 @@ def relayout(s: Schedule, name: str, layout: IndexMap) -> None:
     if layout.rank != len(buffer.shape):
         s.refuse(f"the layout is for {layout.rank} axes, {name} has {len(buffer.shape)}")
     new = buffer.with_(layout=layout)
+    arith = analysis.arith_of(s.func)
+    for had, has in zip(buffer.padded_shape, new.padded_shape, strict=True):
+        if arith.prove(had <= has) is not True:
+            s.refuse(f"{name} has memory up to {had} along an axis and would have it up to {has}",
+                     hint="relayout before the padding is filled")  # fmt: skip
 
     def load(e: Expr) -> Expr | None:
         return Load(new, e.indices, e.mask) if type(e) is Load and e.buffer is buffer else None

@@ -37,6 +37,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("driver",),
     ("lens",),
     ("",),
+    ("inputs", "bench", "demo"),
+    ("report",),
     ("cli", "__main__"),
 )
 RANK = {f"minicompiler.{name}".rstrip("."): row for row, names in enumerate(ROWS) for name in names}

@@ -35,6 +35,7 @@ from .expr import (
     select,
     walk,
 )
+from .types import index
 
 Monomial = tuple[Expr, ...]  # sorted atoms; () is the constant term
 Poly = dict[Monomial, int]
@@ -51,7 +52,12 @@ class Arith:
         self._memo: dict[Expr, Expr] = {}
         self._polys: dict[Expr, Poly] = {}
         self._intervals: dict[Expr, Interval] = {}
+        self._with_fact = False
         self.facts: list[Poly] = []  # each polynomial is known to be >= 0
+        facts = tuple(facts)
+        if facts:  # Bounds are understood before facts about them, or each would ask for the other.
+            for low, high in self.ranges.values():
+                self.poly(low), self.poly(high)
         for fact in facts:
             self._learn(fact)
 
@@ -63,7 +69,23 @@ class Arith:
             poly = self._sub(self.poly(fact.b), self.poly(fact.a))
             if fact.op == "lt":
                 poly = _plus(poly, -1)
-            self.facts.append(poly)
+            known: Poly | None = poly
+            while known is not None:
+                self.facts.append(known)
+                self._narrow(known)
+                known = self._without_quotient(known)
+
+    def _narrow(self, fact: Poly) -> None:
+        """A fact about one variable is its range."""
+        most = fact.get((), 0)
+        for m, c in fact.items():
+            if len(fact) - (() in fact) == 1 and len(m) == 1 and m[0] in self.ranges and c in (1, -1):
+                low, high = self.ranges[m[0]]
+                if c < 0 and type(high) is Const and high.value > most:
+                    self.ranges[m[0]] = low, Const(most)
+                elif c > 0 and type(low) is Const and low.value < -most:
+                    self.ranges[m[0]] = Const(-most), high
+                self._intervals.clear()
 
     # ---- polynomials --------------------------------------------------------------------------
     def poly(self, e: Expr) -> Poly:
@@ -132,18 +154,21 @@ class Arith:
                 return self._divmod(op, self.poly(m[0].a), _mul(self.poly(m[0].b), q))
         divisor = q.get(()) if len(q) == 1 else None
         if divisor is not None and divisor > 1:
-            # A common factor of divisor and all non-constant terms: floor((g*r + s) / (g*d)).
-            g = divisor
-            for m, c in rest.items():
-                if m:
-                    g = gcd(g, c)
-            if g > 1:
-                inner = {m: c // g for m, c in rest.items()}
-                small = rest.get((), 0) % g
+            # (g*r + s) / (g*d) with 0 <= s < g is r / d, and the remainder is g * (r % d) + s.
+            for g in sorted({gcd(divisor, c) for m, c in rest.items() if m}, reverse=True):
+                if g == 1:
+                    break
+                small = {m: c for m, c in rest.items() if m and c % g}
+                if rest.get((), 0) % g:
+                    small[()] = rest[()] % g
+                low = self._poly_interval(small)
+                if low[0] is None or low[1] is None or low[0] < 0 or low[1] >= g:
+                    continue
+                inner = _clean({m: c // g for m, c in rest.items() if m not in small or not m})
                 if op == "floordiv":
-                    return _add(quotient, self._divmod("floordiv", _clean(inner), {(): divisor // g}))
-                scaled = self._divmod("mod", _clean(inner), {(): divisor // g})
-                return _plus({m: c * g for m, c in scaled.items()}, small)
+                    return _add(quotient, self._divmod("floordiv", inner, {(): divisor // g}))
+                scaled = self._divmod("mod", inner, {(): divisor // g})
+                return _add({m: c * g for m, c in scaled.items()}, small)
         atom = Binary(op, self.expr(rest), self.expr(q))
         return _add(quotient, {(atom,): 1}) if op == "floordiv" else {(atom,): 1}
 
@@ -200,7 +225,7 @@ class Arith:
         if type(e) is Binary:
             if scalar_int and e.op in ("add", "sub", "mul", "floordiv", "mod", "min", "max"):
                 return self.expr(self.poly(e))
-            if e.op in COMPARE and e.a.dtype.is_int and e.a.dtype.lanes == 1:
+            if e.op in COMPARE and e.a.dtype is index:
                 return self._compare(e)
         if type(e) is Select:
             cond = self.simplify(e.cond)
@@ -301,26 +326,15 @@ class Arith:
             r = self._eliminate(p, v)
             if r is not None and r != p and self.nonneg(r, depth + 1):
                 return True
-        # g*(x // d) + r >= 0 is x + (r // g)*d >= 0, and r >= g*(x // d) is (r // g + 1)*d > x.
-        for m, c in p.items():
-            if len(m) == 1 and type(m[0]) is Binary and m[0].op == "floordiv":
-                x, d = self.poly(m[0].a), self.poly(m[0].b)
-                low = self._poly_interval(d)[0]
-                if low is not None and low > 0:
-                    rest = {n: k for n, k in p.items() if n != m}
-                    g = abs(c)
-                    if all(k % g == 0 for n, k in rest.items() if n):
-                        rest = _clean({n: k // g for n, k in rest.items()})
-                        if c > 0:
-                            r = _add(x, _mul(rest, d))
-                        else:
-                            r = self._sub(_plus(_mul(_plus(rest, 1), d), -1), x)
-                        if self.nonneg(r, depth + 1):
-                            return True
+        exact = self._without_quotient(p)
+        if exact is not None and self.nonneg(exact, depth + 1):
+            return True
         # A quotient or remainder of loop variables by a Dim lies within its symbolic bounds.
         for m, c in p.items():
             for k, atom in enumerate(m):
-                if type(atom) is Binary and atom.op in ("floordiv", "mod") and type(atom.b) is not Const:
+                if type(atom) is Binary and (
+                    atom.op == "floordiv" or atom.op == "mod" and type(atom.b) is not Const
+                ):
                     over = [v for v in free_vars(atom) if v in self.ranges]
                     others = {m[:k] + m[k + 1 :]: c}
                     low, high = self._poly_interval(others)
@@ -364,9 +378,52 @@ class Arith:
                     # Twice the max is at least a + b: |x| = max(x, -x) >= 0.
                     if easy and self.nonneg(_add(cases[0], cases[1]), depth + 1):
                         return True
-        return depth < 2 and any(self.nonneg(self._sub(p, f), depth + 3) for f in self.facts if f != p) or (
-            p in self.facts
-        )
+        return self._from_facts(p, depth)
+
+    def _without_quotient(self, p: Poly) -> Poly | None:
+        """A polynomial that is >= 0 exactly when p is, with one quotient less; None when there is none.
+        g*(x // d) + r >= 0 is x + (r // g)*d >= 0, and r >= g*(x // d) is (r // g + 1)*d > x."""
+        for m, c in p.items():
+            if len(m) == 1 and type(m[0]) is Binary and m[0].op == "floordiv":
+                d = self.poly(m[0].b)
+                low = self._poly_interval(d)[0]
+                rest = {n: k for n, k in p.items() if n != m}
+                g = abs(c)
+                if low is None or low <= 0 or any(k % g for n, k in rest.items() if n):
+                    continue
+                rest = _clean({n: k // g for n, k in rest.items()})
+                x = self.poly(m[0].a)
+                if c > 0:
+                    return self._rejoin(_add(x, _mul(rest, d)))
+                return self._rejoin(self._sub(_plus(_mul(_plus(rest, 1), d), -1), x))
+        return None
+
+    def _from_facts(self, p: Poly, depth: int) -> bool:
+        """True when one fact and the ranges give p >= 0."""
+        if not self.facts or self._with_fact or depth > 3:
+            return False
+        if p in self.facts:
+            return True
+        self._with_fact = True  # what is asked on the way must not ask for facts again
+        try:
+            for f in self.facts:
+                # As many times the fact as makes one of its terms vanish from p.
+                times = {p[m] // c for m, c in f.items() if m and m in p and p[m] % c == 0}
+                # ... or as often as a quotient in it divides by, so that x // d * d stands beside x.
+                times |= {a.b.value for m in f for a in m
+                          if type(a) is Binary and a.op == "floordiv" and type(a.b) is Const}  # fmt: skip
+                for k in sorted(times):
+                    if k > 0 and self.nonneg(_add(p, {m: -c * k for m, c in f.items()}), depth + 3):
+                        return True
+                # k*p > f - k gives p > -1, and p is an integer.
+                times = {c // p[m] for m, c in f.items() if m and m in p and c % p[m] == 0}
+                for k in sorted(times):
+                    scaled = {m: c * k for m, c in p.items()}
+                    if k > 1 and self.nonneg(_plus(self._sub(scaled, f), k - 1), depth + 3):
+                        return True
+            return False
+        finally:
+            self._with_fact = False
 
     def _elimination_order(self, p: Poly) -> list[Expr]:
         names = {a for m in p for a in m if a in self.ranges}
@@ -401,9 +458,9 @@ class Arith:
                 return None
         low, high = self._poly_interval(coeff)
         if low is not None and low >= 0:
-            return _add(result, _mul(coeff, plo))
+            return self._rejoin(_add(result, _mul(coeff, plo)))
         if high is not None and high <= 0:
-            return _add(result, _mul(coeff, phi))
+            return self._rejoin(_add(result, _mul(coeff, phi)))
         return None
 
     def bound(self, e: Expr, over: Iterable[Expr], sign: int) -> Expr | None:
@@ -411,8 +468,16 @@ class Arith:
         their ranges: an expression of the others, tight for affine `e`; None when not bounded."""
         over = frozenset(over)
         e = self.simplify(e)
-        # Innermost first: a variable whose range mentions another in `over` goes before it.
-        remaining = [v for v in sorted(over, key=str)]
+        # Innermost first: a variable whose range mentions another in `over` goes before it. Only those
+        # that `e` reaches, through the ranges, take part.
+        reached: set[Expr] = set()
+        queue = [v for v in free_vars(e) if v in over]
+        while queue:
+            v = queue.pop()
+            if v not in reached:
+                reached.add(v)
+                queue.extend(w for b in self.ranges.get(v, ()) for w in free_vars(b) if w in over)
+        remaining = sorted(reached, key=str)
         while not over.isdisjoint(free_vars(e)):
             ready = [
                 v for v in remaining

@@ -175,7 +175,7 @@ def content_of(value: Value) -> np.ndarray | None:
 
 
 def _small_int(t: TensorType) -> bool:
-    if t.dtype.is_float or not all(type(s) is Const for s in t.shape):
+    if not (t.dtype.is_int or t.dtype.is_bool) or not all(type(s) is Const for s in t.shape):
         return False
     count = 1
     for s in t.shape:

@@ -42,7 +42,7 @@ from .tir import (
     Stmt,
     Store,
 )
-from .types import DType
+from .types import DTYPE_NAMES, DType
 
 
 def run(func: PrimFunc, inputs: Sequence[np.ndarray], dims: Mapping[str, int] | None = None) -> list[np.ndarray]:
@@ -160,6 +160,8 @@ class _Writer:
             return f"cast({self.expr(e.a)}, {_ctor(e.dtype)})"
         if type(e) is Select:
             return f"({self.expr(e.a)} if {self.expr(e.cond)} else {self.expr(e.b)})"
+        if type(e) is Call and e.fn == "bitcast":
+            return f"bitcast({self.expr(e.args[0])}, {_ctor(e.args[0].dtype)}, {_ctor(e.dtype)})"
         if type(e) is Call:
             return f"f_{e.fn}({', '.join(map(self.expr, e.args))})"
         if type(e) is Load:
@@ -215,6 +217,10 @@ def _cast(value: Any, to: Any) -> Any:
     return np.asarray(value).astype(to)[()]
 
 
+def _bitcast(value: Any, source: Any, to: Any) -> Any:
+    return np.asarray(value, source).reshape(1).view(to)[0]
+
+
 def _minimum(a: Any, b: Any) -> Any:
     return min(a, b) if isinstance(a, int) and isinstance(b, int) else np.minimum(a, b)
 
@@ -224,7 +230,7 @@ def _maximum(a: Any, b: Any) -> Any:
 
 
 _LIBRARY: dict[str, Any] = {
-    "get": _get, "put": _put, "cast": _cast, "divide": _divide, "minimum": _minimum, "maximum": _maximum,
+    "get": _get, "put": _put, "cast": _cast, "bitcast": _bitcast, "divide": _divide, "minimum": _minimum, "maximum": _maximum,
     "power": np.power, "and_": np.bitwise_and, "or_": np.bitwise_or, "xor_": np.bitwise_xor,
     "f_erf": _erf, "f_rsqrt": lambda x: type(x)(1) / np.sqrt(x), "f_round": np.rint,
     "f_sigmoid": lambda x: type(x)(1) / (type(x)(1) + np.exp(-x)), "f_not": lambda x: not x,
@@ -236,6 +242,5 @@ _LIBRARY: dict[str, Any] = {
 for _fn in ("exp", "log", "tanh", "sqrt", "floor", "ceil", "trunc", "abs", "sin", "cos", "tan", "sinh", "cosh",
             "log1p", "expm1"):  # fmt: skip
     _LIBRARY[f"f_{_fn}"] = getattr(np, _fn)
-for _t in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "bfloat16",
-           "float32", "float64"):  # fmt: skip
+for _t in DTYPE_NAMES:
     _LIBRARY[f"T_{_t}"] = DType(_t).numpy.type

@@ -64,6 +64,8 @@ class Compute:
     name: str
     build: Callable[..., Any]  # (*te.Tensor | None, attrs) -> te.Tensor or tuple of them
     applies: Callable[..., bool] | None = None  # (types, attrs) -> bool; None: always
+    cost: Callable[..., float] | None = None  # (types, attrs) -> estimated time, to choose by
+    constants: tuple[int, ...] = ()  # arguments that must be constants for it to pay
     error: float = 0.0  # max |error| / max |result| beyond rounding (reduced-multiplication algorithms)
 
 

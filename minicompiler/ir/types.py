@@ -21,19 +21,26 @@ _BITS = {
     "bool": 8, "int8": 8, "uint8": 8, "int16": 16, "uint16": 16, "int32": 32, "uint32": 32,
     "int64": 64, "uint64": 64, "float16": 16, "bfloat16": 16, "float32": 32, "float64": 64,
 }  # fmt: skip
+# Types that are only stored, one element per byte: a Cast turns them into numbers (ops/codes.py).
+CODED = (
+    "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
+    "float4_e2m1fn", "int4", "uint4", "int2", "uint2",
+)  # fmt: skip
+_BITS.update(dict.fromkeys(CODED, 8))
 DTYPE_NAMES = tuple(_BITS)
 
 
 class DType:
     """A scalar type and a lane count. Interned: `DType("int64") is DType("int64")`."""
 
-    __slots__ = ("bits", "is_bool", "is_float", "is_int", "is_signed", "lanes", "name")
+    __slots__ = ("bits", "is_bool", "is_coded", "is_float", "is_int", "is_signed", "lanes", "name")
     name: str
     lanes: int
     bits: int
     is_float: bool
     is_int: bool
     is_bool: bool
+    is_coded: bool
     is_signed: bool
 
     def __new__(cls, name: str, lanes: int = 1) -> DType:
@@ -50,7 +57,7 @@ class DType:
     @property
     def numpy(self) -> np.dtype:
         """The numpy type of one scalar."""
-        return np.dtype(ml_dtypes.bfloat16) if self.name == "bfloat16" else np.dtype(self.name)
+        return np.dtype(getattr(ml_dtypes, self.name, self.name))
 
     def with_lanes(self, lanes: int) -> DType:
         """The same scalar type with another lane count."""
@@ -71,9 +78,10 @@ def _dtype(name: str, lanes: int) -> DType:
         raise TypeError(f"unknown dtype {name!r}; known: {', '.join(_BITS)}")
     t = object.__new__(DType)
     t.name, t.lanes, t.bits = name, lanes, _BITS[name]
-    t.is_float = "float" in name
+    t.is_coded = name in CODED
+    t.is_float = "float" in name and not t.is_coded
     t.is_bool = name == "bool"
-    t.is_int = not t.is_float and not t.is_bool
+    t.is_int = not t.is_float and not t.is_bool and not t.is_coded
     t.is_signed = t.is_float or name.startswith("int")
     return t
 

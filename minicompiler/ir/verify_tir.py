@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from ..errors import VerifyError
 from .arith import Arith
 from .expr import (
+    FALSE,
     ZERO,
     Const,
     Expr,
@@ -218,6 +219,8 @@ class _Verifier:
             self.fail(f"the condition of block {b.name} is no bool: {b.where}", b)
         self.accesses_of(b.where, p, {}, b)
         self.combining(b)
+        if b.where is FALSE:
+            return  # it never runs: the init of a tail that does not hold the first index
         inner = dataclasses.replace(p, facts=(*p.facts, *conjuncts(b.where)))
         arith = self.arith(inner.facts, self.ranges)
         for i in b.iters:

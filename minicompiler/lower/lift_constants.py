@@ -41,7 +41,8 @@ def lift_constants(func: PrimFunc) -> tuple[PrimFunc, tuple[Prepared, ...]]:
     prepared: list[Prepared] = []
     rest: list[Stmt] = []
     later = [written_buffers(p) for p in func.phases]
-    for k, phase in enumerate(func.phases):
+    for k in range(len(func.phases)):
+        phase = func.phases[k]  # with what was prepared before in place
         written, read = written_buffers(phase), read_buffers(phase)
         inputs = read - written
         alone = all(written.isdisjoint(w) for w in later[k + 1 :] + later[:k])

@@ -35,9 +35,9 @@ from minicompiler.ir.expr import (
     substitute,
     walk,
 )
-from minicompiler.ir.graph import Apply, Constant, Function, Item, layout_of, topological
+from minicompiler.ir.graph import Apply, Constant, Function, Item, layout_of, topological, type_of
 from minicompiler.ir.layout import IndexMap
-from minicompiler.ir.op import Op
+from minicompiler.ir.op import Compute, Op
 from minicompiler.ir.tir import SERIAL, Block, Buffer, For, Iter, PrimFunc, Scope, Stmt, Store
 from minicompiler.ir.types import DType, Loc
 
@@ -95,6 +95,7 @@ def lower_function(fn: Function, constant: Sequence[bool] = ()) -> PrimFunc:
     made: dict[int, Any] = {}
     placeholders: list[te.Tensor] = []
     layouts: dict[te.Tensor, IndexMap | None] = {}
+    known_constant = {id(p) for p, c in zip(fn.params, constant, strict=False) if c}
     for p in fn.params:
         t = te.placeholder(p.name, p.type.shape, p.type.dtype)
         made[id(p)] = t
@@ -110,7 +111,7 @@ def lower_function(fn: Function, constant: Sequence[bool] = ()) -> PrimFunc:
         elif isinstance(v, Apply):
             assert isinstance(v.op, Op)
             args = [None if a is None else made[id(a)] for a in v.args]
-            made[id(v)] = v.op.computes[0].build(*args, v.attrs)
+            made[id(v)] = choose_compute(v, known_constant).build(*args, v.attrs)
     results: list[te.Tensor] = []
     for r in fn.results:
         t = made[id(r)]
@@ -122,6 +123,26 @@ def lower_function(fn: Function, constant: Sequence[bool] = ()) -> PrimFunc:
     known = [t for t, c in zip(placeholders, constant, strict=False) if c]
     locs = tuple(dict.fromkeys(loc for v in topological(fn.results) if isinstance(v, Apply) for loc in v.locs))
     return from_tensors(fn.name, placeholders, results, known, layouts, locs)
+
+
+def choose_compute(v: Apply, constant: set[int]) -> Compute:
+    """The cheapest way, by the operator's own estimate, to compute a node. Nothing that varies at run
+    time takes part in the choice, so equal sizes give equal bits."""
+    assert isinstance(v.op, Op)
+    first, *others = v.op.computes
+    types = [None if a is None else type_of(a) for a in v.args]
+    if first.cost is None:
+        return first
+    best, least = first, first.cost(types, v.attrs)
+    for c in others:
+        if all(k < len(v.args) and id(v.args[k]) in constant for k in c.constants) and (
+            c.applies is None or c.applies(types, v.attrs)
+        ):
+            assert c.cost is not None
+            time = c.cost(types, v.attrs)
+            if time < least:
+                best, least = c, time
+    return best
 
 
 def _literal(v: Constant) -> te.Tensor:
@@ -196,6 +217,9 @@ def _worth_inlining(t: te.Tensor, original: te.Tensor, consumers: list[te.Tensor
         if type(e) is Load and any(type(x) is Load for i in e.indices for x in walk(i)):
             gathers = True
     for c in consumers:
+        sites = sum(1 for e in walk(c.body) if type(e) is Load and e.buffer is original) if c.body is not None else 0
+        if sites > 1 and cost * sites > CHEAP:
+            return False
         if c.body is not None and type(c.body) is Reduce:
             once = all(
                 set(c.axes) | set(c.body.axes) <= free_of(e) | _unit_axes(c)

@@ -6,6 +6,7 @@ underscore where Python uses the name): `ops.elementwise.add`, `ops.conv.conv`, 
 
 from . import (
     activations,
+    codes,
     conv,
     elementwise,
     evaluate,
@@ -14,12 +15,13 @@ from . import (
     norm,
     pieces,
     pool,
+    quant,
     reduce,
     resize,
     shape,
 )
 
 __all__ = [
-    "activations", "conv", "elementwise", "evaluate", "index", "linalg", "norm", "pieces", "pool",
-    "reduce", "resize", "shape",
+    "activations", "codes", "conv", "elementwise", "evaluate", "index", "linalg", "norm", "pieces", "pool",
+    "quant", "reduce", "resize", "shape",
 ]  # fmt: skip

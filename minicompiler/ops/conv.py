@@ -9,14 +9,16 @@ The padded input is a tensor of its own, so the contraction itself is Load * Loa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .. import te
 from ..ir.expr import Const, Expr, all_of, const, eq, select
-from ..ir.op import Arg, Op, Precision, register
+from ..ir.op import Arg, Compute, Op, Precision, register
 from ..ir.types import DType, TensorType
+from . import winograd
 from .draws import Draw, array, choice, flag, integer
 from .rules import (
     direct,
@@ -166,12 +168,28 @@ def _draw_conv(draw: Draw, rank: int, groups: int) -> ConvAttrs:
     )
 
 
+def _conv_cost(types: list[TensorType | None], attrs: ConvAttrs) -> float:
+    """Comparable to `winograd.cost`, so only meaningful where that applies."""
+    return winograd.cost(0, types, attrs) if winograd.applies(types, attrs) else 0.0
+
+
+def _winograd(m: int) -> Compute:
+    return Compute(
+        f"winograd{m}",
+        winograd.build(m),
+        applies=winograd.applies,
+        cost=partial(winograd.cost, m),
+        constants=(1,),
+        error=winograd.ERROR[m],
+    )
+
+
 conv = register(
     Op(
         "conv",
         ConvAttrs,
         _conv_infer,
-        direct(_conv_compute),
+        (Compute("direct", _conv_compute, cost=_conv_cost), _winograd(4), _winograd(2)),
         float32_inside(_conv_reference),
         _conv_samples,
         precision=Precision.LOW,

@@ -30,8 +30,9 @@ from ..ir.expr import (
     select,
 )
 from ..ir.op import Arg, NoAttrs, Op, Precision, register
-from ..ir.types import DType, TensorType, bool_, float32
-from .draws import FLOATS, INTS, Draw, array, broadcastable, choice, flag, shape
+from ..ir.types import CODED, DType, TensorType, bool_, dtype_of, float32
+from . import codes
+from .draws import FLOATS, INTS, Draw, array, broadcastable, choice, flag, integer, shape
 from .evaluate import erf as np_erf
 from .evaluate import sigmoid as np_sigmoid
 from .evaluate import truncated_div
@@ -97,7 +98,7 @@ def unary(
 
 def dtypes_of(kinds: str, ints: tuple[str, ...] = INTS) -> tuple[str, ...]:
     """Element types to draw for a row."""
-    by_kind = {"f": FLOATS, "i": ints, "b": ("bool",)}
+    by_kind = {"f": FLOATS, "i": ints, "b": ("bool",), "c": ()}
     return tuple(t for k in kinds for t in by_kind[k])
 
 
@@ -378,7 +379,11 @@ where = register(
 # ---- cast ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class CastAttrs:
+    """saturate, rounding: for types of at most 8 bits, see codes.py."""
+
     dtype: DType = float32
+    saturate: bool = True
+    rounding: str = "nearest"
 
 
 def _cast_infer(x: Arg, a: CastAttrs) -> TensorType:
@@ -386,9 +391,17 @@ def _cast_infer(x: Arg, a: CastAttrs) -> TensorType:
 
 
 def _cast_compute(x: te.Tensor, a: CastAttrs) -> te.Tensor:
-    if a.dtype.is_bool and not x.dtype.is_bool:
-        return te.map_elements(lambda e: ne(e, 0), x, name="cast")
-    return te.map_elements(lambda e: cast(e, a.dtype), x, name="cast")
+    if a.dtype is x.dtype:
+        return te.map_elements(lambda e: e, x, name="cast")
+
+    def formula(e: Expr) -> Expr:
+        if e.dtype.is_coded:
+            e = codes.decode(e)
+        if a.dtype.is_coded:
+            return codes.encode(e, a.dtype, a.saturate, a.rounding)
+        return ne(e, 0) if a.dtype.is_bool and not e.dtype.is_bool else cast(e, a.dtype)
+
+    return te.map_elements(formula, x, name="cast")
 
 
 def _cast_reference(x: np.ndarray, a: CastAttrs) -> np.ndarray:
@@ -396,16 +409,33 @@ def _cast_reference(x: np.ndarray, a: CastAttrs) -> np.ndarray:
         if a.dtype.is_bool:
             return on_contents(truth, x)
         return on_contents(lambda e: cast(e, const(0).dtype) if e.dtype.is_bool else e, x)
+    if dtype_of(x).is_coded and x.dtype != a.dtype.numpy:
+        x = codes.np_decode(x)
+    if a.dtype.is_coded and x.dtype != a.dtype.numpy:
+        return codes.np_encode(x, a.dtype, a.saturate, a.rounding)
     return np.asarray(x.astype(a.dtype.numpy))
 
 
 def _cast_samples(draw: Draw) -> tuple[list[np.ndarray], CastAttrs]:
     names = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool")
+    if integer(draw, 0, 3) == 0:
+        return _coded_samples(draw)
     source = choice(draw, names)
     x = array(draw, shape(draw), source, 0 if flag(draw) else -3, 3)
     to = choice(draw, names)
     # A negative number has no value as an unsigned one.
     return [np.abs(x) if to == "uint8" and source != "bool" else x], CastAttrs(DType(to))
+
+
+def _coded_samples(draw: Draw) -> tuple[list[np.ndarray], CastAttrs]:
+    code = DType(choice(draw, CODED))
+    x = array(draw, shape(draw), "float32", 0 if "u" in code.name[:4] else -5, 700)
+    if "int" in code.name:
+        x = np.rint(x / 100)
+    a = CastAttrs(code, flag(draw), choice(draw, ("nearest", "up", "down")))
+    if flag(draw):
+        return [_cast_reference(x, a)], CastAttrs(DType(choice(draw, ("float32", "float16"))))
+    return [np.abs(x) if "e8m0" in code.name else x], a
 
 
 cast_ = register(
@@ -452,5 +482,5 @@ clip = unary(
 
 
 # ---- identity -----------------------------------------------------------------------------------
-identity = unary("identity", lambda e, a: e, lambda x, a: x, kinds="fib", content=lambda e: e)
+identity = unary("identity", lambda e, a: e, lambda x, a: x, kinds="fibc", content=lambda e: e)
 

@@ -165,6 +165,8 @@ class _Grid:
             return a.astype(e.dtype.numpy)
         if isinstance(e, Call):
             args = [self.at(a, active) for a in e.args]
+            if e.fn == "bitcast":
+                return np.ascontiguousarray(args[0]).view(e.dtype.numpy).reshape(args[0].shape)
             return np.asarray(_CALLS[e.fn](*args), dtype=e.dtype.numpy)
         raise InternalError(f"a tensor expression holds {type(e).__name__}: {e}")
 

@@ -48,10 +48,10 @@ def need_rank(op: str, x: Arg, least: int, most: int | None = None) -> int:
 
 
 def need_dtype(op: str, x: Arg, kinds: str) -> None:
-    """Checks the element type. kinds: letters of f(loat) i(nteger) b(ool)."""
+    """Checks the element type. kinds: letters of f(loat) i(nteger) b(ool) c(oded: only stored)."""
     t = x.type.dtype
-    if ("f" if t.is_float else "b" if t.is_bool else "i") not in kinds:
-        names = {"f": "float", "i": "integer", "b": "bool"}
+    if ("f" if t.is_float else "b" if t.is_bool else "i" if t.is_int else "c") not in kinds:
+        names = {"f": "float", "i": "integer", "b": "bool", "c": "stored"}
         wanted = " or ".join(names[k] for k in kinds)
         fail(f"{op} takes {wanted} elements, got {t}", "insert a Cast")
 

@@ -1,0 +1,217 @@
+"""Converters of control flow, sequences and optionals: all of it dissolves while importing.
+
+Loop with a known trip count -> its body, repeated;  If with a known condition -> one branch
+SequenceAt(SequenceConstruct(a, b), 1) -> b
+
+A sequence is a Python tuple of graph values, an optional its value or `Nothing`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import numpy as np
+
+from minicompiler.ir.expr import const_int
+from minicompiler.ir.graph import Value, type_of
+from minicompiler.ops import pieces as pc
+from minicompiler.ops import shape as sh
+
+from .onnx_math import Converter
+from .onnx_node import Nothing, OnnxNode, Tensors, constant_value
+
+UNROLL_LIMIT = 512  # iterations of one Loop or Scan
+
+
+# ---- control flow -------------------------------------------------------------------------------
+def _if(n: OnnxNode) -> tuple[Any, ...]:
+    """Exporters guard shapes with conditions that are known once the shapes are."""
+    return n.branch("then_branch" if n.scalar(0) else "else_branch")
+
+
+def _loop(n: OnnxNode) -> tuple[Any, ...]:
+    """The body once per iteration, as long as the condition is known to hold."""
+    trips, going = n.scalar(0), n.scalar(1)
+    state = [n.raw(k) for k in range(2, len(n.inputs))]
+    stacked: list[list[Value]] = [[] for _ in range(len(n.outputs) - len(state))]
+    k = 0
+    while going in (None, True) and (trips is None or k < trips):
+        if k == UNROLL_LIMIT:
+            _too_long(n)
+        first = [n.constant(k, np.int64), n.constant(True)]
+        going_on, *results = n.branch("body", *first, *state)
+        state, per_iteration = results[: len(state)], results[len(state) :]
+        for made, values in zip(stacked, per_iteration, strict=False):
+            values_of_one = n.apply(sh.unsqueeze, values, attrs=sh.UnsqueezeAttrs((0,)), name="")
+            made.append(values_of_one)
+        known = constant_value(going_on)
+        if known is None:
+            n.fail("the condition of this Loop depends on data")
+        going, k = bool(known), k + 1
+    if k == 0 and stacked:
+        n.fail("a Loop without iterations has scanned results of unknown shape")
+    return (*state, *(_joined(n, parts, 0) for parts in stacked))
+
+
+def _scan(n: OnnxNode) -> tuple[Any, ...]:
+    """The body once per element of the scanned inputs."""
+    count = n.attr("num_scan_inputs")
+    values = list(n.inputs)
+    if n.opset < 9:
+        n.fail("Scan of opset 8 is not supported", "convert it with onnx.version_converter")
+    state, scanned = values[: len(values) - count], values[len(values) - count :]
+    axes = n.attr("scan_input_axes", (0,) * count)
+    backward = n.attr("scan_input_directions", (0,) * count)
+    sizes = [type_of(x).shape[a] for x, a in zip(scanned, axes, strict=True)]
+    trips = next((s for s in map(const_int, sizes) if s is not None), None)
+    if trips is None:
+        n.fail(f"Scan over {sizes[0]} elements: the number has to be known while importing")
+    if trips > UNROLL_LIMIT:
+        _too_long(n)
+    outputs = len(n.outputs) - len(state)
+    stacked: list[list[Value]] = [[] for _ in range(outputs)]
+    out_axes = n.attr("scan_output_axes", (0,) * outputs)
+    for k in range(trips):
+        parts = [
+            _element(n, x, a, trips - 1 - k if back else k)
+            for x, a, back in zip(scanned, axes, backward, strict=True)
+        ]
+        results = n.branch("body", *state, *parts)
+        state = list(results[: len(state)])
+        for made, value, axis in zip(stacked, results[len(state) :], out_axes, strict=False):
+            at = axis if axis >= 0 else axis + type_of(value).rank + 1
+            made.append(n.apply(sh.unsqueeze, value, attrs=sh.UnsqueezeAttrs((at,)), name=""))
+    reverse = n.attr("scan_output_directions", (0,) * outputs)
+    results = []
+    for made, axis, back in zip(stacked, out_axes, reverse, strict=True):
+        at = axis if axis >= 0 else axis + type_of(made[0]).rank
+        results.append(_joined(n, made[::-1] if back else made, at))
+    return (*state, *results)
+
+
+def _too_long(n: OnnxNode) -> NoReturn:
+    n.fail(f"this {n.op_type} has more than {UNROLL_LIMIT} iterations, which would be repeated")
+
+
+def _element(n: OnnxNode, x: Value, axis: int, k: int) -> Value:
+    """x[k] along an axis, which disappears."""
+    at = axis % type_of(x).rank
+    attrs = pc.SliceAttrs((k,), (k + 1,), (at,))
+    part = n.apply(pc.strided_slice, x, attrs=attrs, name="")
+    return n.apply(sh.squeeze, part, attrs=sh.SqueezeAttrs((at,)), name="")
+
+
+def _joined(n: OnnxNode, parts: list[Any], axis: int) -> Value:
+    if len(parts) == 1:
+        return parts[0]
+    return n.apply(pc.concat, *parts, attrs=pc.ConcatAttrs(axis), name="")
+
+
+# ---- sequences ----------------------------------------------------------------------------------
+def _sequence(n: OnnxNode, k: int = 0) -> tuple[Any, ...]:
+    found = n.raw(k)
+    if not isinstance(found, Tensors):
+        n.fail(f"input {k} of {n.op_type} is not a sequence")
+    return found.items
+
+
+def _position(n: OnnxNode, k: int, length: int, default: int) -> int:
+    given = n.scalar(k)
+    at = default if given is None else int(given)
+    at = at + length if at < 0 else at
+    if not 0 <= at <= length:
+        n.fail(f"{n.op_type}: position {given} in a sequence of {length}")
+    return at
+
+
+def _sequence_at(n: OnnxNode) -> Any:
+    parts = _sequence(n)
+    at = _position(n, 1, len(parts), 0)
+    if at == len(parts):
+        n.fail(f"SequenceAt: position {at} in a sequence of {at}")
+    return parts[at]
+
+
+def _sequence_insert(n: OnnxNode) -> Tensors:
+    parts = _sequence(n)
+    at = _position(n, 2, len(parts), len(parts))
+    return Tensors((*parts[:at], n.arg(1), *parts[at:]))
+
+
+def _sequence_erase(n: OnnxNode) -> Tensors:
+    parts = _sequence(n)
+    at = _position(n, 1, len(parts), len(parts) - 1)
+    return Tensors((*parts[:at], *parts[at + 1 :]))
+
+
+def _concat_from_sequence(n: OnnxNode) -> Value:
+    parts, axis = list(_sequence(n)), n.attr("axis")
+    if not parts:
+        n.fail("ConcatFromSequence of an empty sequence")
+    if n.attr("new_axis", 0):
+        at = axis % (type_of(parts[0]).rank + 1)
+        one = sh.UnsqueezeAttrs((at,))
+        parts = [n.apply(sh.unsqueeze, p, attrs=one, name="") for p in parts]
+        axis = at
+    return n.apply(pc.concat, *parts, attrs=pc.ConcatAttrs(axis))
+
+
+def _split_to_sequence(n: OnnxNode) -> Tensors:
+    x, t = n.arg(0), n.type(0)
+    axis = n.attr("axis", 0) % t.rank
+    size = const_int(t.shape[axis])
+    if size is None:
+        n.fail(f"SplitToSequence along an axis of {t.shape[axis]} elements")
+    split = n.known(1)
+    if split is None:
+        parts = [1] * size
+    elif split.ndim == 0:
+        step = int(split)
+        parts = [min(step, size - k) for k in range(0, size, step)]
+    else:
+        parts = [int(s) for s in split]
+    made: list[Value] = []
+    start = 0
+    for length in parts:
+        attrs = pc.SliceAttrs((start,), (start + length,), (axis,))
+        part: Value = n.apply(pc.strided_slice, x, attrs=attrs, name="")
+        if split is None and not n.attr("keepdims", 1):
+            part = n.apply(sh.squeeze, part, attrs=sh.SqueezeAttrs((axis,)), name="")
+        made.append(part)
+        start += length
+    return Tensors(tuple(made))
+
+
+# ---- optionals ----------------------------------------------------------------------------------
+def _optional(n: OnnxNode) -> Any:
+    return Nothing() if n.raw(0) is None else n.raw(0)
+
+
+def _optional_has_element(n: OnnxNode) -> Value:
+    found = n.raw(0)
+    return n.constant(not (found is None or isinstance(found, Nothing)), name=n.outputs[0])
+
+
+def _optional_get_element(n: OnnxNode) -> Any:
+    found = n.raw(0)
+    if found is None or isinstance(found, Nothing):
+        n.fail("OptionalGetElement of an empty optional")
+    return found
+
+
+CONTROL: dict[str, Converter] = {
+    "ConcatFromSequence": _concat_from_sequence,
+    "If": _if,
+    "Loop": _loop,
+    "Optional": _optional,
+    "OptionalGetElement": _optional_get_element,
+    "OptionalHasElement": _optional_has_element,
+    "Scan": _scan,
+    "SequenceAt": _sequence_at,
+    "SequenceConstruct": lambda n: Tensors(tuple(n.inputs)),
+    "SequenceEmpty": lambda n: Tensors(),
+    "SequenceErase": _sequence_erase,
+    "SequenceInsert": _sequence_insert,
+    "SequenceLength": lambda n: n.constant(len(_sequence(n)), np.int64, n.outputs[0]),
+    "SplitToSequence": _split_to_sequence,
+}

@@ -1,0 +1,232 @@
+"""The rule for transformed contractions (Winograd): a product whose operand is computed tile by tile from
+the input, and whose results are combined tile by tile into the output.
+
+    data[p, q, t, c] = f(x);  products[p, q, t, o] = sum over c of data * filters;  r = g(products)
+
+    parallel t_o:                          # a block of tiles
+        data of these tiles, in cache
+        for o_o:                           # one vector block of the output
+            products of these tiles, in cache, register tile by register tile
+            the output pixels of these tiles
+"""
+
+from __future__ import annotations
+
+from minicompiler.ir.expr import Binary, Const, Expr, Load, const_int, walk
+from minicompiler.ir.layout import IndexMap
+from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Scope
+
+from . import analysis, contraction, elementwise
+from .schedule import Schedule
+
+MOST_TILES = 64  # of a block: their products for one vector block stay in the second-level cache
+
+
+def applies(s: Schedule) -> bool:
+    """One sum of products that the result reads tile by tile (at i // m and i % m of its index)."""
+    found = [b for b in analysis.blocks(s.func) if contraction.product_loads(b)]
+    if len(found) != 1 or s.func.dims:
+        return False
+    last = list(analysis.blocks(s.func))[-1]
+    return found[0].body.buffer in s.func.buffers and len(_windows(last)) == 2 and last.body.buffer in s.func.params
+
+
+def _windows(block: Block) -> dict[Expr, int]:
+    """iterator -> m, for those that a load uses as i // m."""
+    sizes: dict[Expr, int] = {}
+    spatial = {i.var for i in block.iters}
+    for load in analysis.operand_loads(block):
+        for index in load.indices:
+            for e in walk(index):
+                if type(e) is Binary and e.op == "floordiv" and type(e.b) is Const and e.a in spatial:
+                    sizes[e.a] = e.b.value
+    return sizes
+
+
+def _chain(s: Schedule, load: Load) -> list[str]:
+    """The blocks that compute an operand, in order."""
+    wanted = {load.buffer}
+    names: list[str] = []
+    for b in reversed(list(analysis.blocks(s.func))):
+        if b.body.buffer in wanted:
+            names.insert(0, b.name)
+            wanted |= {x.buffer for x in analysis.operand_loads(b)}
+    return names
+
+
+def tile_rows_per_block(high: int, wide: int, vectors: int, registers: int) -> int:
+    """How many lines of tiles make one block: a divisor, by the cost of register tiles per tile."""
+    best, least = 1, float("inf")
+    for r in (d for d in range(1, high + 1) if high % d == 0):
+        tiles = r * wide
+        if tiles > MOST_TILES and r > 1:
+            break
+        rows = contraction.tile_rows(tiles, vectors, registers)
+        time = -(-tiles // rows) * (max(rows * vectors / 2, 4) + 0.4) / tiles
+        # Small blocks read the transformed filter more often.
+        time *= 1 + 2.0 / tiles
+        if time < least:
+            best, least = r, time
+    return best
+
+
+def apply(s: Schedule) -> None:
+    main = next(b for b in analysis.blocks(s.func) if contraction.product_loads(b))
+    loads = contraction.product_loads(main)
+    assert loads is not None
+    final = list(analysis.blocks(s.func))[-1]
+    windows = _windows(final)
+    constant = [_reads_constants(s, x) for x in loads]
+    broad, wide = loads if not constant[0] else (loads[1], loads[0])
+    data, filters = _chain(s, broad), _chain(s, wide)
+    after = [b.name for b in analysis.blocks(s.func)]
+    after = after[after.index(main.name) + 1 : -1]
+    lanes = s.target.vector_bytes // 4
+
+    # ---- the result: tiles of lines, vector blocks, pixels ---------------------------------------------------
+    loop_of = {i.var: i.value.name for i in final.iters}  # type: ignore[union-attr]
+    high, wide_loop = (loop_of[v] for v in windows)
+    m = next(iter(windows.values()))
+    order = elementwise.memory_order(s, final.name)
+    vector = order[-1]
+    width = const_int(s.loop(vector)[0].extent) or lanes
+    blocks = [n for n in order if n not in (high, wide_loop, vector)]
+    batch, channels = blocks[:-1], blocks[-1]
+    th, mh = s.split(high, m, "mask")
+    tv, mv = s.split(wide_loop, m, "mask")
+    count_h, count_v = (const_int(s.loop(n)[0].extent) or 1 for n in (th, tv))
+    vectors = max(1, width // lanes)
+    lines = s.choose("lines", tuple(d for d in range(1, count_h + 1) if count_h % d == 0),
+                     tile_rows_per_block(count_h, count_v, vectors, s.target.registers))  # fmt: skip
+    t_o, t_i = s.split(th, lines)
+    s.reorder(*batch, t_o, channels, t_i, tv, mh, mv, vector)
+    images = 1
+    for n in batch:
+        images *= const_int(s.loop(n)[0].extent) or 1
+    local = images * (count_h // lines) >= 2 * s.target.cores
+
+    # ---- what is computed where ------------------------------------------------------------------------------
+    for name in reversed(after):
+        s.compute_at(name, tv)
+    s.compute_at(main.name, channels)
+    copies = [n for n in data if _copies(s, n)]
+    data = [n for n in data if n not in copies]
+    for name in copies:
+        contraction.follow_reader_layout(s, name)
+    if local:
+        s.compute_at(data[-1], t_o)
+    _data_block(s, data, t_o if local else None, width)
+    for name in reversed(copies):
+        if local:
+            s.compute_at(name, t_o)
+            elementwise.one_block(s, name, parallel=False, below=t_o)
+            _hold(s, name, t_o)
+        else:
+            elementwise.one_block(s, name)
+    s.relayout(wide.buffer.name, _filter_layout(main, wide, width))
+    for name in after:
+        _hold(s, name, tv)
+    _products(s, main.name, channels, vectors, width)
+    _pixels(s, final.name, tv, [mh, mv], vector)
+    for name in after:
+        _small(s, name, tv, width)
+    shared = [*batch, t_o] if local else [*batch, t_o, channels]
+    top = s.fuse(*shared) if len(shared) > 1 else shared[0]
+    s.mark(top, PARALLEL)
+    for name in filters:
+        elementwise.one_block(s, name, parallel=False)
+
+
+def _reads_constants(s: Schedule, load: Load) -> bool:
+    """True when an operand depends on nothing but constants."""
+    seen = {load.buffer}
+    for b in reversed(list(analysis.blocks(s.func))):
+        if b.body.buffer in seen:
+            seen |= {x.buffer for x in analysis.operand_loads(b)}
+    return all(b.constant or b in s.func.buffers for b in seen)
+
+
+def _filter_layout(main: Block, load: Load, width: int) -> IndexMap:
+    """Vector blocks of the output outermost, then as the product reads them."""
+    out = main.body.indices
+    axis = next(k for k, i in enumerate(load.indices) if i is out[-1])
+    rest = [k for k in range(len(load.indices)) if k != axis]
+    return IndexMap.make(len(load.indices), lambda *d: (d[axis] // width, *[d[k] for k in rest], d[axis] % width))
+
+
+def _copies(s: Schedule, name: str) -> bool:
+    """True for a block that only moves elements (padding)."""
+    block, _ = s.block(name)
+    return len(analysis.operand_loads(block)) == 1 and len(block.body.indices) == len(
+        analysis.operand_loads(block)[0].indices
+    )
+
+
+def _data_block(s: Schedule, data: list[str], at: str | None, width: int) -> None:
+    """The transformed input of some tiles: per tile and vector of channels, all transform rows at once."""
+    name = data[-1]
+    names = s.loops_of(name)
+    inner = names[names.index(at) + 1 :] if at is not None else names
+    transform, (channel,) = inner[:2], inner[-1:]
+    tiles = inner[2:-1]
+    c_o, c_i = s.split(channel, width)
+    s.reorder(*tiles, c_o, *transform, c_i)
+    for earlier in reversed(data[:-1]):
+        s.compute_at(earlier, c_o)
+    for n in transform:
+        s.mark(n, UNROLL)
+    s.mark(c_i, VECTOR)
+    for earlier in data[:-1]:
+        loops = s.loops_of(earlier)
+        for n in loops[loops.index(c_o) + 1 : -1]:
+            s.mark(n, UNROLL)
+        s.mark(loops[-1], VECTOR)
+        _hold(s, earlier, c_o)
+    if at is not None:
+        _hold(s, name, at)
+    else:
+        top = s.fuse(*tiles, c_o)
+        s.mark(top, PARALLEL)
+
+
+def _hold(s: Schedule, name: str, at: str) -> None:
+    """The result of a block lives in thread-local memory during one iteration of `at`."""
+    buffer = s.block(name)[0].body.buffer
+    s.stage(buffer.name, at, Scope.LOCAL, buffer.layout)
+
+
+def _products(s: Schedule, name: str, at: str, vectors: int, width: int) -> None:
+    """The products of one block of tiles and one vector block: register tiles of several tiles."""
+    _hold(s, name, at)
+    names = s.loops_of(name)
+    inner = names[names.index(at) + 1 :]
+    block, path = s.block(name)
+    (depth,) = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
+    spatial = [n for n in inner if n != depth]
+    transform, tiles, vector = spatial[:2], spatial[2:-1], spatial[-1]
+    t = s.fuse(*tiles) if len(tiles) > 1 else tiles[0]
+    extent = const_int(s.loop(t)[0].extent)
+    rows = s.choose("rows", tuple(range(1, 33)), contraction.tile_rows(extent, vectors, s.target.registers))
+    t_o, t_i = s.split(t, rows, "mask")
+    s.reorder(*transform, t_o, depth, t_i, vector)
+    init = s.decompose_reduction(name, depth)
+    staged = s.stage(s.block(name)[0].body.buffer.name, t_o, Scope.REGISTER)
+    _, k = s.split(depth, 4)
+    for n, kind in ((k, UNROLL), (t_i, UNROLL), (vector, VECTOR)):
+        s.mark(n, kind)
+    for b in (init, f"{staged}_out"):
+        elementwise.vector_tile(s, b, t_o)
+    del width
+
+
+def _pixels(s: Schedule, name: str, at: str, unrolled: list[str], vector: str) -> None:
+    for n in unrolled:
+        s.mark(n, UNROLL)
+    s.mark(vector, VECTOR)
+    del name, at
+
+
+def _small(s: Schedule, name: str, at: str, width: int) -> None:
+    """A block over one tile: everything unrolled but the vector axis."""
+    elementwise.vector_tile(s, name, at)
+    del width

@@ -1,0 +1,116 @@
+"""Random schedule steps: any primitive with any arguments that name something in the function.
+
+    done = step(s, pick)      pick(options) chooses; True when the step was accepted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from minicompiler.errors import ScheduleError
+from minicompiler.ir.tir import For, script, statements
+from minicompiler.schedules import analysis
+from minicompiler.schedules.loops import TAILS
+from minicompiler.schedules.schedule import Schedule
+
+Pick = Callable[[Sequence[Any]], Any]
+SCOPES = ("register", "local", "global")
+
+
+def step(s: Schedule, pick: Pick) -> bool:
+    """One primitive with random arguments. A refusal must leave the schedule as it was."""
+    before, steps = s.func, list(s.steps)
+    try:
+        pick(STEPS)(s, pick)
+    except ScheduleError as e:
+        assert s.func is before, "a refused step changed the function"
+        assert s.steps == steps, "a refused step was recorded"
+        assert script(before).splitlines()[0].strip() in e.excerpt
+        return False
+    return True
+
+
+def loop_names(s: Schedule) -> list[str]:
+    return [x.var.name for x in analysis.loops(s.func)] or ["none"]
+
+
+def block_names(s: Schedule) -> list[str]:
+    return [b.name for b in analysis.blocks(s.func)]
+
+
+def split(s: Schedule, pick: Pick) -> None:
+    s.split(pick(loop_names(s)), pick((1, 2, 3, 4, 8)), pick(TAILS))
+
+
+def fuse(s: Schedule, pick: Pick) -> None:
+    pairs = [
+        [x.var.name, x.body.var.name]
+        for x in analysis.loops(s.func)
+        if isinstance(x.body, For)
+    ]
+    s.fuse(*pick(pairs or [loop_names(s)[:2]]))
+
+
+def reorder(s: Schedule, pick: Pick) -> None:
+    names = list(s.loops_of(pick(block_names(s)))) or loop_names(s)
+    chosen = []
+    for _ in range(pick((2, 2, 3))):
+        if names:
+            chosen.append(names.pop(names.index(pick(names))))
+    s.reorder(*chosen)
+
+
+def mark(s: Schedule, pick: Pick) -> None:
+    s.mark(pick(loop_names(s)), pick(("parallel", "vector", "unroll", "for")))
+
+
+def inline(s: Schedule, pick: Pick) -> None:
+    s.inline(pick(block_names(s)))
+
+
+def compute_at(s: Schedule, pick: Pick) -> None:
+    s.compute_at(pick(block_names(s)), pick(loop_names(s)))
+
+
+def decompose_reduction(s: Schedule, pick: Pick) -> None:
+    block = pick(block_names(s))
+    s.decompose_reduction(block, pick(s.loops_of(block) or loop_names(s)))
+
+
+def rfactor(s: Schedule, pick: Pick) -> None:
+    block = pick(block_names(s))
+    s.rfactor(block, pick(s.loops_of(block) or loop_names(s)))
+
+
+def layout_for(rank: int, pick: Pick) -> list[list[int]] | None:
+    """A permutation of the axes, one of them perhaps in blocks."""
+    if rank == 0 or pick((True, False)):
+        return None
+    axes = list(range(rank))
+    order = [axes.pop(axes.index(pick(axes))) for _ in range(rank)]
+    if pick((True, False)):
+        return [[k, 1, 0] for k in order]
+    axis, size = pick(order), pick((2, 4))
+    return [*[[k, size if k == axis else 1, 0] for k in order], [axis, 1, size]]
+
+
+def stage(s: Schedule, pick: Pick) -> None:
+    buffers = {b.name: b for b in (*s.func.params, *s.func.buffers)}
+    name = pick(list(buffers))
+    at = pick([None, *loop_names(s)])
+    layout = layout_for(len(buffers[name].shape), pick)
+    s.stage(name, at, "global" if at is None else pick(SCOPES), layout)
+
+
+def relayout(s: Schedule, pick: Pick) -> None:
+    held = [x.buffer for x in statements(s.func) if hasattr(x, "buffer")]
+    buffers = {b.name: b for b in (*s.func.params, *s.func.buffers, *held)}
+    name = pick(list(buffers))
+    s.relayout(name, layout_for(len(buffers[name].shape), pick) or [[0, 1, 0]])
+
+
+STEPS = (
+    split, split, split, fuse, reorder, reorder, mark, inline, compute_at, compute_at,
+    decompose_reduction, decompose_reduction, stage, stage, stage, relayout, rfactor,
+)  # fmt: skip
