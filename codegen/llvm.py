@@ -107,6 +107,8 @@ class _Emitter(Memory):
 
     # ---- statements -----------------------------------------------------------------------------
     def stmt(self, s: Stmt) -> None:
+        for scope in self.scopes:
+            scope.passing.clear()
         if isinstance(s, Store):
             self.store(s)
         elif isinstance(s, For):

@@ -67,7 +67,7 @@ class Memory(Values):
         known = self.scopes[-1].values.get(key)
         if known is None:
             text = f"getelementptr {memory_type(buffer.dtype)}, ptr {base}, i64 {constant}"
-            known = self.scopes[-1].values[key] = Operand(self.op(text, -1, "p"))
+            known = self.scopes[-1].values[key] = Operand(self.op(text, -1, "at"))
         return known.name
 
     def variable_part(self, buffer: Buffer, poly: Poly) -> str:
@@ -91,7 +91,7 @@ class Memory(Values):
             if known is None:
                 offset = self.index(self.arith.expr(dict(terms)), level)
                 text = f"getelementptr {memory_type(buffer.dtype)}, ptr {base}, i64 {offset}"
-                known = values[key] = Operand(self.op(text, level, "p"))
+                known = values[key] = Operand(self.op(text, level, "at"))
             base = known.name
         inner[whole] = Operand(base)
         return base

@@ -84,10 +84,14 @@ def literal(e: Expr) -> str:
 
 @dataclasses.dataclass(slots=True)
 class Lines:
-    """Code being written for one loop body or branch, and the values known in it."""
+    """Code being written for one loop body or branch, and the values known in it.
+
+    passing: values that the next store may change.
+    """
 
     lines: list[str]
     values: dict[object, Operand] = dataclasses.field(default_factory=dict)
+    passing: dict[object, Operand] = dataclasses.field(default_factory=dict)
 
 
 class Writer:

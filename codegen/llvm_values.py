@@ -44,6 +44,7 @@ _INTRINSICS = {
     "sqrt": "sqrt", "floor": "floor", "ceil": "ceil", "round": "roundeven", "trunc": "trunc",
     "abs": "fabs", "fma": "fmuladd", "copysign": "copysign",
 }  # fmt: skip
+_OUTSIDE = (Scope.PARAM, Scope.GLOBAL)
 _NO_BUFFERS: frozenset[Buffer] = frozenset()
 
 
@@ -245,23 +246,23 @@ class Values(Writer):
         if not in_vector and self.is_index(e):
             return Operand(self.index(e))
         buffers = self.reads(e)
+        active = None
         if not buffers:
             mask = None
+        elif self.masks:
+            active = self.masks[-1]
         free = free_vars(e)
         used = tuple([(v, self.env[v]) for v in self.env if v in free])
-        key = (e, used, self.vector if in_vector else None, mask)
+        key = (e, used, self.vector if in_vector else None, mask, active)
         for scope in reversed(self.scopes):
-            found = scope.values.get(key)
+            found = scope.values.get(key) or scope.passing.get(key)
             if found is not None:
                 return found
         result = self.emit_value(e, mask)
-        # A load may be repeated later only if nothing is stored there meanwhile.
-        if not buffers or (
-            not self.masks
-            and buffers.isdisjoint(self.written)
-            and all(b.scope in (Scope.PARAM, Scope.GLOBAL) for b in buffers)
-        ):
+        if all(b not in self.written and b.scope in _OUTSIDE for b in buffers):
             self.scopes[-1].values[key] = result
+        else:
+            self.scopes[-1].passing[key] = result
         return result
 
     def emit_value(self, e: Expr, mask: Operand | None) -> Operand:

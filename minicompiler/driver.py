@@ -93,17 +93,21 @@ def compile(
     threads: int | None = None,
     level: int = 3,
     checked: bool = False,
+    max_error: float = 1e-4,
     record: bool = True,
 ) -> Module:
     """Compiles a model: an ONNX path, bytes or ModelProto, or a graph Function.
 
     dims: symbolic dimensions by name: a size, or (lo, hi), or (lo, hi, multiple_of).
     threads: how many the module uses (default: the usable cores). level: 0 to 3.
-    checked: verify the IR after every pass and schedule step.
+    checked: verify the IR after every pass and schedule step. max_error: how much accuracy an
+    algorithm with fewer multiplications may cost, relative to the largest result (0: none is used).
+    record: keep the text of every stage in `Module.stages`.
     Raises MinicompilerError subclasses that name the user's nodes.
     """
     ctx = Context(Target.parse(target) if isinstance(target, str) else target,
-                  Options(level=level, threads=threads or 0, checked=checked, record=record))  # fmt: skip
+                  Options(level=level, threads=threads or 0, checked=checked, max_error=max_error,
+                          record=record))  # fmt: skip
     fn = import_model(source, dims, ctx)
     fn = optimise(fn, ctx)
     return build_module(fn, ctx)
@@ -166,7 +170,7 @@ def build_kernels(fn: Function, ctx: Context) -> Built:
         if not isinstance(v.op, Function):
             raise InternalError(f"operator {v.op.name} was not put into a kernel", v.locs)
         constant = tuple(isinstance(a, Constant) for a in v.args)
-        key = kernel_key(v.op, constant, ctx.target)
+        key = kernel_key(v.op, constant, ctx)
         kernel = kernels.get(key)
         if kernel is None:
             kernel = kernels[key] = _cached_kernel(key, v.op, constant, ctx, cache)
@@ -194,10 +198,11 @@ def assemble(fn: Function, built: Built, ctx: Context) -> Module:
 
 
 # ---- one kernel --------------------------------------------------------------------------------------
-def kernel_key(fn: Function, constant: tuple[bool, ...], target: Target) -> str:
+def kernel_key(fn: Function, constant: tuple[bool, ...], ctx: Context) -> str:
     """What a kernel depends on, known before any scheduling work."""
     flags = "".join("c" if c else "v" for c in constant)
-    return f"kernel {_stamp(target)}\n{flags}\n{structural_key(fn)}"
+    assert ctx.target is not None
+    return f"kernel {_stamp(ctx.target)} {ctx.options.max_error}\n{flags}\n{structural_key(fn)}"
 
 
 _fingerprint: list[str] = []
@@ -247,7 +252,7 @@ def build_kernel(fn: Function, constant: tuple[bool, ...], ctx: Context, suffix:
     """One fused function, lowered, scheduled and compiled. `constant`: which arguments are constants."""
     target = ctx.target
     assert target is not None
-    lowered = _timed(ctx, fn.name, "tir", "to_tir", lambda: lower_function(fn, constant), script)
+    lowered = _timed(ctx, fn.name, "tir", "to_tir", lambda: lower_function(fn, constant, ctx.options.max_error), script)
     original = lowered.params
     check = verify_tir if ctx.options.checked else None
     s = _timed(ctx, fn.name, "tir", "schedule", lambda: schedule(lowered, target, after_step=check),
@@ -283,10 +288,13 @@ def build_kernel(fn: Function, constant: tuple[bool, ...], ctx: Context, suffix:
     for p, symbol in zip(prepared, names[1:], strict=True):
         shape = tuple(evaluate_int(n, {}) for n in p.buffer.physical_shape)
         made.append((symbol, tuple(place(b, p.func) for b in p.func.params[:-1]), p.buffer.dtype.name, shape))
+    # Counted on the exact computes, so that the rate of another algorithm compares with theirs.
+    meaning = lower_function(fn, constant)
     final = func.params
     params = tuple(("prepared", ready.index(b)) if b in ready else place(b, func) for b in final)
     return Kernel(name, params, tuple(made), tuple(d.name for d in func.dims),
-                  to_size(emitted.shared), to_size(emitted.local), to_size(flops(lowered)), to_size(moved(lowered)), code)  # fmt: skip
+                  to_size(emitted.shared), to_size(emitted.local), to_size(flops(meaning)), to_size(moved(meaning)),
+                  code)  # fmt: skip
 
 
 def _timed(ctx: Context, subject: str, level: str, name: str, run: Any, text: Any) -> Any:

@@ -42,13 +42,14 @@ class Tensor:
     `axes[d]` is the index variable of dimension d in `body`; a Reduce may stand only at the top of it.
     """
 
-    __slots__ = ("axes", "body", "dtype", "name", "shape")
+    __slots__ = ("axes", "body", "dtype", "name", "shape", "source")
 
     def __init__(
         self, name: str, shape: Sequence[Expr | int], dtype: DType, axes: tuple[Var, ...], body: Expr | None
     ) -> None:
         self.name, self.shape, self.dtype = name, tuple(wrap(s) for s in shape), dtype
         self.axes, self.body = axes, body
+        self.source: Extern | None = None  # what computes it, where it has no formula
 
     def __getitem__(self, indices: Any) -> Expr:
         """The element at some indices (Exprs or ints), one per dimension."""
@@ -104,6 +105,35 @@ def compute(
         combiner, over = reduce
         body = Reduce(combiner, tuple(over), tuple(wrap(e) for e in over.values()), body)
     return Tensor(name, shape, body.dtype, axes, body)
+
+
+class Extern:
+    """Tensors computed by statements: what has no formula per element (sorting, scattering).
+
+    build(input buffers, output buffers, fresh) -> the statement (ir.tir), run by one thread as a
+    phase of its own; fresh("i") is a new loop variable. An output may serve as scratch memory.
+    """
+
+    __slots__ = ("build", "inputs", "name", "outputs")
+
+    def __init__(self, name: str, inputs: tuple[Tensor, ...], build: Callable[..., Any]) -> None:
+        self.name, self.inputs, self.build = name, inputs, build
+        self.outputs: tuple[Tensor, ...] = ()
+
+
+def extern(
+    name: str,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[tuple[Sequence[Expr | int], DType]],
+    build: Callable[..., Any],
+) -> tuple[Tensor, ...]:
+    """The tensors of shape and dtype `outputs` that the statement of `build` fills; see Extern."""
+    source = Extern(name, tuple(inputs), build)
+    made = [Tensor(name, shape, dtype, (), None) for shape, dtype in outputs]
+    for t in made:
+        t.source = source
+    source.outputs = tuple(made)
+    return source.outputs
 
 
 # ---- elementwise, with numpy broadcasting ---------------------------------------------------------------
@@ -208,6 +238,8 @@ def min(x: Tensor, axis: int | Sequence[int], keepdims: bool = True) -> Tensor:
 # ---- views of a definition --------------------------------------------------------------------------------
 def inputs(t: Tensor) -> list[Tensor]:
     """The tensors that `t` reads directly, in order of first use."""
+    if t.source is not None:
+        return list(dict.fromkeys(t.source.inputs))
     if t.body is None:
         return []
     found: list[Tensor] = []

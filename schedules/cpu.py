@@ -15,7 +15,7 @@ from typing import Any
 from minicompiler.ir.tir import PrimFunc
 from minicompiler.target import Target
 
-from . import contraction, elementwise, rows, transformed
+from . import analysis, contraction, elementwise, rows, transformed
 from .schedule import Schedule
 
 
@@ -44,7 +44,9 @@ def schedule(
 ) -> Schedule:
     """The schedule of the first rule that applies. `decisions` replaces its default choices."""
     s = Schedule(func, target, decisions, after_step)
-    for rule in RULES:
+    # The statements of an extern have no blocks: what other phases compute stays where it is.
+    plain = all(next(analysis.blocks(p), None) is not None for p in func.phases)
+    for rule in RULES if plain else RULES[-1:]:
         if rule.applies(s):
             s.rule = rule.name
             rule.apply(s)

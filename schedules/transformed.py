@@ -43,6 +43,12 @@ def _windows(block: Block) -> dict[Expr, int]:
     return sizes
 
 
+def _channel(main: Block, final: Block) -> set[Expr]:
+    """The iterators of the result that stand, as they are, where the product has its last axis."""
+    axis = len(main.body.indices) - 1
+    return {x.indices[axis] for x in analysis.operand_loads(final) if len(x.indices) == axis + 1}
+
+
 def _chain(s: Schedule, load: Load) -> list[str]:
     """The blocks that compute an operand, in order."""
     wanted = {load.buffer}
@@ -88,6 +94,12 @@ def apply(s: Schedule) -> None:
     high, wide_loop = (loop_of[v] for v in windows)
     m = next(iter(windows.values()))
     order = elementwise.memory_order(s, final.name)
+    if order[-1] in (high, wide_loop):
+        # A result in row-major order (of the whole model): vectors over the channels all the same,
+        # whose lanes are then stored apart.
+        (axis,) = [loop_of[i.var] for i in final.iters if i.var in _channel(main, final)]
+        outer, inner = s.split(axis, 2 * lanes, "mask")
+        order = [outer if n == axis else n for n in order] + [inner]
     vector = order[-1]
     width = const_int(s.loop(vector)[0].extent) or lanes
     blocks = [n for n in order if n not in (high, wide_loop, vector)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, note, settings
 from onnx import ModelProto
 from onnx_models import attention, conv_net, mlp, numbers, reference_of
 from random_graphs import feeds, graphs
@@ -20,6 +20,7 @@ from tolerance import assert_close
 
 import minicompiler as mc
 from minicompiler.ir.graph import Function
+from minicompiler.ir.text import function_text
 from minicompiler.ops.evaluate import run_reference
 from minicompiler.runtime.module import Module
 
@@ -80,6 +81,7 @@ def test_a_random_dynamic_graph_computes_its_numpy_meaning(fn: Function) -> None
 
 
 def check_graph(fn: Function, **options: Any) -> None:
+    note(function_text(fn))
     values = feeds(fn)
     module = mc.compile(fn, **options)
     results = module(*[values[p.name] for p in fn.params])

@@ -1,8 +1,8 @@
 """Small functions as lowering makes them, with inputs: what tests of TIR and of schedules work on.
 
-    for name in SAMPLES: sample = SAMPLES[name]()
-    sample.func                        the PrimFunc
-    sample.inputs(seed)                numpy inputs, and sample.dims its symbolic sizes
+for name in SAMPLES: sample = SAMPLES[name]()
+sample.func                        the PrimFunc
+sample.inputs(seed)                numpy inputs, and sample.dims its symbolic sizes
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ def relu(x: te.Tensor) -> te.Tensor:
 def product(a: te.Tensor, b: te.Tensor) -> te.Tensor:
     (k,) = te.reduce_vars(1)
     shape = (a.shape[0], b.shape[1])
-    return te.compute(
-        shape, lambda i, j: a[i, k] * b[k, j], "matmul", ("sum", {k: b.shape[0]})
-    )
+    return te.compute(shape, lambda i, j: a[i, k] * b[k, j], "matmul", ("sum", {k: b.shape[0]}))
 
 
 def matmul_of(m: int | Expr, k: int, n: int) -> PrimFunc:

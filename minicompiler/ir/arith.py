@@ -696,6 +696,8 @@ def evaluate_int(e: Expr, env: Mapping[str, int]) -> int:
         if value is None:
             raise ZeroDivisionError(str(e))
         return int(value)
+    if type(e) is Call and e.fn == "not":
+        return int(not evaluate_int(e.args[0], env))
     if type(e) is Select:
         return evaluate_int(e.a if evaluate_int(e.cond, env) else e.b, env)
     raise TypeError(f"not an index expression: {e}")

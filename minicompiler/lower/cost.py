@@ -4,7 +4,8 @@
     moved(func)      4*(m*k + k*n + m*n)            bytes of its tensors, each touched once
 
 An addition, a multiplication, a division and a function such as exp count as one each; a
-comparison, min and max count nothing. The padding of a convolution counts as if it was data.
+comparison, min and max count nothing. The padding of a convolution counts as if it was data. Given
+the loops of an operator's first compute, this is the work that a rate in GFLOP/s refers to.
 """
 
 from __future__ import annotations

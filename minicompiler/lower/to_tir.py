@@ -69,7 +69,8 @@ def from_tensors(
         names.add(made)
         return made
 
-    dims = dims_of([s for t in (*params, *order) for s in t.shape])
+    every = [x for t in order for x in ((t,) if t.source is None else t.source.outputs)]
+    dims = dims_of([s for t in (*params, *every) for s in t.shape])
     names.update(d.name for d in dims)
     for k, p in enumerate(params):
         buffers[p] = Buffer(unique(f"p{k}"), p.dtype, p.shape, Scope.PARAM, layouts.get(p), p in constants)
@@ -79,18 +80,29 @@ def from_tensors(
         buffers[r] = Buffer(unique(f"r{k}"), r.dtype, r.shape, Scope.PARAM, layouts.get(r))
     internal = []
     for t in order:
-        if t.body is not None and t not in buffers:
-            buffers[t] = Buffer(unique(t.name), t.dtype, t.shape, Scope.GLOBAL)
-            internal.append(buffers[t])
-    phases = tuple(_stage(t, buffers, unique) for t in order if t.body is not None)
+        for x in (t,) if t.source is None else t.source.outputs:
+            if (x.body is not None or x.source is not None) and x not in buffers:
+                buffers[x] = Buffer(unique(x.name), x.dtype, x.shape, Scope.GLOBAL)
+                internal.append(buffers[x])
+    phases: list[Stmt] = []
+    done: set[te.Extern] = set()
+    for t in order:
+        if t.body is not None:
+            phases.append(_stage(t, buffers, unique))
+        elif t.source is not None and t.source not in done:
+            done.add(t.source)
+            phases.append(_extern(t.source, buffers, unique))
     outs = tuple(buffers[r] for r in results)
-    return PrimFunc(name, (*[buffers[p] for p in params], *outs), len(outs), tuple(dims), tuple(internal), phases, locs)
+    return PrimFunc(name, (*[buffers[p] for p in params], *outs), len(outs), tuple(dims), tuple(internal), tuple(phases), locs)
 
 
-def lower_function(fn: Function, constant: Sequence[bool] = ()) -> PrimFunc:
+def lower_function(
+    fn: Function, constant: Sequence[bool] = (), max_error: float = 0.0
+) -> PrimFunc:
     """The PrimFunc of a fused Function.
 
     constant: per parameter, whether the caller passes a constant (all are run-time values if empty).
+    max_error: which reduced-multiplication algorithms may be chosen, by their stated error.
     """
     made: dict[int, Any] = {}
     placeholders: list[te.Tensor] = []
@@ -111,11 +123,12 @@ def lower_function(fn: Function, constant: Sequence[bool] = ()) -> PrimFunc:
         elif isinstance(v, Apply):
             assert isinstance(v.op, Op)
             args = [None if a is None else made[id(a)] for a in v.args]
-            made[id(v)] = choose_compute(v, known_constant).build(*args, v.attrs)
+            made[id(v)] = choose_compute(v, known_constant, max_error).build(*args, v.attrs)
     results: list[te.Tensor] = []
     for r in fn.results:
         t = made[id(r)]
-        if t.body is None or t in results:  # a parameter passed through, or the same value twice
+        # A parameter passed through, or the same value twice.
+        if (t.body is None and t.source is None) or t in results:
             source = t
             t = te.compute(source.shape, lambda *i, source=source: source[i], "copy")
         results.append(t)
@@ -125,7 +138,7 @@ def lower_function(fn: Function, constant: Sequence[bool] = ()) -> PrimFunc:
     return from_tensors(fn.name, placeholders, results, known, layouts, locs)
 
 
-def choose_compute(v: Apply, constant: set[int]) -> Compute:
+def choose_compute(v: Apply, constant: set[int], max_error: float) -> Compute:
     """The cheapest way, by the operator's own estimate, to compute a node. Nothing that varies at run
     time takes part in the choice, so equal sizes give equal bits."""
     assert isinstance(v.op, Op)
@@ -135,7 +148,8 @@ def choose_compute(v: Apply, constant: set[int]) -> Compute:
         return first
     best, least = first, first.cost(types, v.attrs)
     for c in others:
-        if all(k < len(v.args) and id(v.args[k]) in constant for k in c.constants) and (
+        known = all(k < len(v.args) and id(v.args[k]) in constant for k in c.constants)
+        if known and c.error <= max_error and (
             c.applies is None or c.applies(types, v.attrs)
         ):
             assert c.cost is not None
@@ -177,6 +191,7 @@ def _inline(order: list[te.Tensor], results: Sequence[te.Tensor]) -> list[te.Ten
                 return Load(bodies[e.buffer], e.indices, e.mask)
         return None
 
+    named = {*results, *(i for t in order if t.source is not None for i in t.source.inputs)}
     stay = []
     for t in order:
         new = t
@@ -184,17 +199,17 @@ def _inline(order: list[te.Tensor], results: Sequence[te.Tensor]) -> list[te.Ten
             body = rewrite(t.body, one)
             if body is not t.body:
                 new = te.Tensor(t.name, t.shape, t.dtype, t.axes, body)
-        if t.body is not None and t not in results and _worth_inlining(new, t, uses.get(t, [])):
+        if t.body is not None and t not in named and _worth_inlining(new, t, uses.get(t, [])):
             inlined[t] = new
         else:
-            if t not in results:
+            if t not in named:
                 bodies[t] = new
             stay.append((t, new))
     del arith
-    # Results keep their identity for the caller, so their new bodies are put in place.
+    # Results, and what externs read, keep their identity: their new bodies are put in place.
     final = []
     for t, new in stay:
-        if new is not t and t in results:
+        if new is not t and t in named:
             t.body = new.body
             new = t
         final.append(new)
@@ -309,6 +324,12 @@ def _stage(t: te.Tensor, buffers: Mapping[te.Tensor, Buffer], unique) -> Stmt:  
     for var, extent in reversed(loops):
         result = For(var, extent, SERIAL, result)
     return result
+
+
+def _extern(source: te.Extern, buffers: Mapping[te.Tensor, Buffer], unique) -> Stmt:  # type: ignore[no-untyped-def]
+    """The statement that an extern stands for."""
+    ins, outs = ([buffers[t] for t in ts] for ts in (source.inputs, source.outputs))
+    return source.build(ins, outs, lambda stem: Var(unique(stem)))
 
 
 __all__ = ["COMBINE", "Const", "from_tensors", "identity_of"]

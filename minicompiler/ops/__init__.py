@@ -14,10 +14,12 @@ from . import (
     linalg,
     norm,
     pieces,
+    order,
     pool,
     quant,
     reduce,
     resize,
+    scatter,
     shape,
 )
 

@@ -10,6 +10,7 @@ A Load checks its indices where it is selected and raises IndexError when they l
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,8 @@ import numpy as np
 
 from .. import te
 from ..errors import InternalError, RunError
-from ..ir.arith import evaluate_int
+from ..ir import interp
+from ..ir.arith import dims_of, evaluate_int
 from ..ir.expr import (
     Binary,
     Call,
@@ -33,6 +35,7 @@ from ..ir.expr import (
     walk,
 )
 from ..ir.graph import Apply, Constant, Function, Item, topological
+from ..ir.tir import Buffer, PrimFunc
 from ..ir.types import DType
 
 Array = np.ndarray
@@ -92,10 +95,29 @@ def evaluate(
     with np.errstate(all="ignore"):
         for t in te.closure(results):
             if t not in values:
+                if t.source is not None:
+                    values.update(_extern(t.source, values, dims))
+                    continue
                 if t.body is None:
                     raise InternalError(f"no value was given for the placeholder {t}")
                 values[t] = _tensor(t, values, dims)
     return [values[t] for t in results]
+
+
+def _extern(
+    source: te.Extern, values: Mapping[te.Tensor, Array], dims: Mapping[str, int]
+) -> dict[te.Tensor, Array]:
+    """The outputs of an extern: its statement, interpreted."""
+    names = itertools.count()
+    buffers = [
+        Buffer(f"b{k}", t.dtype, t.shape) for k, t in enumerate((*source.inputs, *source.outputs))
+    ]
+    ins, outs = buffers[: len(source.inputs)], buffers[len(source.inputs) :]
+    body = source.build(ins, outs, lambda stem: Var(f"{stem}{next(names)}"))
+    used = tuple(dims_of(s for b in buffers for s in b.shape))
+    func = PrimFunc(source.name, tuple(buffers), len(outs), used, (), (body,))
+    results = interp.run(func, [values[t] for t in source.inputs], dims)
+    return dict(zip(source.outputs, results, strict=True))
 
 
 def _tensor(t: te.Tensor, values: Mapping[te.Tensor, Array], dims: Mapping[str, int]) -> Array:

@@ -45,6 +45,8 @@ def reads(v: Apply) -> Reads:
     if isinstance(v.op, Function) or v.op.kind is Kind.OPAQUE or not v.op.computes:
         return Reads(Kind.OPAQUE, (0,) * len(v.args))
     placeholders, results = expressions(v)
+    if any(t.source is not None for t in te.closure(results)):
+        return Reads(Kind.OPAQUE, (0,) * len(v.args))
     kind: Kind = Kind.ELEMWISE if v.op.kind is None else v.op.kind
     prefix: dict[te.Tensor, dict[te.Tensor, int]] = {}
     for t in te.closure(results):

@@ -1,6 +1,6 @@
 """Random schedule steps: any primitive with any arguments that name something in the function.
 
-    done = step(s, pick)      pick(options) chooses; True when the step was accepted
+done = step(s, pick)      pick(options) chooses; True when the step was accepted
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def split(s: Schedule, pick: Pick) -> None:
 
 def fuse(s: Schedule, pick: Pick) -> None:
     pairs = [
-        [x.var.name, x.body.var.name]
-        for x in analysis.loops(s.func)
-        if isinstance(x.body, For)
+        [x.var.name, x.body.var.name] for x in analysis.loops(s.func) if isinstance(x.body, For)
     ]
     s.fuse(*pick(pairs or [loop_names(s)[:2]]))
 

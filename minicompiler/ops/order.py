@@ -1,0 +1,184 @@
+"""Operators that sort.
+
+    argsort(x; axis, largest)    positions of the elements from the largest to the smallest;
+                                 equal ones keep their order (a merge sort)
+    topk(x; k, axis, largest)    (values, positions) of the first k of them
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .. import te
+from ..ir.expr import ONE, Const, Expr, Load, binary, cast, ceildiv, const_int, minimum, wrap
+from ..ir.op import Arg, Op, register
+from ..ir.tir import SERIAL, Alloc, Buffer, For, If, Scope, Stmt, Store, seq
+from ..ir.types import TensorType, index, int64
+from .draws import Draw, array, choice, flag, integer, shape
+from .rules import Size, axis_of, direct, fail, need_dtype, need_rank, result, simplified
+from .scatter import Fresh, over
+
+Array = np.ndarray
+_LEVELS = 40  # a run doubles at each level: enough for any tensor
+
+
+@dataclass(frozen=True)
+class OrderAttrs:
+    """largest: from the largest to the smallest, else the other way round. k: of topk."""
+
+    axis: int = -1
+    largest: bool = True
+    k: Size = 1
+
+
+def sorting(x: Buffer, order: Buffer, spare: Buffer, axis: int, largest: bool, fresh: Fresh) -> Stmt:
+    """Fills `order` (int64, like x) with the sorted positions along an axis; `spare` is scratch."""
+    n = x.shape[axis]
+    rows = (*x.shape[:axis], *x.shape[axis + 1 :])
+
+    def row(*outer: Expr) -> Stmt:
+        def at(k: Expr) -> tuple[Expr, ...]:
+            return (*outer[:axis], k, *outer[axis:])
+
+        def before(a: Expr, b: Expr) -> Expr:
+            """Element a has to stand before element b, which comes first in x."""
+            p, q = Load(x, at(a)), Load(x, at(b))
+            return q < p if largest else p < q
+
+        known = const_int(n)
+        levels = _LEVELS if known is None else max(known - 1, 0).bit_length()
+        k, p, start, t, c = (fresh(s) for s in ("k", "p", "s", "t", "c"))
+        width = binary("shl", ONE, p)
+        left = Buffer(fresh("left").name, index, (ONE,), Scope.LOCAL)
+        right = Buffer(fresh("right").name, index, (ONE,), Scope.LOCAL)
+        low = start * width * 2
+        middle, high = minimum(low + width, n), minimum(low + width * 2, n)
+        i, j = Load(left, (Const(0),)), Load(right, (Const(0),))
+        # Both candidates are looked at even where a run is used up, hence the bounds.
+        a = Load(order, at(minimum(i, n - 1)))
+        b = Load(order, at(minimum(j, n - 1)))
+        keep = binary("and", i < middle, binary("or", high <= j, ~before(b, a)))
+        merge = If(
+            keep,
+            seq([Store(spare, at(low + t), a), Store(left, (Const(0),), i + 1)]),
+            seq([Store(spare, at(low + t), b), Store(right, (Const(0),), j + 1)]),
+        )
+        run = seq(
+            [
+                Store(left, (Const(0),), low),
+                Store(right, (Const(0),), middle),
+                For(t, high - low, SERIAL, merge),
+            ]
+        )
+        level = seq(
+            [
+                For(start, ceildiv(n, width * 2), SERIAL, run),
+                For(c, n, SERIAL, Store(order, at(c), Load(spare, at(c)))),
+            ]
+        )
+        passes = For(p, wrap(levels), SERIAL, If(width < n, level))
+        return seq([For(k, n, SERIAL, Store(order, at(k), k)), Alloc(left, Alloc(right, passes))])
+
+    return over(rows, fresh, row)
+
+
+def order_of(x: te.Tensor, axis: int, largest: bool) -> te.Tensor:
+    """The sorted positions along an axis, as int64."""
+
+    def build(ins: list[Buffer], outs: list[Buffer], fresh: Fresh) -> Stmt:
+        return sorting(ins[0], outs[0], outs[1], axis, largest, fresh)
+
+    scratch = (x.shape, int64)
+    return te.extern("order", (x,), [(x.shape, int64), scratch], build)[0]
+
+
+def _np_order(x: Array, axis: int, largest: bool) -> Array:
+    keys = x.astype(np.float32) if x.dtype.name == "bfloat16" else x
+    if largest:  # reversed, because the sort keeps the order of equal elements
+        back = np.argsort(np.flip(keys, axis), axis=axis, kind="stable")
+        return x.shape[axis] - 1 - np.flip(back, axis)
+    return np.argsort(keys, axis=axis, kind="stable")
+
+
+# ---- argsort ------------------------------------------------------------------------------------
+def _argsort_infer(x: Arg, a: OrderAttrs) -> TensorType:
+    need_dtype("argsort", x, "fi")
+    axis_of(a.axis, need_rank("argsort", x, 1), "argsort")
+    return TensorType(x.type.shape, int64)
+
+
+def _argsort_compute(x: te.Tensor, a: OrderAttrs) -> te.Tensor:
+    return order_of(x, a.axis % len(x.shape), a.largest)
+
+
+def _argsort_reference(x: Array, a: OrderAttrs) -> Array:
+    return _np_order(x, a.axis, a.largest)
+
+
+_DTYPES = ("float32", "float64", "float16", "int64", "int32", "uint8")
+
+
+def _argsort_samples(draw: Draw) -> tuple[list[Array], OrderAttrs]:
+    of = shape(draw, 1, 3, 7)
+    axis = integer(draw, -len(of), len(of) - 1)
+    return [array(draw, of, choice(draw, _DTYPES))], OrderAttrs(axis, flag(draw))
+
+
+argsort = register(
+    Op(
+        "argsort",
+        OrderAttrs,
+        _argsort_infer,
+        direct(_argsort_compute),
+        _argsort_reference,
+        _argsort_samples,
+    )
+)
+
+
+# ---- topk ---------------------------------------------------------------------------------------
+def _topk_infer(x: Arg, a: OrderAttrs) -> tuple[TensorType, TensorType]:
+    need_dtype("topk", x, "fi")
+    axis = axis_of(a.axis, need_rank("topk", x, 1), "topk")
+    size, k = const_int(x.type.shape[axis]), const_int(simplified(a.k))
+    if k is not None and (k < 0 or (size is not None and k > size)):
+        fail(f"topk: {k} elements of an axis of {size} in {x.type}")
+    shape = (*x.type.shape[:axis], a.k, *x.type.shape[axis + 1 :])
+    return result(shape, x.type.dtype), result(shape, int64)
+
+
+def _topk_compute(x: te.Tensor, a: OrderAttrs) -> tuple[te.Tensor, te.Tensor]:
+    axis = a.axis % len(x.shape)
+    order = order_of(x, axis, a.largest)
+    shape = (*x.shape[:axis], simplified(a.k), *x.shape[axis + 1 :])
+
+    def value(*i: Expr) -> Expr:
+        return x[(*i[:axis], cast(order[i], index), *i[axis + 1 :])]
+
+    return te.compute(shape, value, "topk"), te.compute(shape, lambda *i: order[i], "positions")
+
+
+def _topk_reference(x: Array, a: OrderAttrs) -> tuple[Array, Array]:
+    k = const_int(wrap(a.k))
+    order = np.take(_np_order(x, a.axis, a.largest), range(k or 0), axis=a.axis)
+    return np.take_along_axis(x, order, a.axis), order
+
+
+def _topk_samples(draw: Draw) -> tuple[list[Array], OrderAttrs]:
+    (x,), a = _argsort_samples(draw)
+    return [x], OrderAttrs(a.axis, a.largest, integer(draw, 1, x.shape[a.axis]))
+
+
+topk = register(
+    Op(
+        "topk",
+        OrderAttrs,
+        _topk_infer,
+        direct(_topk_compute),
+        _topk_reference,
+        _topk_samples,
+    )
+)
+

@@ -1,0 +1,219 @@
+"""Operators that write elements to positions held in another tensor.
+
+    scatter_elements(x, indices, updates; axis)    x with x[.., indices[i, j], ..] = updates[i, j]
+    scatter_nd(x, indices, updates)                the last axis of indices holds a position in x
+
+Several updates of one element are combined by `reduction`, or the last one wins. Positions outside
+x are moved to its edge: writing stays within memory whatever the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import te
+from ..ir.expr import Const, Expr, Load, Var, binary, cast
+from ..ir.op import Arg, Op, register
+from ..ir.tir import SERIAL, Buffer, For, Stmt, Store, seq
+from ..ir.types import TensorType
+from .draws import Draw, array, choice, integer, shape
+from .rules import (
+    axis_of,
+    direct,
+    fail,
+    is_low,
+    need_const,
+    need_dtype,
+    need_rank,
+    same_dtype,
+    wide,
+    wrapped,
+)
+
+Array = np.ndarray
+Fresh = Callable[[str], Var]
+REDUCTIONS = ("none", "add", "mul", "max", "min")
+_NP = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
+
+
+def over(shape: Sequence[Expr], fresh: Fresh, body: Callable[..., Stmt]) -> Stmt:
+    """body(i, j, ...) for every index of a shape, in row-major order."""
+    index = [fresh("i") for _ in shape]
+    made = body(*index)
+    for v, extent in reversed(list(zip(index, shape, strict=True))):
+        made = For(v, extent, SERIAL, made)
+    return made
+
+
+def _combined(reduction: str, target: Buffer, at: tuple[Expr, ...], value: Expr) -> Store:
+    if reduction == "none":
+        return Store(target, at, value)
+    old: Expr = Load(target, at)
+    if is_low(value.dtype):
+        inner = wide(value.dtype)
+        return Store(
+            target, at, cast(binary(reduction, cast(old, inner), cast(value, inner)), value.dtype)
+        )
+    return Store(target, at, binary(reduction, old, value))
+
+
+def _check_reduction(op: str, reduction: str, x: Arg) -> None:
+    if reduction not in REDUCTIONS:
+        fail(f"{op}: reduction {reduction!r} is not one of {', '.join(REDUCTIONS)}")
+    if reduction != "none":
+        need_dtype(op, x, "fi")
+
+
+# ---- scatter_elements ---------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ScatterAttrs:
+    axis: int = 0
+    reduction: str = "none"
+
+
+def _elements_infer(x: Arg, indices: Arg, updates: Arg, a: ScatterAttrs) -> TensorType:
+    need_dtype("scatter_elements", indices, "i")
+    axis_of(a.axis, need_rank("scatter_elements", x, 1), "scatter_elements")
+    _check_reduction("scatter_elements", a.reduction, x)
+    if not indices.type.rank == updates.type.rank == x.type.rank:
+        fail(f"scatter_elements: {x.type}, {indices.type} and {updates.type} differ in rank")
+    same_dtype("scatter_elements", x, updates)
+    return x.type
+
+
+def _elements_compute(
+    x: te.Tensor, indices: te.Tensor, updates: te.Tensor, a: ScatterAttrs
+) -> te.Tensor:
+    axis = a.axis % len(x.shape)
+
+    def build(ins: list[Buffer], outs: list[Buffer], fresh: Fresh) -> Stmt:
+        source, where, values = ins
+        (made,) = outs
+
+        def put(*i: Expr) -> Stmt:
+            at = wrapped(Load(where, i), source.shape[axis])
+            place = (*i[:axis], at, *i[axis + 1 :])
+            return _combined(a.reduction, made, place, Load(values, i))
+
+        copy = over(source.shape, fresh, lambda *i: Store(made, i, Load(source, i)))
+        return seq([copy, over(where.shape, fresh, put)])
+
+    inputs = (x, indices, updates)
+    return te.extern("scatter_elements", inputs, [(x.shape, x.dtype)], build)[0]
+
+
+def _elements_reference(x: Array, indices: Array, updates: Array, a: ScatterAttrs) -> Array:
+    axis = a.axis % x.ndim
+    made = x.copy()
+    at = list(np.indices(indices.shape))
+    at[axis] = np.where(indices < 0, indices + x.shape[axis], indices)
+    return _np_scatter(made, tuple(at), updates, a.reduction)
+
+
+def _np_scatter(made: Array, at: tuple[Any, ...], updates: Array, reduction: str) -> Array:
+    if reduction == "none":
+        made[at] = updates
+        return made
+    wide_made = made.astype(np.float32) if made.dtype.itemsize == 2 else made
+    for place, value in zip(
+        zip(*(p.reshape(-1) for p in np.broadcast_arrays(*at)), strict=True),
+        updates.reshape(-1, *made.shape[len(at) :]),
+        strict=True,
+    ):
+        # Rounded after every step, as the kernel does.
+        wide_made[place] = _NP[reduction](wide_made[place], value).astype(made.dtype)
+    return wide_made.astype(made.dtype)
+
+
+def _elements_samples(draw: Draw) -> tuple[list[Array], ScatterAttrs]:
+    of = shape(draw, 1, 3)
+    axis = integer(draw, -len(of), len(of) - 1)
+    own = tuple(integer(draw, 1, s) for s in of)
+    at = array(draw, own, choice(draw, ("int64", "int32")), -of[axis], of[axis] - 1)
+    reduction = choice(draw, REDUCTIONS)
+    if reduction == "none":  # which of several updates is last depends on nothing but their order
+        at = np.sort(at, axis=axis)
+    dtype = choice(draw, ("float32", "float64", "float16", "int64", "int8"))
+    a = ScatterAttrs(axis, reduction)
+    return [array(draw, of, dtype), at, array(draw, own, dtype)], a
+
+
+scatter_elements = register(
+    Op(
+        "scatter_elements",
+        ScatterAttrs,
+        _elements_infer,
+        direct(_elements_compute),
+        _elements_reference,
+        _elements_samples,
+    )
+)
+
+
+# ---- scatter_nd ---------------------------------------------------------------------------------
+def _nd_infer(x: Arg, indices: Arg, updates: Arg, a: ScatterAttrs) -> TensorType:
+    need_dtype("scatter_nd", indices, "i")
+    need_rank("scatter_nd", indices, 1)
+    _check_reduction("scatter_nd", a.reduction, x)
+    depth = need_const("scatter_nd", "the last size of the indices", indices.type.shape[-1])
+    if depth > x.type.rank or updates.type.rank != indices.type.rank - 1 + x.type.rank - depth:
+        fail(f"scatter_nd: positions {indices.type} and updates {updates.type} do not fit {x.type}")
+    same_dtype("scatter_nd", x, updates)
+    return x.type
+
+
+def _nd_compute(x: te.Tensor, indices: te.Tensor, updates: te.Tensor, a: ScatterAttrs) -> te.Tensor:
+    depth = need_const("scatter_nd", "the last size of the indices", indices.shape[-1])
+    lead = len(indices.shape) - 1
+
+    def build(ins: list[Buffer], outs: list[Buffer], fresh: Fresh) -> Stmt:
+        source, where, values = ins
+        (made,) = outs
+
+        def put(*i: Expr) -> Stmt:
+            at = [
+                wrapped(Load(where, (*i[:lead], Const(k))), source.shape[k]) for k in range(depth)
+            ]
+            return _combined(a.reduction, made, (*at, *i[lead:]), Load(values, i))
+
+        copy = over(source.shape, fresh, lambda *i: Store(made, i, Load(source, i)))
+        return seq([copy, over(values.shape, fresh, put)])
+
+    return te.extern("scatter_nd", (x, indices, updates), [(x.shape, x.dtype)], build)[0]
+
+
+def _nd_reference(x: Array, indices: Array, updates: Array, a: ScatterAttrs) -> Array:
+    at = tuple(
+        np.where(p < 0, p + n, p)
+        for p, n in zip(np.moveaxis(indices, -1, 0), x.shape, strict=False)
+    )
+    return _np_scatter(x.copy(), at, updates, a.reduction)
+
+
+def _nd_samples(draw: Draw) -> tuple[list[Array], ScatterAttrs]:
+    of = shape(draw, 1, 3)
+    depth = integer(draw, 1, len(of))
+    lead = shape(draw, 1, 2, 3)
+    at = np.stack([array(draw, lead, "int64", -s, s - 1) for s in of[:depth]], -1)
+    dtype = choice(draw, ("float32", "float16", "int32"))
+    reduction = choice(draw, REDUCTIONS)
+    values = array(draw, (*lead, *of[depth:]), dtype)
+    if reduction == "none":
+        values[...] = 1
+    return [array(draw, of, dtype), at, values], ScatterAttrs(0, reduction)
+
+
+scatter_nd = register(
+    Op(
+        "scatter_nd",
+        ScatterAttrs,
+        _nd_infer,
+        direct(_nd_compute),
+        _nd_reference,
+        _nd_samples,
+    )
+)

@@ -1,0 +1,224 @@
+"""Law 2: simplify keeps the value under every assignment in bounds, prove claims nothing false,
+bound is a bound. And the identities that schedules rely on."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minicompiler.ir.arith import Arith, evaluate_int
+from minicompiler.ir.expr import (
+    COMPARE,
+    ZERO,
+    Const,
+    Dim,
+    Expr,
+    Var,
+    all_of,
+    binary,
+    const_int,
+    eq,
+    free_vars,
+    logical_not,
+    maximum,
+    minimum,
+    select,
+)
+
+CHECKED = settings(max_examples=300, derandomize=True, deadline=None, database=None)
+# An expression takes dozens of choices: one number that seeds them is drawn, which keeps this fast.
+SEED = given(st.integers(0, 2**32 - 1))
+N, M = Dim("n", 1, 9), Dim("m", 2, 6)
+I, J, K, T = Var("i"), Var("j"), Var("k"), Var("t")
+# k runs over tiles of n, t within one; j may be negative; the range of k names a Dim and t names k.
+RANGES: dict[Expr, tuple[Expr, Expr]] = {
+    I: (ZERO, Const(7)),
+    J: (Const(-3), Const(4)),
+    K: (ZERO, (N + 3) // 4 - 1),
+    T: (ZERO, minimum(Const(4), N - K * 4) - 1),
+}
+
+
+def integers(rng: Random, depth: int) -> Expr:
+    """A random index expression; divisors are positive."""
+    kind = rng.randint(0, 9 if depth else 1)
+    if kind == 0:
+        return Const(rng.randint(-6, 17))
+    if kind == 1 or depth == 0:
+        return rng.choice((I, J, K, T, N, M))
+    a = integers(rng, depth - 1)
+    if kind in (2, 3):
+        divisor = rng.choice((Const(2), Const(3), Const(4), Const(8), Const(12), N, M))
+        return binary("floordiv" if kind == 2 else "mod", a, divisor)
+    if kind == 4:
+        return select(comparison(rng, depth - 1), a, integers(rng, depth - 1))
+    if kind == 5:
+        return a * Const(rng.choice((-4, -1, 2, 3, 4, 8, 12)))
+    op = ("add", "sub", "min", "max")[kind - 6]
+    return binary(op, a, integers(rng, depth - 1))
+
+
+def comparison(rng: Random, depth: int) -> Expr:
+    """A random condition."""
+    a, b = integers(rng, depth), integers(rng, depth)
+    made = binary(rng.choice(COMPARE), a, b)
+    if depth and rng.randint(0, 3) == 0:
+        made = binary(rng.choice(("and", "or")), made, comparison(rng, depth - 1))
+    return logical_not(made) if rng.randint(0, 4) == 0 else made
+
+
+def assignments(rng: Random, count: int = 15) -> list[dict[str, int]]:
+    """Values in bounds for all variables."""
+    found = []
+    for _ in range(count):
+        n, m = rng.choice((1, 2, 4, 5, 8, 9)), rng.randint(2, 6)
+        k = rng.randint(0, (n + 3) // 4 - 1)
+        t = rng.randint(0, min(4, n - 4 * k) - 1)
+        found.append(
+            {"i": rng.randint(0, 7), "j": rng.randint(-3, 4), "k": k, "t": t, "n": n, "m": m}
+        )
+    return found
+
+
+@CHECKED
+@SEED
+def test_simplify_keeps_the_value(seed: int) -> None:
+    rng = Random(seed)
+    e = integers(rng, 4)
+    simple = Arith(RANGES).simplify(e)
+    for env in assignments(rng):
+        assert evaluate_int(simple, env) == evaluate_int(e, env), (str(e), str(simple), env)
+
+
+@CHECKED
+@SEED
+def test_simplify_keeps_conditions(seed: int) -> None:
+    rng = Random(seed)
+    e = comparison(rng, 3)
+    simple = Arith(RANGES).simplify(e)
+    for env in assignments(rng):
+        same = bool(evaluate_int(simple, env)) == bool(evaluate_int(e, env))
+        assert same, (str(e), str(simple), env)
+
+
+@CHECKED
+@SEED
+def test_prove_claims_nothing_false(seed: int) -> None:
+    rng = Random(seed)
+    e = comparison(rng, 3)
+    claim = Arith(RANGES).prove(e)
+    if claim is not None:
+        for env in assignments(rng):
+            assert bool(evaluate_int(e, env)) is claim, (str(e), claim, env)
+
+
+@CHECKED
+@SEED
+def test_prove_with_facts_claims_nothing_false(seed: int) -> None:
+    rng = Random(seed)
+    facts = [comparison(rng, 2) for _ in range(rng.randint(1, 3))]
+    e = comparison(rng, 2)
+    claim = Arith(RANGES, facts).prove(e)
+    if claim is not None:
+        for env in assignments(rng, 30):
+            if all(evaluate_int(f, env) for f in facts):
+                holds = bool(evaluate_int(e, env))
+                assert holds is claim, ([str(f) for f in facts], str(e), claim, env)
+
+
+@CHECKED
+@SEED
+def test_bound_is_a_bound(seed: int) -> None:
+    rng = Random(seed)
+    e = integers(rng, 3)
+    over = rng.choice(((I,), (J,), (T,), (K, T), (I, J), (I, J, K, T)))
+    arith = Arith(RANGES)
+    for sign in (-1, 1):
+        limit = arith.bound(e, over, sign)
+        if limit is None:
+            continue
+        assert free_vars(limit).isdisjoint(over)
+        for env in assignments(rng):
+            got, most = evaluate_int(e, env), evaluate_int(limit, env)
+            assert got * sign <= most * sign, (str(e), str(limit), over, sign, env)
+
+
+@CHECKED
+@SEED
+def test_the_interval_holds_the_value(seed: int) -> None:
+    rng = Random(seed)
+    e = integers(rng, 3)
+    arith = Arith(RANGES)
+    low, high = arith.interval(arith.simplify(e))
+    for env in assignments(rng):
+        got = evaluate_int(e, env)
+        assert (low is None or low <= got) and (high is None or got <= high), (str(e), low, high)
+
+
+# ---- identities ---------------------------------------------------------------------------------
+def below(extent: int | Expr) -> tuple[Expr, Expr]:
+    return ZERO, (Const(extent) if isinstance(extent, int) else extent) - 1
+
+
+A, B, F = Var("a"), Var("b"), Var("f")
+X, Y = Var("x"), Var("y")
+EQUAL: list[tuple[Expr, Expr]] = [
+    ((A * 16 + B) // 16, A),
+    ((A * 16 + B) % 16, B),
+    ((A * 16 + B) // 4, A * 4 + B // 4),
+    (B // 4 * 4 + B % 4, B),
+    (F // N * N + F % N, F),
+    (F // 3 // 4 * 12 + F // 3 % 4 * 3 + F % 3, F),
+    ((X * 2 + Y) % 6, X % 3 * 2 + Y),
+    ((X * 2 + Y) // 6, X // 3),
+    (minimum(B, Const(20)), B),
+    (maximum(B, ZERO), B),
+    (select(B < 16, B, A), B),
+    ((N * 8 + B % 8) // 8, N),
+    ((X * N + F % N) // N, X),
+    ((X * N + F % N) % N, F % N),
+]
+
+
+@pytest.mark.parametrize("pair", EQUAL, ids=lambda p: str(p[0]))
+def test_equal_expressions_become_one(pair: tuple[Expr, Expr]) -> None:
+    ranges = {A: below(1000), B: below(16), F: below(N * 12), X: below(9), Y: below(2)}
+    arith = Arith(ranges)
+    assert arith.simplify(pair[0]) is arith.simplify(pair[1])
+
+
+TRUE_IN_RANGE: list[tuple[Expr, list[Expr]]] = [
+    (A * 16 + B < 16000, []),
+    (F // N < 12, []),
+    (A * 16 + B < 1599, [A < 99]),
+    ((A * 8 + B) // 3 // 4 < 3, [A * 8 + B < 36]),
+    (A * 3 + B % 3 < 6, [A < 2]),
+    (minimum(maximum(X - 2, 2 - X), 4 - maximum(X - 2, 2 - X)) >= 0, [X < 7]),
+    (maximum(minimum(A - 7, Const(5)), ZERO) <= 5, []),
+    (N // 8 * 8 + (N % 8 - 1) < N, []),
+    ((N + 7) // 8 * 8 >= N, []),
+    ((N + 7) // 8 * 8 < N + 8, []),
+    (X * 4 + Y * 2 + B % 2 < 30, [X * 2 + Y < 15]),
+]
+
+
+@pytest.mark.parametrize("case", TRUE_IN_RANGE, ids=lambda c: str(c[0]))
+def test_what_schedules_need_is_proved(case: tuple[Expr, list[Expr]]) -> None:
+    ranges = {A: below(1000), B: below(16), F: below(N * 12), X: below(9), Y: below(2)}
+    assert Arith(ranges, case[1]).prove(case[0]) is True
+
+
+def test_bounds_are_tight_for_tiles() -> None:
+    arith = Arith({A: below((N + 7) // 8), B: below(8), X: below(minimum(Const(8), N - A * 8))})
+    assert arith.bound(A * 8 + B, (B,), 1) is arith.simplify(A * 8 + 7)
+    assert const_int(arith.bound(B // 3, (B,), 1) or ZERO) == 2
+    assert arith.prove(A * 8 + X < N) is True
+
+
+def test_facts_about_ranges_do_not_go_round_in_circles() -> None:
+    arith = Arith({A: below((N + 7) // 8), B: below(8)}, [A * 8 + B < N])
+    assert arith.prove(A * 8 + B <= N - 1) is True
+    assert arith.prove(all_of([eq(A, ZERO), A < 0])) is False
