@@ -98,6 +98,7 @@ def demo(threads: int | None, size: int, as_json: bool) -> None:
 
     The network is built in Python, so nothing is downloaded. Its result is compared with a plain
     numpy evaluation of the same graph; an error above 5e-5 of the largest result fails.
+    Rates count the operations of plain convolution, whatever algorithm a kernel uses.
     """
     from minicompiler.demo import image, resnet18
     from minicompiler.inputs import difference

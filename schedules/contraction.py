@@ -67,7 +67,47 @@ def apply(s: Schedule) -> None:
     if nest is None:
         elementwise.apply(s)
         return
+    if s.choose("block_rows", (False, True), _rows_conflict(s, nest)):
+        nest = _block_rows(s, nest, main.name)
     _schedule(s, nest)
+
+
+def _rows_conflict(s: Schedule, nest: _Nest) -> bool:
+    """True when the rows of a tile lie a multiple of 4 KB apart: they would fight for the same lines of
+    the first-level cache for as long as the tile walks along them. Worth a copy if it is read often."""
+    load = nest.broad
+    if load.buffer.scope is not Scope.PARAM or load.buffer.constant or load.buffer.layout is not None:
+        return False
+    if len(nest.reduce) != 1 or not nest.rows or nest.vector.var in _vars(load):
+        return False
+    row = const_int(nest.rows[-1].extent)
+    reuse = const_int(nest.vector.extent)
+    if (row is not None and row < 16) or reuse is None or reuse < 256 or analysis.writers(s.func, load.buffer):
+        return False
+    arith = analysis.arith_of(s.func)
+    depth = elementwise.strides(load.buffer, load.indices, nest.reduce[0].var, arith)
+    step = elementwise.strides(load.buffer, load.indices, nest.rows[-1].var, arith)
+    return depth == 1 and step is not None and step * load.buffer.dtype.bytes % 4096 == 0
+
+
+def _block_rows(s: Schedule, nest: _Nest, name: str) -> _Nest:
+    """Copies the broadcast operand with the reduction axis in blocks of 16, so that the rows of a tile lie
+    side by side: tile by tile, or (where rows are several axes, so that tiles wrap around) block by block."""
+    load = nest.broad
+    axis = _axis_of(load, nest.reduce[0])
+    row = _axis_of(load, nest.rows[-1])
+    assert axis is not None and row is not None
+    if len(nest.rows) == 1:
+        rows = _tile(s, nest)[2]
+        others = [[k, 1, 0] for k in range(len(load.indices)) if k not in (axis, row)]
+        parts = [*others, [row, rows, 0], [axis, 16, 0], [row, 1, rows], [axis, 1, 16]]
+    else:
+        others = [[k, 1, 0] for k in range(len(load.indices)) if k != axis]
+        parts = [[axis, 16, 0], *others, [axis, 1, 16]]
+    s.stage(load.buffer.name, None, Scope.GLOBAL, parts)
+    made = _analyse(s, name)
+    assert made is not None
+    return made
 
 
 def _before(s: Schedule, first: str, second: str) -> bool:
@@ -188,16 +228,16 @@ def depth_block(extent: int | None, limit: int) -> int | None:
         return None
     if extent is not None:
         for size in range(limit + limit // 3, limit // 2, -1):
-            if extent % size == 0 and size % 4 == 0:
+            if extent % size == 0 and size % 16 == 0:
                 return size
     return limit
 
 
-def _schedule(s: Schedule, nest: _Nest) -> None:
+def _tile(s: Schedule, nest: _Nest) -> tuple[int, int, int, int | None]:
+    """The register tile: (lanes of the vector axis, vectors, rows), and the number of rows if known."""
     t = s.target
     lanes = t.vector_bytes // 4
-    block, name = nest.block, nest.block.name
-    out = block.body
+    out = nest.block.body
     axis = next(k for k, i in enumerate(out.indices) if i is nest.vector.var)
     vector_extent = const_int(nest.vector.extent)
     blocked = _block_of(out.buffer.layout, axis)
@@ -221,6 +261,14 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
     if depthwise:
         rows = min(rows, 4 if vectors > 1 else 7)
     rows = s.choose("rows", tuple(range(1, 33)), rows)
+    return width, vectors, rows, row_extent
+
+
+def _schedule(s: Schedule, nest: _Nest) -> None:
+    t = s.target
+    name = nest.block.name
+    out = nest.block.body
+    width, vectors, rows, row_extent = _tile(s, nest)
 
     # ---- loops: outer, rows, vector, reduction ------------------------------------------------------------
     order = [_loop(i) for i in (*nest.outer, *nest.rows, nest.vector)] + [_loop(i) for i in nest.reduce]
@@ -239,19 +287,20 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
         tile = [row_i, v_i]
     # One long reduction is cut so that its part of the packed operand stays in the first-level cache.
     k_o, limit = None, 0
-    if len(depth) == 1:
-        extent = const_int(s.loop(depth[0])[0].extent)
-        limit = s.choose("depth", (256, 320, 384, 512, 768, 1024), 384)
+    if len(nest.reduce) == 1:
+        extent = const_int(nest.reduce[0].extent)
+        limit = s.choose("depth", (256, 320, 384, 512, 768, 1024), 768)
         size = depth_block(extent, limit)
         if size is not None and not outer and (row_extent is None or row_extent > rows):
-            k_o, k_i = s.split(depth[0], size, "guard")
-            depth = [k_i]
+            # The axis may be cut into blocks of the operand's layout already.
+            k_o, k_i = s.split(depth[0], max(1, size // (16 if len(depth) > 1 else 1)), "guard")
+            depth = [k_i, *depth[1:]]
     # Rows that fit the second-level cache are done for all vector blocks before the next ones.
     rows_outer = None
     if row_o is not None and (row_extent is None or row_extent > 4 * rows):
-        k_total = 1
-        for n in depth:
-            k_total *= const_int(s.loop(n)[0].extent) or (limit if k_o is not None else 1024)
+        k_total = limit if k_o is not None else 1
+        for n in depth if k_o is None else []:
+            k_total *= const_int(s.loop(n)[0].extent) or 1024
         fit = max(4, t.caches[1] // 2 // (4 * k_total) // rows)
         if not nest.outer or len(nest.rows) == 1 or k_o is not None or _plain_rows(nest):
             if row_extent is None or row_extent > fit * rows * 3 // 2:
