@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+from .config import VERSION as __version__
+
 _WHERE = {
     "compile": "driver",
     "load": "runtime.module",

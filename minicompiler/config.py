@@ -13,6 +13,8 @@ from pathlib import Path
 
 from minicompiler.errors import MinicompilerError
 
+VERSION = "0.1.0"
+
 
 def cache_dir() -> Path:
     """The folder of the disk cache; it need not exist yet."""

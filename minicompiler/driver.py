@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, pipeline
+from . import pipeline
 from .codegen.launch import emit_main
 from .codegen.llvm import emit
 from .codegen.native import compile_object
+from .config import VERSION
 from .context import Context, Options, Stage
 from .errors import InternalError, MinicompilerError
 from .frontend import onnx as onnx_frontend
@@ -220,7 +221,7 @@ def _stamp(target: Target) -> str:
             for path in sorted(folder.rglob("*.py")):
                 digest.update(path.read_bytes())
         _fingerprint.append(digest.hexdigest())
-    return f"{__version__} {_fingerprint[0]} {json.dumps(target.to_json(), sort_keys=True)}"
+    return f"{VERSION} {_fingerprint[0]} {json.dumps(target.to_json(), sort_keys=True)}"
 
 
 def _cached_kernel(key: str, fn: Function, constant: tuple[bool, ...], ctx: Context, cache: DiskCache) -> Kernel:

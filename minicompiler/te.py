@@ -26,6 +26,7 @@ from .ir.expr import (
     binary,
     cast,
     const,
+    free_vars,
     rewrite,
     select,
     wrap,
@@ -49,7 +50,7 @@ class Tensor:
     ) -> None:
         self.name, self.shape, self.dtype = name, tuple(wrap(s) for s in shape), dtype
         self.axes, self.body = axes, body
-        self.source: Extern | None = None  # what computes it, where it has no formula
+        self.source: Extern | Scan | None = None  # what computes it, where it has no formula
 
     def __getitem__(self, indices: Any) -> Expr:
         """The element at some indices (Exprs or ints), one per dimension."""
@@ -133,6 +134,61 @@ def extern(
     for t in made:
         t.source = source
     source.outputs = tuple(made)
+    return source.outputs
+
+
+class Scan:
+    """Tensors defined by recurrence over steps; `scan` makes it.
+
+    outputs[s] has steps + 1 entries: entry 0 is init[s], entry t + 1 is next[s], a formula over the
+    step `t`, the placeholders `prev` (the states at entry t) and other tensors. stages: next and
+    what it needs that varies from step to step, definitions before uses. inputs: what they read.
+    """
+
+    __slots__ = ("init", "inputs", "name", "next", "outputs", "prev", "stages", "steps", "t")
+
+    def __init__(
+        self, name: str, steps: Expr, t: Var, init: Sequence[Tensor], prev: Sequence[Tensor], next: Sequence[Tensor]
+    ) -> None:
+        self.name, self.steps, self.t = name, steps, t
+        self.init, self.prev, self.next = tuple(init), tuple(prev), tuple(next)
+        varying = set(self.prev)
+        stages = []
+        for x in closure(self.next):
+            if x.body is not None and (
+                x in self.next or t in free_vars(x.body) or not varying.isdisjoint(inputs(x))
+            ):
+                varying.add(x)
+                stages.append(x)
+        self.stages = tuple(stages)
+        # An initial state with a formula of its own is computed where it is needed.
+        starts = [i for x in self.init for i in (inputs(x) if x.body is not None else [x])]
+        read = [i for x in stages for i in inputs(x) if i not in varying]
+        self.inputs = tuple(dict.fromkeys((*starts, *read)))
+        self.outputs: tuple[Tensor, ...] = ()
+
+
+def scan(
+    steps: Expr | int,
+    init: Sequence[Tensor],
+    update: Callable[[Expr, tuple[Tensor, ...]], Sequence[Tensor]],
+    name: str = "scan",
+) -> tuple[Tensor, ...]:
+    """The histories of some states, of shape (steps + 1, ...): h[0] = init, h[t + 1] = update(t, h[t]).
+
+    update(t, the states after t steps) -> the states after one more, each of the shape of its `init`.
+    """
+    t = Var(f"t_{next(_counter)}")
+    prev = tuple(placeholder(f"{name}_{k}", x.shape, x.dtype) for k, x in enumerate(init))
+    # A state may be handed on as it is, and two may be the same.
+    made = [compute(x.shape, lambda *i, x=x: x[i], x.name) for x in update(t, prev)]
+    source = Scan(name, wrap(steps), t, init, prev, made)
+    histories = []
+    for k, x in enumerate(init):
+        h = Tensor(f"{name}_{k}", (source.steps + 1, *x.shape), x.dtype, (), None)
+        h.source = source
+        histories.append(h)
+    source.outputs = tuple(histories)
     return source.outputs
 
 

@@ -870,6 +870,8 @@ def rfactor(s: Schedule, name: str, loop_name: str) -> tuple[str, str]:
 def _can_rfactor(s: Schedule, block: Block, loop: For, top: For, path: analysis.Path) -> None:
     """The combining block comes after `top`, the outermost reducing loop: it must find all it needs there,
     and nothing inside may wait for it."""
+    if len(analysis.writers(s.func, block.body.buffer)) > 1:
+        s.refuse(f"several blocks write {block.body.buffer.name}", block)
     above = path[: path.index(top)]
     around = analysis.loops_in(path)
     reducing = analysis.reduce_loops(block, around)

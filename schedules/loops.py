@@ -207,7 +207,7 @@ def mark(s: Schedule, name: str, kind: LoopKind) -> None:
         extent = const_int(loop.extent)
         if extent is None or extent > MAX_UNROLL:
             s.refuse(f"{kind.value} needs a constant extent of at most {MAX_UNROLL}, not {loop.extent}", loop)
-    if kind in (PARALLEL, VECTOR):
+    if kind in (PARALLEL, VECTOR) and const_int(loop.extent) != 1:
         local = {x.buffer for x in statements(loop.body) if isinstance(x, Alloc)}
         for b in analysis.blocks(loop.body):
             if b.body.buffer in local:

@@ -152,15 +152,13 @@ def _contiguous_loop(block: Block, reducing, arith) -> str | None:  # type: igno
 
 def _across(s: Schedule, name: str, top: str | None, lanes: int) -> bool:
     """for n, c_o, h, w: vector c_i: registers += over the window"""
-    order = elementwise.memory_order(s, name)
+    order = elementwise.memory_order(s, name, top)
     inner = order[-1]
     extent = const_int(s.loop(inner)[0].extent)
     outer = order[:-1]
     if extent is None or extent > 4 * lanes:
         big, inner = s.split(inner, 2 * lanes if extent is None or extent >= 2 * lanes else lanes, "mask")
         outer = [*outer, big]
-    names = s.loops_of(name)
-    reduce = [n for n in names if n not in order and n not in (outer + [inner]) and n != top]
     block, path = s.block(name)
     reduce = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
     if outer or reduce:

@@ -34,6 +34,7 @@ class LoopKind(enum.Enum):
 
 
 SERIAL, PARALLEL, VECTOR, UNROLL, THREAD = LoopKind
+SCAN = "scan"  # For.tag: a recurrence; iterations in order, the statements of its body are phases
 
 
 class Scope(enum.Enum):

@@ -58,7 +58,7 @@ def from_tensors(
     constants: the params that are known while compiling (weights).
     """
     layouts = layouts or {}
-    order = _inline(list(te.closure(results)), results)
+    order = _reductions_late(_inline(list(te.closure(results)), results))
     buffers: dict[te.Tensor, Buffer] = {}
     names: set[str] = set()
 
@@ -167,6 +167,16 @@ def _literal(v: Constant) -> te.Tensor:
         value = data.reshape(-1)[0]
         return te.compute(data.shape, lambda *i: const(value, dtype), "constant")
     raise InternalError(f"a constant of {data.size} elements inside a fused function", v.locs)
+
+
+def _reductions_late(order: list[te.Tensor]) -> list[te.Tensor]:
+    """A topological order in which what does not wait for a reduction comes before it, so that a
+    consumer moved to its reduction finds its other operands there."""
+    after: set[te.Tensor] = set()
+    for t in order:
+        if any(i in after for i in te.inputs(t)) or type(t.body) is Reduce:
+            after.add(t)
+    return [t for t in order if t not in after] + [t for t in order if t in after]
 
 
 # ---- inlining ----------------------------------------------------------------------------------------

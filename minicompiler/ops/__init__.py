@@ -7,23 +7,25 @@ underscore where Python uses the name): `ops.elementwise.add`, `ops.conv.conv`, 
 from . import (
     activations,
     codes,
+    contract,
     conv,
     elementwise,
     evaluate,
     index,
     linalg,
     norm,
-    pieces,
     order,
+    pieces,
     pool,
     quant,
     reduce,
     resize,
+    sample,
     scatter,
     shape,
 )
 
 __all__ = [
-    "activations", "codes", "conv", "elementwise", "evaluate", "index", "linalg", "norm", "pieces", "pool",
-    "quant", "reduce", "resize", "shape",
+    "activations", "codes", "contract", "conv", "elementwise", "evaluate", "index", "linalg",
+    "norm", "order", "pieces", "pool", "quant", "reduce", "resize", "sample", "scatter", "shape",
 ]  # fmt: skip

@@ -30,7 +30,7 @@ from ..ir.expr import (
     select,
 )
 from ..ir.op import Arg, NoAttrs, Op, Precision, register
-from ..ir.types import CODED, DType, TensorType, bool_, dtype_of, float32
+from ..ir.types import CODED, DType, TensorType, bool_, dtype_of, float32, uint8
 from . import codes
 from .draws import FLOATS, INTS, Draw, array, broadcastable, choice, flag, integer, shape
 from .evaluate import erf as np_erf
@@ -40,6 +40,7 @@ from .rules import (
     broadcast,
     direct,
     elements,
+    fail,
     float32_inside,
     known_nonneg,
     need_dtype,
@@ -484,3 +485,43 @@ clip = unary(
 # ---- identity -----------------------------------------------------------------------------------
 identity = unary("identity", lambda e, a: e, lambda x, a: x, kinds="fibc", content=lambda e: e)
 
+
+# ---- bitcast ------------------------------------------------------------------------------------
+def _bitcast_infer(x: Arg, a: CastAttrs) -> TensorType:
+    if x.type.dtype.bits != a.dtype.bits:
+        fail(f"bitcast: the elements of {x.type} have another size than {a.dtype}")
+    return TensorType(x.type.shape, a.dtype)
+
+
+def _bitcast_formula(e: Expr, dtype: DType) -> Expr:
+    if dtype.is_bool:
+        return ne(codes.bits_of(e, uint8), 0)
+    if e.dtype.is_bool:
+        e = cast(e, uint8)
+    return e if e.dtype is dtype else codes.bits_of(e, dtype)
+
+
+def _bitcast_compute(x: te.Tensor, a: CastAttrs) -> te.Tensor:
+    return te.map_elements(lambda e: _bitcast_formula(e, a.dtype), x, name="bitcast")
+
+
+def _bitcast_reference(x: np.ndarray, a: CastAttrs) -> np.ndarray:
+    return np.ascontiguousarray(x).view(a.dtype.numpy).reshape(x.shape)
+
+
+def _bitcast_samples(draw: Draw) -> tuple[list[np.ndarray], CastAttrs]:
+    pairs = (("float32", "int32"), ("int64", "float64"), ("uint16", "float16"), ("bool", "int8"))
+    source, to = choice(draw, pairs)
+    return [array(draw, shape(draw), source, 0, 9)], CastAttrs(DType(to))
+
+
+bitcast = register(
+    Op(
+        "bitcast",
+        CastAttrs,
+        _bitcast_infer,
+        direct(_bitcast_compute),
+        _bitcast_reference,
+        _bitcast_samples,
+    )
+)

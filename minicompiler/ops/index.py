@@ -21,6 +21,7 @@ from .draws import Draw, array, choice, flag, integer, shape
 from .rules import (
     Size,
     axis_of,
+    clamped,
     direct,
     fail,
     need_const,
@@ -262,5 +263,65 @@ one_hot = register(
         direct(_one_hot_compute),
         _one_hot_reference,
         _one_hot_samples,
+    )
+)
+
+
+# ---- reverse_sequence ---------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ReverseAttrs:
+    """The first lengths[b] elements along `time` are reversed, b the index along `batch`."""
+
+    time: int = 0
+    batch: int = 1
+
+
+def _reverse_infer(x: Arg, lengths: Arg, a: ReverseAttrs) -> TensorType:
+    need_dtype("reverse_sequence", lengths, "i")
+    rank = need_rank("reverse_sequence", x, 2)
+    axis_of(a.time, rank, "reverse_sequence")
+    batch = axis_of(a.batch, rank, "reverse_sequence")
+    need_rank("reverse_sequence", lengths, 1, 1)
+    need_same("reverse_sequence", "batch sizes", x.type.shape[batch], lengths.type.shape[0])
+    return x.type
+
+
+def _reverse_compute(x: te.Tensor, lengths: te.Tensor, a: ReverseAttrs) -> te.Tensor:
+    rank = len(x.shape)
+    time, batch = a.time % rank, a.batch % rank
+
+    def body(*i: Expr) -> Expr:
+        length = cast(lengths[i[batch]], index)
+        at = select(i[time] < length, length - 1 - i[time], i[time])
+        return x[(*i[:time], clamped(at, x.shape[time]), *i[time + 1 :])]
+
+    return te.compute(x.shape, body, "reverse_sequence")
+
+
+def _reverse_reference(x: Array, lengths: Array, a: ReverseAttrs) -> Array:
+    made = x.copy()
+    for b, n in enumerate(lengths):
+        own = [slice(None)] * x.ndim
+        own[a.batch] = slice(b, b + 1)
+        own[a.time] = slice(0, int(n))
+        made[tuple(own)] = np.flip(x[tuple(own)], a.time)
+    return made
+
+
+def _reverse_samples(draw: Draw) -> tuple[list[Array], ReverseAttrs]:
+    of = shape(draw, 2, 3)
+    a = ReverseAttrs(0, 1) if flag(draw) else ReverseAttrs(1, 0)
+    lengths = array(draw, (of[a.batch],), "int64", 1, of[a.time])
+    return [array(draw, of, choice(draw, MOVED)), lengths], a
+
+
+reverse_sequence = register(
+    Op(
+        "reverse_sequence",
+        ReverseAttrs,
+        _reverse_infer,
+        direct(_reverse_compute),
+        _reverse_reference,
+        _reverse_samples,
     )
 )

@@ -342,50 +342,58 @@ class CumsumAttrs:
     reverse: bool = False
 
 
-def _cumsum_infer(x: Arg, a: CumsumAttrs) -> TensorType:
-    need_dtype("cumsum", x, "fi")
-    need_rank("cumsum", x, 1)
-    axis_of(a.axis, x.type.rank, "cumsum")
-    return x.type
+def _cumulative(name: str, combiner: str, neutral: int, ufunc: np.ufunc) -> Op:
+    """Registers a running sum or product along an axis."""
 
+    def infer(x: Arg, a: CumsumAttrs) -> TensorType:
+        need_dtype(name, x, "fi")
+        need_rank(name, x, 1)
+        axis_of(a.axis, x.type.rank, name)
+        return x.type
 
-def _cumsum_compute(x: te.Tensor, a: CumsumAttrs) -> te.Tensor:
-    axis = a.axis % len(x.shape)
-    source = widened(x)
-    (r,) = te.reduce_vars(1)
+    def compute(x: te.Tensor, a: CumsumAttrs) -> te.Tensor:
+        axis = a.axis % len(x.shape)
+        source = widened(x)
+        (r,) = te.reduce_vars(1)
 
-    def body(*i: Expr) -> Expr:
-        low, high = (i[axis], r) if a.reverse else (r, i[axis])
-        counts = low < high if a.exclusive else low <= high
-        return select(counts, source[(*i[:axis], r, *i[axis + 1 :])], const(0, source.dtype))
+        def body(*i: Expr) -> Expr:
+            low, high = (i[axis], r) if a.reverse else (r, i[axis])
+            counts = low < high if a.exclusive else low <= high
+            one = source[(*i[:axis], r, *i[axis + 1 :])]
+            return select(counts, one, const(neutral, source.dtype))
 
-    made = te.compute(x.shape, body, "cumsum", ("sum", {r: x.shape[axis]}))
-    return te.astype(made, x.dtype)
+        made = te.compute(x.shape, body, name, (combiner, {r: x.shape[axis]}))
+        return te.astype(made, x.dtype)
 
+    def reference(x: Array, a: CumsumAttrs) -> Array:
+        x = np.flip(x, a.axis) if a.reverse else x
+        if a.exclusive:
+            crop = tuple(
+                slice(0, -1) if k == a.axis % x.ndim else slice(None) for k in range(x.ndim)
+            )
+            edge = [(1, 0) if k == a.axis % x.ndim else (0, 0) for k in range(x.ndim)]
+            x = np.pad(x[crop], edge, constant_values=neutral)
+        y = ufunc.accumulate(x, axis=a.axis, dtype=x.dtype)
+        return np.flip(y, a.axis) if a.reverse else y
 
-def _cumsum_reference(x: Array, a: CumsumAttrs) -> Array:
-    x = np.flip(x, a.axis) if a.reverse else x
-    y = np.cumsum(x, axis=a.axis, dtype=x.dtype)
-    if a.exclusive:
-        y = y - x
-    return np.flip(y, a.axis) if a.reverse else y
+    def samples(draw: Draw) -> tuple[list[Array], CumsumAttrs]:
+        of = shape(draw, 1)
+        x = array(draw, of, choice(draw, ("float32", "float64", "int32", "int64")))
+        axis = integer(draw, -len(of), len(of) - 1)
+        return [x], CumsumAttrs(axis, flag(draw), flag(draw))
 
-
-def _cumsum_samples(draw: Draw) -> tuple[list[Array], CumsumAttrs]:
-    of = shape(draw, 1)
-    x = array(draw, of, choice(draw, ("float32", "float64", "int32", "int64")))
-    axis = integer(draw, -len(of), len(of) - 1)
-    return [x], CumsumAttrs(axis, flag(draw), flag(draw))
-
-
-cumsum = register(
-    Op(
-        "cumsum",
-        CumsumAttrs,
-        _cumsum_infer,
-        direct(_cumsum_compute),
-        float32_inside(_cumsum_reference),
-        _cumsum_samples,
-        precision=Precision.FLOAT32_INSIDE,
+    return register(
+        Op(
+            name,
+            CumsumAttrs,
+            infer,
+            direct(compute),
+            float32_inside(reference),
+            samples,
+            precision=Precision.FLOAT32_INSIDE,
+        )
     )
-)
+
+
+cumsum = _cumulative("cumsum", "sum", 0, np.add)
+cumprod = _cumulative("cumprod", "prod", 1, np.multiply)

@@ -1,0 +1,514 @@
+"""Images read at fractional positions that are data.
+
+    grid_sample(x, grid)                    x[n, c, ...] at grid[n, ..., d], -1 to 1 over each axis
+    roi_align(x, rois, batch)               a small image of each rectangle
+    deform_conv(x, w, offset, mask, bias)   a convolution whose taps are moved by offsets
+
+Weights of cubic interpolation: R. Keys, "Cubic convolution interpolation", 1981.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import te
+from ..ir.expr import Call, Const, Expr, all_of, binary, cast, const, eq, product, select, wrap
+from ..ir.op import Arg, Op, Precision, register
+from ..ir.types import TensorType, index
+from .draws import Draw, array, choice, flag, integer
+from .elementwise import magnitude
+from .rules import (
+    Size,
+    clamped,
+    direct,
+    fail,
+    float32_inside,
+    inside,
+    need_const,
+    need_dtype,
+    need_rank,
+    need_same,
+    number,
+    optional,
+    result,
+    same_dtype,
+    widened,
+    wrapped,
+)
+
+Array = np.ndarray
+MODES = ("nearest", "linear", "cubic")
+PADDINGS = ("zeros", "border", "reflection")
+_CUBIC = -0.75
+
+
+# ---- positions ----------------------------------------------------------------------------------
+def _floor(e: Expr) -> Expr:
+    return Call("floor", (e,))
+
+
+def _reflected(e: Expr, low: Expr, high: Expr) -> Expr:
+    """e, mirrored at both borders until it lies between them."""
+    span = high - low
+    away = magnitude(e - low)
+    turns = _floor(away / span)
+    rest = away - turns * span
+    odd = ~eq(turns - _floor(turns * 0.5) * 2.0, 0.0)
+    return select(0.0 < span, low + select(odd, span - rest, rest), low)
+
+
+def _whole(e: Expr, size: Size) -> Expr:
+    """A float position as an index; what lies far outside stays outside."""
+    bound = number(wrap(size), e.dtype)
+    return cast(binary("max", binary("min", e, bound + 4.0), -4.0), index)
+
+
+def _pixel(
+    x: te.Tensor, lead: Sequence[Expr], at: Sequence[Expr], sizes: Sequence[Expr], zeros: bool
+) -> Expr:
+    """An element; outside x 0 or the nearest one."""
+    value = x[(*lead, *(clamped(i, n) for i, n in zip(at, sizes, strict=True)))]
+    if not zeros:
+        return value
+    within = all_of(inside(i, n) for i, n in zip(at, sizes, strict=True))
+    return select(within, value, const(0, value.dtype))
+
+
+def _weights(t: Expr, mode: str) -> list[tuple[int, Expr]]:
+    """(neighbour, weight) for a fraction 0 <= t < 1."""
+    if mode == "linear":
+        return [(0, 1.0 - t), (1, t)]
+    a = _CUBIC
+
+    def far(d: Expr) -> Expr:
+        return ((d * a - 5 * a) * d + 8 * a) * d - 4 * a
+
+    def near(d: Expr) -> Expr:
+        return (d * (a + 2) - (a + 3)) * d * d + 1.0
+
+    return [(-1, far(t + 1.0)), (0, near(t)), (1, near(1.0 - t)), (2, far(2.0 - t))]
+
+
+def _interpolated(
+    x: te.Tensor,
+    lead: Sequence[Expr],
+    at: Sequence[Expr],
+    mode: str = "linear",
+    padding: str = "zeros",
+    corners: bool = True,
+) -> Expr:
+    """x at float positions (in elements) of its last axes."""
+    sizes = x.shape[len(lead) :]
+    limits = []
+    for n in sizes:
+        size = number(n, at[0].dtype)
+        limits.append((const(0.0 if corners else -0.5, size.dtype), size - (1.0 if corners else 0.5)))
+
+    def settled(i: Expr, k: int) -> Expr:
+        """A whole position moved into x where the padding says so."""
+        if padding != "reflection":
+            return i
+        e = cast(i, at[0].dtype)
+        mirrored = _whole(_reflected(e, *limits[k]), sizes[k])
+        return select(inside(i, sizes[k]), i, mirrored)
+
+    moved = []
+    for k, e in enumerate(at):
+        if mode == "nearest":
+            e = Call("round", (e,))
+        low, high = limits[k]
+        if padding == "border":
+            most = number(sizes[k], e.dtype) - 1.0
+            bounded = binary("max", binary("min", e, most), const(0, e.dtype))
+            e = select(binary("or", e < low, high < e), bounded, e)
+        elif padding == "reflection":
+            e = select(binary("or", e < low, high < e), _reflected(e, low, high), e)
+        moved.append(e)
+    zeros = padding == "zeros"
+    if mode == "nearest":
+        near = [settled(_whole(e, n), k) for k, (e, n) in enumerate(zip(moved, sizes, strict=True))]
+        return _pixel(x, lead, near, sizes, zeros)
+    base = [_whole(_floor(e), n) for e, n in zip(moved, sizes, strict=True)]
+    weights = [_weights(cast(e - _floor(e), x.dtype), mode) for e in moved]
+    total: Expr | None = None
+    for taps in itertools.product(*weights):
+        spots = [settled(b + tap, k) for k, (b, (tap, _)) in enumerate(zip(base, taps, strict=True))]
+        value = _pixel(x, lead, spots, sizes, zeros)
+        for _, w in taps:
+            value = value * w
+        total = value if total is None else total + value
+    assert total is not None
+    return total
+
+
+# ---- grid_sample --------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class GridSampleAttrs:
+    """align_corners: -1 and 1 are the centres of the outermost elements, not their outer edges."""
+
+    mode: str = "linear"
+    padding: str = "zeros"
+    align_corners: bool = False
+
+
+def _grid_infer(x: Arg, grid: Arg, a: GridSampleAttrs) -> TensorType:
+    rank = need_rank("grid_sample", x, 3)
+    need_rank("grid_sample", grid, rank, rank)
+    need_dtype("grid_sample", grid, "f")
+    need_dtype("grid_sample", x, "f")
+    need_same("grid_sample", "coordinates", grid.type.shape[-1], rank - 2)
+    if a.mode not in MODES or a.padding not in PADDINGS:
+        fail(f"grid_sample: mode {a.mode!r} with padding {a.padding!r} is not supported")
+    return result((*x.type.shape[:2], *grid.type.shape[1:-1]), x.type.dtype)
+
+
+def _grid_compute(x: te.Tensor, grid: te.Tensor, a: GridSampleAttrs) -> te.Tensor:
+    source, places = widened(x), widened(grid)
+    d = len(x.shape) - 2
+
+    def body(n: Expr, c: Expr, *i: Expr) -> Expr:
+        at = []
+        for k in range(d):
+            e = places[(n, *i, Const(d - 1 - k))]
+            size = number(x.shape[2 + k], e.dtype)
+            if a.align_corners:
+                at.append((e + 1.0) * 0.5 * (size - 1.0))
+            else:
+                at.append(((e + 1.0) * size - 1.0) * 0.5)
+        return _interpolated(source, (n, c), at, a.mode, a.padding, a.align_corners)
+
+    made = te.compute((*x.shape[:2], *grid.shape[1:-1]), body, "grid_sample")
+    return te.astype(made, x.dtype)
+
+
+def _np_weights(t: Array, mode: str) -> list[tuple[int, Array]]:
+    if mode == "linear":
+        return [(0, 1 - t), (1, t)]
+    a = _CUBIC
+    d = np.stack([t + 1, t, 1 - t, 2 - t])
+    far = ((d * a - 5 * a) * d + 8 * a) * d - 4 * a
+    near = (d * (a + 2) - (a + 3)) * d * d + 1
+    return [(-1, far[0]), (0, near[1]), (1, near[2]), (2, far[3])]
+
+
+def _np_reflected(e: Array, low: float, high: float) -> Array:
+    span = high - low
+    if span <= 0:
+        return np.full_like(e, low)
+    away = np.abs(e - low)
+    turns = np.floor(away / span)
+    rest = away - turns * span
+    return low + np.where(turns % 2 == 1, span - rest, rest)
+
+
+def _np_interpolated(x: Array, at: Sequence[Array], mode: str, padding: str, corners: bool) -> Array:
+    """x[d1, d2, ...] at float positions."""
+    moved = []
+    for e, size in zip(at, x.shape, strict=True):
+        low, high = (0.0, size - 1.0) if corners else (-0.5, size - 0.5)
+        e = np.rint(e) if mode == "nearest" else e
+        out = (e < low) | (e > high)
+        if padding == "border":
+            e = np.where(out, np.clip(e, 0, size - 1), e)
+        elif padding == "reflection":
+            e = np.where(out, _np_reflected(e, low, high), e)
+        moved.append(e)
+
+    def pixel(spots: Sequence[Array]) -> Array:
+        valid = np.ones(spots[0].shape, bool)
+        near = []
+        for i, size in zip(spots, x.shape, strict=True):
+            if padding == "reflection":
+                low, high = (0.0, size - 1.0) if corners else (-0.5, size - 0.5)
+                mirrored = _np_reflected(i.astype(e.dtype), low, high).astype(np.int64)
+                i = np.where((i < 0) | (i >= size), mirrored, i)
+            valid &= (i >= 0) & (i < size)
+            near.append(np.clip(i, 0, size - 1))
+        value = x[tuple(near)]
+        return np.where(valid, value, 0) if padding == "zeros" else value
+
+    base = [np.floor(e).astype(np.int64) for e in moved]
+    if mode == "nearest":
+        return pixel(base)
+    weights = [_np_weights(e - np.floor(e), mode) for e in moved]
+    total = np.zeros(at[0].shape, x.dtype)
+    for taps in itertools.product(*weights):
+        value = pixel([b + tap for b, (tap, _) in zip(base, taps, strict=True)])
+        for _, w in taps:
+            value = value * w
+        total = total + value
+    return total
+
+
+def _grid_reference(x: Array, grid: Array, a: GridSampleAttrs) -> Array:
+    made = np.empty((*x.shape[:2], *grid.shape[1:-1]), x.dtype)
+    for n, c in np.ndindex(*x.shape[:2]):
+        at = []
+        for k, size in enumerate(x.shape[2:]):
+            e = grid[n, ..., -1 - k]
+            at.append((e + 1) / 2 * (size - 1) if a.align_corners else ((e + 1) * size - 1) / 2)
+        made[n, c] = _np_interpolated(x[n, c], at, a.mode, a.padding, a.align_corners)
+    return made
+
+
+def _grid_samples(draw: Draw) -> tuple[list[Array], GridSampleAttrs]:
+    d = choice(draw, (1, 2, 2, 3))
+    a = GridSampleAttrs(choice(draw, MODES), choice(draw, PADDINGS), flag(draw))
+    n = integer(draw, 1, 2)
+    x = array(draw, (n, 2, *(integer(draw, 2, 4) for _ in range(d))))
+    grid = array(draw, (n, *(integer(draw, 1, 3) for _ in range(d)), d), "float32", -1.4, 1.4)
+    return [x, grid], a
+
+
+grid_sample = register(
+    Op(
+        "grid_sample",
+        GridSampleAttrs,
+        _grid_infer,
+        direct(_grid_compute),
+        float32_inside(_grid_reference),
+        _grid_samples,
+        precision=Precision.FLOAT32_INSIDE,
+    )
+)
+
+
+# ---- roi_align ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class RoiAlignAttrs:
+    """Each of height x width bins is the mean (or maximum) of ratio x ratio samples."""
+
+    height: int = 1
+    width: int = 1
+    ratio: int = 1
+    scale: float = 1.0
+    half_pixel: bool = True
+    maximum: bool = False
+
+
+def _roi_infer(x: Arg, rois: Arg, batch: Arg, a: RoiAlignAttrs) -> TensorType:
+    need_rank("roi_align", x, 4, 4)
+    need_rank("roi_align", rois, 2, 2)
+    need_rank("roi_align", batch, 1, 1)
+    need_dtype("roi_align", batch, "i")
+    need_same("roi_align", "numbers in a rectangle", rois.type.shape[1], 4)
+    dtype = same_dtype("roi_align", x, rois)
+    if a.ratio < 1:
+        fail("roi_align: a number of samples that depends on the rectangle is not supported")
+    return result((rois.type.shape[0], x.type.shape[1], a.height, a.width), dtype)
+
+
+def _roi_compute(x: te.Tensor, rois: te.Tensor, batch: te.Tensor, a: RoiAlignAttrs) -> te.Tensor:
+    source, boxes = widened(x), widened(rois)
+    taps = te.reduce_vars(2)
+    dtype = source.dtype
+
+    def position(r: Expr, axis: int, bin_: Expr, tap: Expr, bins: int) -> Expr:
+        shift = 0.5 if a.half_pixel else 0.0
+        low, high = (boxes[r, Const(k)] * a.scale - shift for k in (1 - axis, 3 - axis))
+        size = high - low
+        if not a.half_pixel:
+            size = binary("max", size, 1.0)
+        step = size / float(bins)
+        part = (number(tap, dtype) + 0.5) * step / float(a.ratio)
+        return low + number(bin_, dtype) * step + part
+
+    def body(r: Expr, c: Expr, i: Expr, j: Expr) -> Expr:
+        lead = (wrapped(batch[r], x.shape[0]), c)
+        low, high, weight, valid = [], [], [], []
+        for axis, (bin_, bins) in enumerate(((i, a.height), (j, a.width))):
+            n = x.shape[2 + axis]
+            e = position(r, axis, bin_, taps[axis], bins)
+            valid.append(binary("and", const(-1.0, dtype) <= e, e <= number(n, dtype)))
+            e = binary("max", binary("min", e, number(n, dtype) - 1.0), 0.0)
+            first = _whole(_floor(e), n)
+            low.append(clamped(first, n))
+            high.append(clamped(first + 1, n))
+            weight.append(e - number(first, dtype))
+        corners = [
+            source[(*lead, y, z)] * v * w
+            for y, v in ((low[0], 1.0 - weight[0]), (high[0], weight[0]))
+            for z, w in ((low[1], 1.0 - weight[1]), (high[1], weight[1]))
+        ]
+        value = corners[0]
+        for other in corners[1:]:
+            value = binary("max", value, other) if a.maximum else value + other
+        return select(all_of(valid), value, const(0, dtype))
+
+    shape = (rois.shape[0], x.shape[1], a.height, a.width)
+    over = {t: wrap(a.ratio) for t in taps}
+    made = te.compute(shape, body, "roi_align", ("max" if a.maximum else "sum", over))
+    if not a.maximum:
+        made = made * (1.0 / (a.ratio * a.ratio))
+    return te.astype(made, x.dtype)
+
+
+def _roi_reference(x: Array, rois: Array, batch: Array, a: RoiAlignAttrs) -> Array:
+    made = np.zeros((len(rois), x.shape[1], a.height, a.width), x.dtype)
+    bins = (a.height, a.width)
+    for r, i, j in np.ndindex(len(rois), a.height, a.width):
+        found = []
+        for tap in np.ndindex(a.ratio, a.ratio):
+            at: list[tuple[int, int, Any]] = []
+            for axis, bin_ in enumerate((i, j)):
+                shift = 0.5 if a.half_pixel else 0.0
+                low, high = (rois[r, k] * a.scale - shift for k in (1 - axis, 3 - axis))
+                size = high - low if a.half_pixel else max(high - low, 1.0)
+                step = size / bins[axis]
+                e = low + bin_ * step + (tap[axis] + 0.5) * step / a.ratio
+                n = x.shape[2 + axis]
+                if -1 <= e <= n:
+                    e = min(max(e, 0), n - 1)
+                    first = int(e)
+                    at.append((first, min(first + 1, n - 1), e - first))
+            image = x[batch[r]]
+            if len(at) < 2:
+                found.append(np.zeros(x.shape[1], x.dtype))
+                continue
+            (y0, y1, u), (x0, x1, v) = at
+            corners = [
+                image[:, y0, x0] * (1 - u) * (1 - v), image[:, y0, x1] * (1 - u) * v,
+                image[:, y1, x0] * u * (1 - v), image[:, y1, x1] * u * v,
+            ]  # fmt: skip
+            found.append(np.max(corners, 0) if a.maximum else np.sum(corners, 0))
+        made[r, :, i, j] = np.max(found, 0) if a.maximum else np.mean(found, 0)
+    return made
+
+
+def _roi_samples(draw: Draw) -> tuple[list[Array], RoiAlignAttrs]:
+    n, h, w, r = integer(draw, 1, 2), integer(draw, 3, 6), integer(draw, 3, 6), integer(draw, 1, 3)
+    corner = array(draw, (r, 2), "float32", 0, 2)
+    rois = np.concatenate([corner, corner + array(draw, (r, 2), "float32", 0.5, 4)], 1)
+    a = RoiAlignAttrs(integer(draw, 1, 3), integer(draw, 1, 3), integer(draw, 1, 2), 0.5, flag(draw))
+    a = RoiAlignAttrs(a.height, a.width, a.ratio, choice(draw, (1.0, 0.5)), a.half_pixel, flag(draw))
+    return [array(draw, (n, 2, h, w)), rois, array(draw, (r,), "int64", 0, n - 1)], a
+
+
+roi_align = register(
+    Op(
+        "roi_align",
+        RoiAlignAttrs,
+        _roi_infer,
+        direct(_roi_compute),
+        float32_inside(_roi_reference),
+        _roi_samples,
+        precision=Precision.FLOAT32_INSIDE,
+    )
+)
+
+
+# ---- deform_conv --------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class DeformConvAttrs:
+    """Per spatial axis; offset_groups: how many sets of offsets the channels share."""
+
+    strides: tuple[int, ...] = ()
+    pads_begin: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    groups: int = 1
+    offset_groups: int = 1
+
+
+def _deform_infer(x: Arg, w: Arg, offset: Arg, *rest: Any) -> TensorType:
+    _, _, a = optional(rest, 2)
+    rank = need_rank("deform_conv", x, 3)
+    need_rank("deform_conv", w, rank, rank)
+    need_rank("deform_conv", offset, rank, rank)
+    need_dtype("deform_conv", x, "f")
+    dtype = same_dtype("deform_conv", x, w, offset)
+    need_same("deform_conv", "channels", x.type.shape[1], w.type.shape[1] * a.groups)
+    kernel = [need_const("deform_conv", "the kernel", s) for s in w.type.shape[2:]]
+    numbers = product(kernel) * (a.offset_groups * len(kernel))
+    need_same("deform_conv", "offsets", offset.type.shape[1], numbers)
+    shape = (x.type.shape[0], w.type.shape[0], *offset.type.shape[2:])
+    return result(shape, dtype)
+
+
+def _deform_compute(x: te.Tensor, w: te.Tensor, offset: te.Tensor, *rest: Any) -> te.Tensor:
+    mask, bias, a = optional(rest, 2)
+    source, moves = widened(x), widened(offset)
+    kernel = [need_const("deform_conv", "the kernel", s) for s in w.shape[2:]]
+    d, count = len(kernel), int(np.prod(kernel))
+    per_offset = x.shape[1] // a.offset_groups
+    per_group, out_per_group = w.shape[1], w.shape[0] // a.groups
+
+    def moved(n: Expr, c: Expr, *i: Expr) -> Expr:
+        taps, out = i[:d], i[d:]
+        tap: Expr = Const(0)
+        for k in range(d):
+            tap = tap * kernel[k] + taps[k]
+        first = (c // per_offset) * count + tap
+        at = []
+        for k in range(d):
+            plain = out[k] * a.strides[k] - a.pads_begin[k] + taps[k] * a.dilations[k]
+            at.append(number(plain, source.dtype) + moves[(n, first * d + k, *out)])
+        value = _interpolated(source, (n, c), at)
+        return value if mask is None else value * cast(mask[(n, first, *out)], value.dtype)
+
+    spread = te.compute((*x.shape[:2], *kernel, *offset.shape[2:]), moved, "moved")
+    weight = widened(w)
+    channel, *r = te.reduce_vars(1 + d)
+
+    def body(n: Expr, o: Expr, *i: Expr) -> Expr:
+        c = (o // out_per_group) * per_group + channel
+        return spread[(n, c, *r, *i)] * weight[(o, channel, *r)]
+
+    over = {channel: per_group, **{v: wrap(k) for v, k in zip(r, kernel, strict=True)}}
+    shape = (x.shape[0], w.shape[0], *offset.shape[2:])
+    made = te.compute(shape, body, "deform_conv", ("sum", over))
+    if bias is not None:
+        added = widened(bias)
+        plain = made
+        made = te.compute(shape, lambda *i: plain[i] + added[i[1]], "deform_conv")
+    return te.astype(made, x.dtype)
+
+
+def _deform_reference(x: Array, w: Array, offset: Array, *rest: Any) -> Array:
+    mask, bias, a = optional(rest, 2)
+    kernel, d, count = w.shape[2:], w.ndim - 2, int(np.prod(w.shape[2:]))
+    made = np.zeros((x.shape[0], w.shape[0], *offset.shape[2:]), x.dtype)
+    grid = np.indices(offset.shape[2:])
+    per_offset, out_per_group = x.shape[1] // a.offset_groups, w.shape[0] // a.groups
+    for n, o, c in np.ndindex(x.shape[0], w.shape[0], w.shape[1]):
+        channel = o // out_per_group * w.shape[1] + c
+        for t, tap in enumerate(np.ndindex(*kernel)):
+            first = channel // per_offset * count + t
+            at = [
+                grid[k] * a.strides[k] - a.pads_begin[k] + tap[k] * a.dilations[k]
+                + offset[n, first * d + k]
+                for k in range(d)
+            ]  # fmt: skip
+            value = _np_interpolated(x[n, channel], at, "linear", "zeros", True)
+            made[n, o] += w[(o, c, *tap)] * (value if mask is None else value * mask[n, first])
+    return made if bias is None else made + bias.reshape(1, -1, *[1] * d)
+
+
+def _deform_samples(draw: Draw) -> tuple[list[Array | None], DeformConvAttrs]:
+    groups, sets = integer(draw, 1, 2), integer(draw, 1, 2)
+    n, kernel = integer(draw, 1, 2), (integer(draw, 1, 3), integer(draw, 1, 2))
+    size = [integer(draw, 3, 5), integer(draw, 3, 5)]
+    a = DeformConvAttrs((1, 1), (1, 0), (1, 1), groups, sets)
+    out = [size[0] + 2 - kernel[0] + 1, size[1] - kernel[1] + 1]
+    taps = kernel[0] * kernel[1] * sets
+    x, w = array(draw, (n, 2, *size)), array(draw, (2, 2 // groups, *kernel))
+    offset = array(draw, (n, 2 * taps, *out), "float32", -0.9, 0.9)
+    mask = array(draw, (n, taps, *out)) if flag(draw) else None
+    return [x, w, offset, mask, array(draw, (2,)) if flag(draw) else None], a
+
+
+deform_conv = register(
+    Op(
+        "deform_conv",
+        DeformConvAttrs,
+        _deform_infer,
+        direct(_deform_compute),
+        float32_inside(_deform_reference),
+        _deform_samples,
+        precision=Precision.LOW,
+    )
+)
