@@ -16,6 +16,7 @@ from minicompiler.errors import CodegenError
 from minicompiler.ir.expr import ZERO, Const, Expr, ceildiv, const_int, wrap
 from minicompiler.ir.tir import (
     PARALLEL,
+    SCAN,
     UNROLL,
     VECTOR,
     Alloc,
@@ -99,7 +100,7 @@ class _Emitter(Memory):
 
     def phase(self, s: Stmt) -> None:
         """A root statement: its parallel loop is divided, what has none is done by thread 0."""
-        if any(isinstance(x, For) and x.kind is PARALLEL for x in statements(s)):
+        if _divided(s):
             self.stmt(s)
             return
         first = self.op("icmp eq i32 %tid, 0")
@@ -153,7 +154,7 @@ class _Emitter(Memory):
         """The body once for each value of the variable."""
         for k in range(count):
             self.env[s.var] = Const(k)
-            self.stmt(s.body)
+            self.iteration(s)
         del self.env[s.var]
 
     def parallel(self, s: For) -> None:
@@ -177,7 +178,7 @@ class _Emitter(Memory):
         self.scopes.append(Lines([]))
         self.level[s.var], self.names[s.var] = len(self.scopes) - 1, var
         self.label = head
-        self.stmt(s.body)
+        self.iteration(s)
         inner = self.scopes.pop()
         step = self.fresh("next")
         again = self.fresh("again")
@@ -196,6 +197,16 @@ class _Emitter(Memory):
         outer.lines.append(f"{done}:")
         self.label = done
         del self.level[s.var], self.names[s.var]
+
+    def iteration(self, s: For) -> None:
+        """The body of a loop. That of a recurrence which threads share consists of phases: each step
+        needs what all threads did in the one before."""
+        if s.tag != SCAN or not _divided(s):
+            self.stmt(s.body)
+            return
+        for x in s.body.stmts if isinstance(s.body, Seq) else (s.body,):
+            self.phase(x)
+            self.barrier()
 
     def if_(self, s: If) -> None:
         cond = self.value(s.cond)
@@ -261,3 +272,8 @@ class _Emitter(Memory):
             name = self.op(f"mul i64 {tid}, {self.index(self.arith.simplify(total), 0)}", 0)
             found = self.scopes[0].values["thread base"] = Operand(name)
         return found.name
+
+
+def _divided(s: Stmt) -> bool:
+    """True when threads share the work of a statement."""
+    return any(isinstance(x, For) and x.kind is PARALLEL for x in statements(s))

@@ -2,11 +2,11 @@
 
     expand(Call("exp", (x,)))   -> an expression without the call
 
-LLVM has no vector exp, tanh, erf, and we call no C library. Largest errors in ulp (units in the last
-place; float32: over all inputs, tests/codegen/test_llvm_math.py), on processors with fma:
-    float32: exp 1.0, log 1.0, sigmoid 2.5, tanh 2.0, erf 2.0, all others 0.51
-    float64: exp, log, log1p, expm1 2, sigmoid 3, tanh 3, erf 2, power 4; see llvm_trig.py
-Method: Cody-Waite range reduction (Software Manual for the Elementary Functions, 1980), polynomials.
+LLVM has no vector exp, tanh, erf, and we call no C library. Largest errors in ulp (units in the
+last place; float32: of all inputs, tests/codegen/test_llvm_math.py), on processors with fma:
+    float32: exp, log 1, sigmoid 2.5, tanh 2, erf 1.5, rsqrt 1.5, all others 0.51
+    float64: exp, log 1, log1p, expm1, erf 2, sigmoid, tanh 3, rsqrt, power 1.5; see llvm_trig.py
+Method: Cody-Waite range reduction (Software Manual for the Elementary Functions, 1980).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 
 from minicompiler.ir.expr import (
+    Binary,
     Call,
     Const,
     Expr,
@@ -89,18 +90,19 @@ done:
 """
 
 
-def expand(e: Call) -> Expr | None:
-    """An equal expression without the call; None for functions that are instructions (sqrt, ...)."""
+def expand(e: Expr) -> Expr | None:
+    """An expression equal to a Call or a power without it; None where an instruction does it."""
     from . import llvm_trig  # which builds on this module
 
+    if isinstance(e, Binary):
+        return power(e.a, e.b)
+    assert isinstance(e, Call)
     f = _EXPANSIONS.get(e.fn)
     if f is not None:
         return f(*e.args)
     f = llvm_trig.FUNCTIONS.get(e.fn)
-    if f is None:
-        return None
     # One implementation, in float64, serves both types.
-    return in_float64(f, *e.args)
+    return None if f is None else in_float64(f, *e.args)
 
 
 def in_float64(f: Callable[..., Expr], *args: Expr) -> Expr:
@@ -164,8 +166,10 @@ def exp(x: Expr, negative: bool = False) -> Expr:
     n = t - shift
     r = fma(n, const(-0.693145751953125, float32), y)
     r = fma(n, const(-1.428606765330187e-06, float32), r)
-    p = horner(r, 1.3978564e-3, 8.3692595e-3, 4.1666616e-2, 1.6666520e-1, 5.0e-1)
-    p = fma(r * r, p, r) + 1.0
+    # Minimax, with an error of 0.03 ulp.
+    p = horner(
+        r, 1.38637854e-3, 8.36747698e-3, 4.16672379e-2, 1.66665345e-1, 0.5, 1.0, 1.0
+    )  # fmt: skip
     i = bits(t, DType("uint32"))
     half = binary("shr", i, 1)
     a, b = bits(binary("shl", half, 23), float32), bits(binary("shl", i - half, 23), float32)
@@ -183,7 +187,8 @@ def _exp64(x: Expr, low: Expr | None = None) -> Expr:
     s = fma(n, const(-LN2_LOW, float64), r)
     lost = fma(n, const(-LN2_LOW, float64), r - s)
     if low is not None:
-        lost = lost + low
+        s, error = fast_sum(s, low)
+        lost = lost + error
     p = horner(s, *[1.0 / math.factorial(k) for k in range(13, 1, -1)])
     p = (fma(s * s, p, lost) + s) + 1.0
     i = bits(t, DType("uint64"))
@@ -287,9 +292,10 @@ def tanh(x: Expr) -> Expr:
     big = 1.0 - const(2.0, f) / (exp(a + a) + 1.0)
     z = x * x
     p = horner(
-        z, -5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1
-    )
-    return select(a < 0.625, fma(p * z, x, x), with_sign(big, x))
+        z, -5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1,
+        -3.33332819422e-1,
+    )  # fmt: skip
+    return with_sign(select(a < 0.625, fma(p * z, a, a), big), x)
 
 
 # ---- erf ----------------------------------------------------------------------------------------
@@ -311,8 +317,9 @@ def erf(x: Expr) -> Expr:
     far = 1.0 - exp(select(a < 4.0, r, const(-20.0, f)), negative=True)
     far = select(ne(a, a), a, far)
     near = horner(
-        s, -5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1, 1.28379166e-1
-    )
+        s, -5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1,
+        1.28379166e-1,
+    )  # fmt: skip
     return select(a < 0.927734375, fma(near, x, x), with_sign(far, x))
 
 
@@ -374,7 +381,7 @@ def rsqrt(x: Expr) -> Expr:
 
 
 def power(a: Expr, b: Expr) -> Expr | None:
-    """a**b with the signs, zeros and infinities of IEEE pow. float32 0.51 ulp, float64 4 ulp; n/2
+    """a**b with the signs, zeros and infinities of IEEE pow. float32 0.51 ulp, float64 1.5 ulp; |n|
     for a constant integer exponent |n| <= 8. None for integers with a variable exponent."""
     n = b.value if type(b) is Const else None
     if n is not None and math.isfinite(n) and float(n).is_integer() and abs(n) <= 8:
@@ -428,7 +435,8 @@ def _log_exact(x: Expr) -> tuple[Expr, Expr]:
     sl = (fma(s, const(0.0, float64) - d, a) - s * dl) / d
     z, zl = exact_product(s, s)
     zl = fma(s + s, sl, zl)
-    q = horner(z, *[2.0 / n for n in range(25, 3, -2)]) * z
+    # An fma, since a plain product may be fused with the sum.
+    q = fma(horner(z, *[2.0 / n for n in range(25, 3, -2)]), z, -0.0)
     u, ul = fast_sum(const(2.0 / 3.0, float64), q)
     ul = ul + 3.700743415417188e-17  # what 2/3 has beyond its first 53 bits
     v, vl = exact_product(z, u)

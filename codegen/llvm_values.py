@@ -7,6 +7,8 @@ the loop variable has one lane per iteration; the rest stays scalar until it mee
 
 from __future__ import annotations
 
+import functools
+
 from minicompiler.errors import CodegenError
 from minicompiler.ir.arith import Arith, Poly
 from minicompiler.ir.expr import (
@@ -39,6 +41,8 @@ _FLOAT_OPS = {
     "add": "fadd contract", "sub": "fsub contract", "mul": "fmul contract", "div": "fdiv",
 }  # fmt: skip
 _INTEGER_OPS = {"add": "add", "sub": "sub", "mul": "mul", "and": "and", "or": "or", "xor": "xor"}
+# Only a product written right there may be fused with a sum: elementary functions rely on exact
+# differences elsewhere.
 # `fma` may round twice where the processor has no such instruction; the C library has none for us.
 _INTRINSICS = {
     "sqrt": "sqrt", "floor": "floor", "ceil": "ceil", "round": "roundeven", "trunc": "trunc",
@@ -46,6 +50,10 @@ _INTRINSICS = {
 }  # fmt: skip
 _OUTSIDE = (Scope.PARAM, Scope.GLOBAL)
 _NO_BUFFERS: frozenset[Buffer] = frozenset()
+
+
+def _is_product(e: Expr) -> bool:
+    return type(e) is Binary and e.op == "mul"
 
 
 class Values(Writer):
@@ -63,7 +71,7 @@ class Values(Writer):
             {s.var: (ZERO, s.extent - 1) for s in statements(func) if isinstance(s, For)}
         )
         self.resolved: dict[object, Expr] = {}
-        self.expanded: dict[Expr, Expr | None] = {}
+        self.arguments: dict[Expr, Operand] = {}  # of the elementary function being emitted
         self.buffers_in: dict[Expr, frozenset[Buffer]] = {}
         self.index_like: dict[Expr, bool] = {}
 
@@ -237,6 +245,9 @@ class Values(Writer):
         unrolled = self.env.get(e)
         if unrolled is not None:
             return Operand(literal(unrolled))
+        argument = self.arguments.get(e)
+        if argument is not None:
+            return argument
         in_vector = False
         if self.vector is not None:
             if e is self.vector[0]:
@@ -252,8 +263,10 @@ class Values(Writer):
         elif self.masks:
             active = self.masks[-1]
         free = free_vars(e)
-        used = tuple([(v, self.env[v]) for v in self.env if v in free])
-        key = (e, used, self.vector if in_vector else None, mask, active)
+        used: list[object] = [(v, self.env[v]) for v in self.env if v in free]
+        if self.arguments:
+            used += [x for x in self.arguments.items() if x[0] in free]
+        key = (e, *used, self.vector if in_vector else None, mask, active)
         for scope in reversed(self.scopes):
             found = scope.values.get(key) or scope.passing.get(key)
             if found is not None:
@@ -285,11 +298,9 @@ class Values(Writer):
             wide = Binary(e.op, cast(e.a, float32), cast(e.b, float32))
             return self.value(wide if e.dtype.is_bool else Cast(t, wide), mask)
         if e.op == "pow":
-            expanded = self.expanded.get(e)
-            if expanded is None:
-                expanded = self.expanded[e] = llvm_math.power(e.a, e.b)
-            if expanded is not None:
-                return self.value(expanded, mask)
+            power = self.elementary(e, mask)
+            if power is not None:
+                return power
         if e.op in ("lt", "le") and self.vector is not None and t is int64:
             found = self.lane_limit(e)
             if found is not None:
@@ -298,6 +309,8 @@ class Values(Writer):
         lanes = max(a.lanes, b.lanes)
         scalar, ty = value_type(t), value_type(t, lanes)
         x, y = self.splat(a, scalar, lanes).name, self.splat(b, scalar, lanes).name
+        if t.is_float and e.op in ("add", "sub") and not (_is_product(e.a) or _is_product(e.b)):
+            return Operand(self.op(f"f{e.op} {ty} {x}, {y}"), lanes)
         return Operand(self.operation(e.op, x, y, t, lanes, ty), lanes)
 
     def operation(self, op: str, a: str, b: str, t: DType, lanes: int, ty: str) -> str:
@@ -414,14 +427,14 @@ class Values(Writer):
 
     def float_mod(self, a: str, b: str, t: DType, lanes: int) -> str:
         """The remainder with the sign of the divisor, exact."""
-        scalar = value_type(t)
+        scalar, flag = value_type(t), vector("i1", lanes)
         # float32 numbers are float64 numbers, and so are their remainders.
         x = self.convert(Operand(a, lanes), t, float64)
         y = self.convert(Operand(b, lanes), t, float64)
         helper = self.helper("remainder", "double", llvm_math.REMAINDER)
         r = Operand(self.lanewise(helper, [x.name, y.name], "double", lanes), lanes)
         result = self.convert(r, float64, t).name
-        ty, flag, zero = vector(scalar, lanes), vector("i1", lanes), everywhere(scalar, "0.0", lanes)
+        ty, zero = vector(scalar, lanes), everywhere(scalar, "0.0", lanes)
         some = self.op(f"fcmp one {ty} {result}, {zero}")
         negative = self.op(f"fcmp olt {ty} {result}, {zero}")
         wanted = self.op(f"fcmp olt {ty} {b}, {zero}")
@@ -566,11 +579,9 @@ class Values(Writer):
         if t.is_float and t.bits == 16:
             wide = Call(e.fn, tuple(cast(a, float32) for a in e.args))
             return self.value(wide if e.dtype.is_bool else Cast(t, wide), mask)
-        expanded = self.expanded.get(e)
-        if expanded is None and e not in self.expanded:
-            expanded = self.expanded[e] = llvm_math.expand(e)
-        if expanded is not None:
-            return self.value(expanded, mask)
+        found = self.elementary(e, mask)
+        if found is not None:
+            return found
         args = [self.value(a, mask) for a in e.args]
         lanes = max(a.lanes for a in args)
         scalar, ty = value_type(t), value_type(t, lanes)
@@ -594,3 +605,25 @@ class Values(Writer):
         full = f"llvm.abs.{mangle(ty)}"
         f = self.declare(full, f"{ty} @{full}({ty}, i1)")
         return Operand(self.op(f"call {ty} {f}({ty} {names[0]}, i1 false)"), lanes)
+
+    def elementary(self, e: Call | Binary, mask: Operand | None) -> Operand | None:
+        """A function that is an expression of its arguments; None for others. The arguments are
+        evaluated once: the expression, with its many selects, holds no loads."""
+        parts = e.args if isinstance(e, Call) else (e.a, e.b)
+        shape: list[Expr] = []
+        for k, a in enumerate(parts):
+            shape.append(a if type(a) is Const else Var(f"argument{k}", a.dtype))
+        what = Call(e.fn, tuple(shape)) if isinstance(e, Call) else Binary("pow", *shape)
+        expression = _expanded(what)
+        if expression is None:
+            return None
+        bound = {v: self.value(a, mask) for v, a in zip(shape, parts, strict=True) if v is not a}
+        outer, self.arguments = self.arguments, bound
+        result = self.value(expression)
+        self.arguments = outer
+        return result
+
+
+@functools.cache
+def _expanded(e: Call | Binary) -> Expr | None:
+    return llvm_math.expand(e)

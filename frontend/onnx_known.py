@@ -48,6 +48,8 @@ def needed_inputs(model: ModelProto) -> list[str]:
             maker = makers.get(name)
             if maker is not None and maker.op_type not in _SHAPE_ONLY:
                 needed.extend(maker.input)
+                graphs = [g for a in maker.attribute for g in (a.g, *a.graphs)]
+                needed.extend(v.name for g in graphs for v in g.output)
     fixed = {t.name for t in model.graph.initializer}
     return [v.name for v in model.graph.input if v.name in seen and v.name not in fixed]
 

@@ -26,7 +26,7 @@ from .onnx_node import OnnxNode
 
 
 # ---- windows ------------------------------------------------------------------------------------
-def _padding(
+def padding(
     n: OnnxNode, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Padding before and after each spatial axis, from `pads` or `auto_pad`."""
@@ -79,7 +79,7 @@ def convolution(n: OnnxNode, x: Value, w: Value, bias: Value | None) -> Value:
     """A convolution with the attributes of a node."""
     kernel = _kernel(n, w)
     strides, dilations = _ones(n, "strides", len(kernel)), _ones(n, "dilations", len(kernel))
-    begin, end = _padding(n, kernel, strides, dilations)
+    begin, end = padding(n, kernel, strides, dilations)
     attrs = cv.ConvAttrs(strides, begin, end, dilations, n.attr("group", 1))
     return n.apply(cv.conv, x, w, bias, attrs=attrs)
 
@@ -91,7 +91,7 @@ def _conv_transpose(n: OnnxNode) -> Value:
     extra = tuple(n.attr("output_padding", (0,) * rank))
     mode, wanted = n.attr("auto_pad", "NOTSET"), n.attr("output_shape", None)
     if wanted is None and mode in ("NOTSET", "", "VALID"):
-        begin, end = _padding(n, kernel, strides, dilations)
+        begin, end = padding(n, kernel, strides, dilations)
     else:
         begin, end = _transposed_padding(n, kernel, strides, dilations, extra, wanted)
     attrs = cv.ConvTransposeAttrs(strides, begin, end, dilations, extra, n.attr("group", 1))
@@ -125,11 +125,9 @@ def _transposed_padding(
 def _pool(op: Op) -> Converter:
     def convert(n: OnnxNode) -> Value:
         kernel = tuple(n.attr("kernel_shape"))
-        if n.attr("storage_order", 0) and len(n.outputs) > 1:
-            n.fail("MaxPool with column-major indices is not supported")
         strides, dilations = _ones(n, "strides", len(kernel)), _ones(n, "dilations", len(kernel))
-        begin, end = _padding(n, kernel, strides, dilations)
-        attrs = pl.PoolAttrs(
+        begin, end = padding(n, kernel, strides, dilations)
+        given = (
             kernel,
             strides,
             begin,
@@ -139,7 +137,10 @@ def _pool(op: Op) -> Converter:
             bool(n.attr("count_include_pad", 0)),
             n.attr("p", 2),
         )
-        return n.apply(op, n.arg(0), attrs=attrs)
+        if op is pl.max_pool and n.wants(1):
+            indexed = pl.IndexedPoolAttrs(*given, bool(n.attr("storage_order", 0)))
+            return n.apply(pl.max_pool_indices, n.arg(0), attrs=indexed)
+        return n.apply(op, n.arg(0), attrs=pl.PoolAttrs(*given))
 
     return convert
 
@@ -258,7 +259,7 @@ NN: dict[str, Converter] = {
     "LogSoftmax": _softmax(red.log_softmax),
     "LpPool": _pool(pl.lp_pool),
     "MatMul": lambda n: n.apply(linalg.matmul, n.arg(0), n.arg(1)),
-    "MaxPool": _quiet_outputs(_pool(pl.max_pool), "MaxPool"),
+    "MaxPool": _pool(pl.max_pool),
     "RMSNormalization": _row_norm(norm.rms_norm),
     "Softmax": _softmax(red.softmax),
 }

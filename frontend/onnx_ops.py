@@ -9,9 +9,13 @@ Operators without a row are expanded where the ONNX specification defines them t
 from __future__ import annotations
 
 from .onnx_control import CONTROL
+from .onnx_image import IMAGE
+from .onnx_index import INDEX
 from .onnx_math import MATH, Converter
 from .onnx_nn import NN
 from .onnx_quant import QUANT
 from .onnx_shape import SHAPE
 
-CONVERTERS: dict[str, Converter] = {**MATH, **NN, **SHAPE, **QUANT, **CONTROL}
+CONVERTERS: dict[str, Converter] = {
+    **MATH, **NN, **SHAPE, **INDEX, **IMAGE, **QUANT, **CONTROL,
+}  # fmt: skip

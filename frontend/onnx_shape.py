@@ -192,9 +192,8 @@ def _one_hot(n: OnnxNode) -> Value:
 
 
 # ---- resampling ---------------------------------------------------------------------------------
-def _resize(n: OnnxNode) -> Value:
-    if n.attr("antialias", 0) or n.attr("exclude_outside", 0):
-        n.fail("Resize with antialias or exclude_outside is not supported")
+def resize(n: OnnxNode) -> Value:
+    """Resize by index arithmetic: nearest or linear, sizes may be symbolic."""
     if n.opset < 11:
         return _upsample(n)
     t = n.type(0)
@@ -208,8 +207,6 @@ def _resize(n: OnnxNode) -> Value:
         "coordinates": coordinates,
         "rounding": n.attr("nearest_mode", "round_prefer_floor"),
     }
-    if n.attr("keep_aspect_ratio_policy", "stretch") != "stretch":
-        n.fail("Resize that keeps the aspect ratio is not supported")
     if sizes is not None:
         full = list(t.shape)
         for axis, size in zip(axes, sizes, strict=True):
@@ -254,7 +251,6 @@ SHAPE: dict[str, Converter] = {
     "Pad": _pad,
     "Range": _range,
     "Reshape": _reshape,
-    "Resize": _resize,
     "Shape": _shape,
     "Size": _size,
     "Slice": _slice,

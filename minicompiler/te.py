@@ -180,8 +180,10 @@ def scan(
     """
     t = Var(f"t_{next(_counter)}")
     prev = tuple(placeholder(f"{name}_{k}", x.shape, x.dtype) for k, x in enumerate(init))
-    # A state may be handed on as it is, and two may be the same.
-    made = [compute(x.shape, lambda *i, x=x: x[i], x.name) for x in update(t, prev)]
+    made: list[Tensor] = []
+    for x in update(t, prev):
+        # A state may be handed on as it is, and two may be the same.
+        made.append(compute(x.shape, lambda *i, x=x: x[i], x.name) if x.body is None or x in made else x)
     source = Scan(name, wrap(steps), t, init, prev, made)
     histories = []
     for k, x in enumerate(init):

@@ -26,6 +26,7 @@ from minicompiler.ir.expr import (
 )
 from minicompiler.ir.tir import (
     PARALLEL,
+    SCAN,
     VECTOR,
     Block,
     Buffer,
@@ -196,6 +197,22 @@ def mixed_loops(block: Block, around: Sequence[For]) -> list[For]:
 def repeats(block: Block, loop: For) -> bool:
     """True when every iteration of a loop around the block does the same."""
     return const_int(loop.extent) != 1 and not any(loop.var in free_vars(i.value) for i in block.iters)
+
+
+def scan_around(path: Path) -> For | None:
+    """The recurrence that a statement is part of."""
+    return next((x for x in loops_in(path) if x.tag == SCAN), None)
+
+
+def apart(load: Load, block: Block, writer: Block, arith: Arith) -> bool:
+    """True when what `block` loads is never what `writer` stores in the same iteration of the loops
+    around both: an earlier entry of a recurrence, say."""
+    mine, theirs = values_of(block), values_of(writer)
+    for i, j in zip(load.indices, writer.body.indices, strict=True):
+        between = arith.simplify(substitute(i, mine) - substitute(j, theirs))
+        if arith.prove(between > ZERO) is True or arith.prove(between < ZERO) is True:
+            return True
+    return False
 
 
 def is_reduction(block: Block) -> bool:

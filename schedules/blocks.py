@@ -126,7 +126,10 @@ def compute_at(s: Schedule, name: str, loop_name: str) -> None:
     arith = analysis.arith_of(s.func)
     below = list(analysis.blocks(loop.body))
     buffer = block.body.buffer
-    if any(buffer in {x.buffer for x in analysis.block_loads(b)} for b in below):
+    _stays_in_scan(s, block, (*path, loop))
+    # In a recurrence a block may be both: what it makes is read below, but by the next iteration.
+    needed = any(buffer in {x.buffer for x in analysis.block_loads(b)} for b in below)
+    if needed and not _made_below(s, block, loop, arith):
         nest, place = _as_producer(s, block, loop, arith)
     else:
         nest, place = _as_consumer(s, block, loop, path, arith)
@@ -150,6 +153,29 @@ def _can_move(s: Schedule, block: Block, to: analysis.Path) -> None:
     own = _own_conditions(s, block)
     if own:
         s.refuse(f"block {block.name} has a condition of its own: {own[0]}", block)
+
+
+def _stays_in_scan(s: Schedule, block: Block, to: analysis.Path) -> None:
+    """Refuses to take a block out of the recurrence that it is part of."""
+    _, path = s.block(block.name)
+    scan = analysis.scan_around(path)
+    if scan is not None and analysis.scan_around(to) is not scan:
+        s.refuse(f"block {block.name} is part of the recurrence over {scan.var}", block)
+
+
+def _depends(s: Schedule, load: Load, block: Block, writer: Block, arith: Arith) -> bool:
+    """False when a block in a recurrence reads only what the writer stored in earlier iterations."""
+    _, path = s.block(block.name)
+    return analysis.scan_around(path) is None or not analysis.apart(load, block, writer, arith)
+
+
+def _made_below(s: Schedule, block: Block, loop: For, arith: Arith) -> list[Load]:
+    """What a block reads of that which the same iteration of `loop` makes."""
+    return [
+        x for x in analysis.operand_loads(block)
+        if any(analysis.contains(loop, w) and _depends(s, x, block, w, arith)
+               for w in analysis.writers(s.func, x.buffer))
+    ]  # fmt: skip
 
 
 def _stays_private(s: Schedule, block: Block, to: analysis.Path, *also: Buffer, reads: bool = True) -> None:
@@ -205,17 +231,19 @@ def _as_consumer(
     s: Schedule, block: Block, loop: For, path: analysis.Path, arith: Arith
 ) -> tuple[Stmt, int]:
     kids = _children(loop.body)
-    written = {b.body.buffer for b in analysis.blocks(loop.body)}
-    mine = [x for x in analysis.operand_loads(block) if x.buffer in written]
+    mine = _made_below(s, block, loop, arith)
     if not mine:
         s.refuse(f"block {block.name} neither reads nor makes anything that {loop.var} does", block)
     bind: dict[Expr, tuple[Expr, Expr]] = {}
     conditions: list[Expr] = []
     around = [*analysis.loops_in(path), loop]
-    if len(analysis.writers(s.func, block.body.buffer)) > 1:
-        s.refuse(f"several blocks write {block.body.buffer.name}", block)
+    for w in analysis.writers(s.func, block.body.buffer):
+        if w is not block and (analysis.contains(loop, w) or _comes_after(s, w, loop)):
+            s.refuse(f"several blocks write {block.body.buffer.name}", block)
     for load in analysis.operand_loads(block):
         for w in analysis.writers(s.func, load.buffer):
+            if not _depends(s, load, block, w, arith):
+                continue
             if not analysis.contains(loop, w) and _comes_after(s, w, loop):
                 s.refuse(f"block {w.name}, which {block.name} reads, runs after {loop.var}", block)
             if analysis.contains(loop, w) and analysis.mixed_loops(w, around):
@@ -224,12 +252,16 @@ def _as_consumer(
     if same is not None:
         return same, 1 + max(k for k, x in enumerate(kids) if {m.buffer for m in mine} & _written(x))
     for load in mine:
-        makers = analysis.writers(s.func, load.buffer)
+        makers = [w for w in analysis.writers(s.func, load.buffer) if _depends(s, load, block, w, arith)]
         if any(not analysis.contains(loop, w) for w in makers):
             s.refuse(f"{load.buffer.name} is also written outside of {loop.var}", block)
-        box = analysis.region(loop.body, load.buffer, arith)
+        made = [a for a in analysis.accesses(loop.body, arith, load.buffer) if a.is_store]
+        box = analysis.region(loop.body, load.buffer, arith, made)
         for d, index in enumerate(load.indices):
             it = _plain_iter(block, index)
+            if type(index) is Binary and index.op == "add" and const_int(index.b) is not None:
+                it = _plain_iter(block, index.a)  # the entry that a recurrence has just made
+                box[d] = arith.simplify(box[d][0] - index.b), box[d][1]
             if it is None:
                 if const_int(index) is None:
                     s.refuse(f"block {block.name} reads {load.buffer.name} at `{index}`, not at a plain iterator",
@@ -712,6 +744,10 @@ def _read_first(
         return TRUE
     if first.init is None and any(x.buffer is buffer for x in analysis.block_loads(first)):
         return TRUE
+    _, above = s.block(first.name)
+    for x in analysis.loops_in(above[above.index(loop) + 1 :]):
+        if arith.prove(x.extent > 0) is not True:
+            return TRUE  # it may not run at all
     # Written first: by an init (in the first reduction iteration only) or by a plain store, to all
     # of the box but for tails, which the staged buffer has room for.
     mine = [a for a in own if a.is_store]

@@ -15,7 +15,7 @@ from typing import Any
 from minicompiler.ir.tir import PrimFunc
 from minicompiler.target import Target
 
-from . import analysis, contraction, elementwise, rows, transformed
+from . import analysis, contraction, elementwise, recurrent, rows, transformed
 from .schedule import Schedule
 
 
@@ -29,6 +29,7 @@ class Rule:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule("recurrent", recurrent.applies, recurrent.apply),
     Rule("transformed", transformed.applies, transformed.apply),
     Rule("contraction", contraction.applies, contraction.apply),
     Rule("rows", rows.applies, rows.apply),

@@ -20,6 +20,7 @@ from minicompiler.ir.expr import (
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import (
     PARALLEL,
+    SCAN,
     SERIAL,
     UNROLL,
     VECTOR,
@@ -65,6 +66,7 @@ def split(s: Schedule, name: str, factor: int, tail: str) -> tuple[str, str]:
         s.refuse(f"the factor must be a positive integer, got {factor!r}", loop)
     if loop.kind is not SERIAL:
         s.refuse(f"loop {name} is marked {loop.kind.value} already", loop, "split before mark")
+    _keep_order(s, loop)
     arith = analysis.arith_of(s.func)
     extent = arith.simplify(loop.extent)
     divides = arith.simplify(extent % factor) is Const(0)
@@ -89,11 +91,20 @@ def split(s: Schedule, name: str, factor: int, tail: str) -> tuple[str, str]:
     else:
         analysis.refuse_parallel_below(s, loop)
         whole = arith.simplify(extent // factor)
+        if whole is Const(0):
+            s.refuse(f"the extent {extent} is less than {factor}: all of it would be tail", loop)
         rest_var = s.fresh_var(name + "_t")
         rest_body = substitute_stmt(_renamed(s, loop.body), {loop.var: whole * factor + rest_var})
         main = For(outer, whole, SERIAL, For(inner, Const(factor), SERIAL, body))
         s.swap(loop, Seq((main, For(rest_var, arith.simplify(extent % factor), SERIAL, rest_body))))
     return outer.name, inner.name
+
+
+def _keep_order(s: Schedule, *around: For) -> None:
+    """The iterations of a recurrence stay as they are."""
+    for x in around:
+        if x.tag == SCAN:
+            s.refuse(f"each iteration of {x.var} needs the one before", x, "schedule the loops inside it")
 
 
 def add_condition(body: Stmt, cond: Expr) -> Stmt:
@@ -128,6 +139,7 @@ def fuse(s: Schedule, names: list[str]) -> str:
     if len(names) < 2:
         s.refuse("needs at least two loops")
     chain = [s.loop(n)[0] for n in names]
+    _keep_order(s, *chain)
     for a, b in zip(chain, chain[1:], strict=False):
         if a.body is not b:
             s.refuse(f"loop {b.var} is not directly inside {a.var}", b, "reorder first")
@@ -172,12 +184,15 @@ def reorder(s: Schedule, names: list[str]) -> None:
         here = here.body
     if any(n not in [x.var.name for x in chain] for n in names):
         s.refuse("the loops do not stand in one nest", outermost)
+    _keep_order(s, *chain)
     for x in chain:
         if x.kind not in (SERIAL, UNROLL):
             s.refuse(f"loop {x.var} is marked {x.kind.value} already", x, "reorder before mark")
         for b in analysis.blocks(x.body):
             if analysis.is_reduction(b) and analysis.repeats(b, x):
                 s.refuse(f"loop {x.var} repeats all of the reduction {b.name}", x)
+            if b.init is not None and analysis.mixed_loops(b, [x]):
+                s.refuse(f"loop {x.var} chooses the element of {b.name} and reduces: its order matters", x)
     below = list(analysis.blocks(innermost.body))
     if len(below) > 1:
         for x in chain:
@@ -203,6 +218,7 @@ def mark(s: Schedule, name: str, kind: LoopKind) -> None:
     """PARALLEL and VECTOR need iterations that do not touch each other's results; VECTOR and UNROLL a
     constant extent."""
     loop, path = s.loop(name)
+    _keep_order(s, loop)
     if kind in (VECTOR, UNROLL):
         extent = const_int(loop.extent)
         if extent is None or extent > MAX_UNROLL:
@@ -219,7 +235,12 @@ def mark(s: Schedule, name: str, kind: LoopKind) -> None:
                 s.refuse(f"every iteration of {name} writes the same elements of {b.body.buffer.name}", loop)
     if kind is PARALLEL:
         # Loops around it must not carry anything from one thread to another: every thread runs them
-        # all, on its own share of the elements, so they may only be reduction loops.
+        # all, on its own share of the elements, so they may only be reduction loops. The statements of
+        # a recurrence are phases, with all threads meeting after each.
+        scan = analysis.scan_around(path)
+        if scan is not None:
+            path = path[path.index(scan) + 1 :]
+            path = path[1:] if path and isinstance(path[0], Seq) else path
         outside = analysis.loops_in(path)
         below = list(analysis.blocks(loop.body))
         carried = [x for x in outside if any(analysis.spatial_loops(b, [x]) for b in below)]

@@ -30,6 +30,7 @@ from .expr import (
     Var,
     binary,
     const,
+    fold,
     free_vars,
     logical_not,
     select,
@@ -43,6 +44,9 @@ Ranges = Mapping[Expr, tuple[Expr, Expr]]
 Interval = tuple[int | None, int | None]
 
 
+_POINTS = 4  # sample points that refute what cannot be proved
+
+
 class Arith:
     """A simplifier under variable ranges. Results are memoised, so reuse one for a whole function."""
 
@@ -53,6 +57,8 @@ class Arith:
         self._polys: dict[Expr, Poly] = {}
         self._intervals: dict[Expr, Interval] = {}
         self._with_fact = False
+        self._values: tuple[dict[Expr, int | None], ...] = tuple({} for _ in range(_POINTS))
+        self._valid: list[bool | None] = [False] * _POINTS  # none until all facts are known
         self.facts: list[Poly] = []  # each polynomial is known to be >= 0
         facts = tuple(facts)
         if facts:  # Bounds are understood before facts about them, or each would ask for the other.
@@ -60,6 +66,7 @@ class Arith:
                 self.poly(low), self.poly(high)
         for fact in facts:
             self._learn(fact)
+        self._valid = [None] * _POINTS
 
     def _learn(self, fact: Expr) -> None:
         if type(fact) is Binary and fact.op == "and":
@@ -319,7 +326,7 @@ class Arith:
         low = self._poly_interval(p)[0]
         if low is not None and low >= 0:
             return True
-        if all(not m for m in p) or depth > 6:
+        if all(not m for m in p) or depth > 6 or self._refuted(p):
             return False
         # Eliminate the innermost variable by its symbolic bound (innermost: not in another's range).
         for v in self._elimination_order(p):
@@ -379,6 +386,56 @@ class Arith:
                     if easy and self.nonneg(_add(cases[0], cases[1]), depth + 1):
                         return True
         return self._from_facts(p, depth)
+
+    def _refuted(self, p: Poly) -> bool:
+        """True when p < 0 at one of a few points inside the ranges: what is false needs no attempt at a
+        proof, and attempts that fail are the expensive ones."""
+        for k in range(_POINTS):
+            if self._valid[k] is None:
+                self._valid[k] = all((self._poly_at(f, k) or 0) >= 0 for f in self.facts)
+            if self._valid[k]:
+                value = self._poly_at(p, k)
+                if value is not None and value < 0:
+                    return True
+        return False
+
+    def _poly_at(self, p: Poly, k: int) -> int | None:
+        total = 0
+        for m, c in p.items():
+            for atom in m:
+                value = self._at(atom, k)
+                if value is None:
+                    return None
+                c *= value
+            total += c
+        return total
+
+    def _at(self, e: Expr, k: int) -> int | None:
+        """The value of an expression at sample point k; None when it has none (an empty range)."""
+        known = self._values[k]
+        if e in known:
+            return known[e]
+        known[e] = None  # cut cycles through ranges
+        value: int | None = None
+        if type(e) is Const:
+            value = e.value
+        elif isinstance(e, Dim):
+            value = e.lo + (0, 36, 5, 2)[k]
+            value -= value % e.multiple_of
+            value = max(e.lo, value if e.hi is None else min(value, e.hi))
+        elif isinstance(e, Var) and e in self.ranges:
+            low, high = (self._at(b, k) for b in self.ranges[e])
+            if low is not None and high is not None and low <= high:
+                value = (low, high, (low + high) // 2, high if len(e.name) % 2 else low)[k]
+        elif type(e) is Binary:
+            a, b = self._at(e.a, k), self._at(e.b, k)
+            if a is not None and b is not None:
+                value = fold(e.op, a, b, e.a.dtype)
+        elif type(e) is Select:
+            cond = self._at(e.cond, k)
+            value = None if cond is None else self._at(e.a if cond else e.b, k)
+        known[e] = value
+        return value
 
     def _without_quotient(self, p: Poly) -> Poly | None:
         """A polynomial that is >= 0 exactly when p is, with one quotient less; None when there is none.
@@ -690,8 +747,6 @@ def evaluate_int(e: Expr, env: Mapping[str, int]) -> int:
     if isinstance(e, Dim | Var):
         return env[e.name]
     if type(e) is Binary:
-        from .expr import fold
-
         value = fold(e.op, evaluate_int(e.a, env), evaluate_int(e.b, env), e.dtype)
         if value is None:
             raise ZeroDivisionError(str(e))

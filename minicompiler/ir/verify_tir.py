@@ -33,6 +33,7 @@ from .expr import (
 from .node import Node
 from .tir import (
     PARALLEL,
+    SCAN,
     SERIAL,
     UNROLL,
     VECTOR,
@@ -179,8 +180,12 @@ class _Verifier:
             self.parallel(s, p)
 
     def parallel(self, s: For, p: _Place) -> None:
-        """Every thread runs what stands above, so that may only be what all of them repeat."""
-        for x in p.above:
+        """Every thread runs what stands above, so that may only be what all of them repeat. The
+        statements of a recurrence are phases."""
+        above = p.above
+        if above and isinstance(above[0], For) and above[0].tag == SCAN:
+            above = above[2:] if isinstance(above[0].body, Seq) else above[1:]
+        for x in above:
             if isinstance(x, Seq | Alloc):
                 what = "other statements" if isinstance(x, Seq) else f"a private {x.buffer.name}"
                 self.fail(f"parallel loop {s.var} shares its phase with {what}", s)

@@ -38,7 +38,7 @@ from minicompiler.ir.expr import (
 from minicompiler.ir.graph import Apply, Constant, Function, Item, layout_of, topological, type_of
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.op import Compute, Op
-from minicompiler.ir.tir import SERIAL, Block, Buffer, For, Iter, PrimFunc, Scope, Stmt, Store
+from minicompiler.ir.tir import SCAN, SERIAL, Block, Buffer, For, Iter, PrimFunc, Scope, Stmt, Store, seq
 from minicompiler.ir.types import DType, Loc
 
 COMBINE = {"sum": "add", "prod": "mul", "max": "max", "min": "min", "and": "and", "or": "or"}
@@ -85,13 +85,18 @@ def from_tensors(
                 buffers[x] = Buffer(unique(x.name), x.dtype, x.shape, Scope.GLOBAL)
                 internal.append(buffers[x])
     phases: list[Stmt] = []
-    done: set[te.Extern] = set()
+    done: set[te.Extern | te.Scan] = set()
     for t in order:
         if t.body is not None:
             phases.append(_stage(t, buffers, unique))
         elif t.source is not None and t.source not in done:
             done.add(t.source)
-            phases.append(_extern(t.source, buffers, unique))
+            if isinstance(t.source, te.Scan):
+                statements, inside = _scan(t.source, buffers, unique)
+                phases += statements
+                internal += inside
+            else:
+                phases.append(_extern(t.source, buffers, unique))
     outs = tuple(buffers[r] for r in results)
     return PrimFunc(name, (*[buffers[p] for p in params], *outs), len(outs), tuple(dims), tuple(internal), tuple(phases), locs)
 
@@ -290,8 +295,14 @@ def identity_of(combiner: str, dtype: DType) -> Expr:
     return const({"sum": 0, "prod": 1, "and": True, "or": False}[combiner], dtype)
 
 
-def _stage(t: te.Tensor, buffers: Mapping[te.Tensor, Buffer], unique) -> Stmt:  # type: ignore[no-untyped-def]
-    """The loops and the block that compute one tensor."""
+def _stage(  # type: ignore[no-untyped-def]
+    t: te.Tensor, buffers: Mapping[te.Tensor, Buffer], unique,
+    around: Var | None = None, shift: int = 0, name: str = "",
+) -> Stmt:  # fmt: skip
+    """The loops and the block that compute one tensor.
+
+    around: the loop of the first axis, which stands outside; its index is stored `shift` further on.
+    """
     assert t.body is not None
     target = buffers[t]
     loops: list[tuple[Var, Expr]] = []
@@ -309,7 +320,11 @@ def _stage(t: te.Tensor, buffers: Mapping[te.Tensor, Buffer], unique) -> Stmt:  
         mapping[var] = v
 
     for k, (a, extent) in enumerate(zip(t.axes, t.shape, strict=True)):
-        iterate(a, extent, f"i{k}", False)
+        if k == 0 and around is not None:
+            mapping[a] = Var(unique("v" + around.name))
+            iters.append(Iter(mapping[a], extent, False, around))
+        else:
+            iterate(a, extent, f"i{k}", False)
     body = t.body
     if type(body) is Reduce:
         for k, (a, extent) in enumerate(zip(body.axes, body.extents, strict=True)):
@@ -318,7 +333,7 @@ def _stage(t: te.Tensor, buffers: Mapping[te.Tensor, Buffer], unique) -> Stmt:  
     def to_buffers(e: Expr) -> Expr | None:
         return Load(buffers[e.buffer], e.indices, e.mask) if type(e) is Load else None
 
-    at = tuple(mapping[a] for a in t.axes)
+    at = tuple(mapping[a] + shift if shift and k == 0 else mapping[a] for k, a in enumerate(t.axes))
     init = None
     if type(body) is Reduce:
         value = substitute(rewrite(body.body, to_buffers), mapping)
@@ -329,11 +344,58 @@ def _stage(t: te.Tensor, buffers: Mapping[te.Tensor, Buffer], unique) -> Stmt:  
     else:
         value = substitute(rewrite(body, to_buffers), mapping)
     # A block is called like the buffer it fills; the block of a result like its tensor.
-    name = target.name if target.scope is Scope.GLOBAL else unique(t.name)
+    name = name or (target.name if target.scope is Scope.GLOBAL else unique(t.name))
     result: Stmt = Block(name, tuple(iters), TRUE, init, Store(target, at, value))
     for var, extent in reversed(loops):
         result = For(var, extent, SERIAL, result)
     return result
+
+
+def _scan(  # type: ignore[no-untyped-def]
+    scan: te.Scan, buffers: dict[te.Tensor, Buffer], unique
+) -> tuple[list[Stmt], list[Buffer]]:
+    """The statements of a recurrence, and the buffers of what a step computes on its way.
+
+        for i: h[0, i] = init[i]
+        for t in steps:  # scan
+            for i, k: a[t, i] = a[t, i] + h[t, k] * r[i, k]
+            for i: h[t + 1, i] = tanh(a[t, i])
+
+    Every tensor of a step has the steps as an axis, so each element is computed once, as anywhere
+    else; schedules shrink what lives within a step.
+    """
+    now: dict[te.Tensor, tuple[te.Tensor, int]] = {}  # tensor of a step -> with all steps, shift
+    now.update((p, (h, 0)) for p, h in zip(scan.prev, scan.outputs, strict=True))
+
+    def in_time(e: Expr) -> Expr | None:
+        if type(e) is Load and e.buffer in now:
+            whole, shift = now[e.buffer]
+            return Load(whole, (scan.t + shift if shift else scan.t, *e.indices), e.mask)
+        return None
+
+    starts = []
+    for x, h in zip(scan.init, scan.outputs, strict=True):
+        axes, body = (x.axes, x.body) if x.body is not None else (first := te.axis_vars(len(x.shape)), x[first])
+        start = te.Tensor(f"{h.name}_start", (ONE, *x.shape), x.dtype, (*te.axis_vars(1), *axes), body)
+        name = unique(f"{buffers[h].name}_start")
+        starts.append(_stage(start, {**buffers, start: buffers[h]}, unique, name=name))
+    loop = Var(unique("t"))
+    nests, inside = [], []
+    for x in _reductions_late(_inline(list(scan.stages), scan.next)):
+        shift = 1 if x in scan.next else 0
+        assert x.body is not None
+        body = rewrite(x.body, in_time)
+        timed = te.Tensor(x.name, (scan.steps, *x.shape), x.dtype, (scan.t, *x.axes), body)
+        if shift:
+            whole = scan.outputs[scan.next.index(x)]
+            buffers[timed] = buffers[whole]
+        else:
+            whole = timed
+            buffers[timed] = Buffer(unique(x.name), x.dtype, timed.shape, Scope.GLOBAL)
+            inside.append(buffers[timed])
+        now[x] = (whole, shift)
+        nests.append(_stage(timed, buffers, unique, loop, shift))
+    return [*starts, For(loop, scan.steps, SERIAL, seq(nests), SCAN)], inside
 
 
 def _extern(source: te.Extern, buffers: Mapping[te.Tensor, Buffer], unique) -> Stmt:  # type: ignore[no-untyped-def]

@@ -18,6 +18,7 @@ from . import (
     pieces,
     pool,
     quant,
+    recurrent,
     reduce,
     resize,
     sample,
@@ -27,5 +28,6 @@ from . import (
 
 __all__ = [
     "activations", "codes", "contract", "conv", "elementwise", "evaluate", "index", "linalg",
-    "norm", "order", "pieces", "pool", "quant", "reduce", "resize", "sample", "scatter", "shape",
+    "norm", "order", "pieces", "pool", "quant", "recurrent", "reduce", "resize", "sample",
+    "scatter", "shape",
 ]  # fmt: skip

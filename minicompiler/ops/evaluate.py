@@ -68,6 +68,7 @@ _CALLS: dict[str, Callable[..., Array]] = {
     "trunc": np.trunc, "abs": np.abs, "sin": np.sin, "cos": np.cos, "tan": np.tan,
     "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "sinh": np.sinh, "cosh": np.cosh,
     "asinh": np.arcsinh, "acosh": np.arccosh, "atanh": np.arctanh, "log1p": np.log1p,
+    "expm1": np.expm1,
     "sigmoid": sigmoid, "isnan": np.isnan, "isinf": np.isinf, "not": np.logical_not,
 }  # fmt: skip
 _BINARY: dict[str, Callable[[Array, Array], Array]] = {
@@ -96,7 +97,8 @@ def evaluate(
         for t in te.closure(results):
             if t not in values:
                 if t.source is not None:
-                    values.update(_extern(t.source, values, dims))
+                    run = _scan if isinstance(t.source, te.Scan) else _extern
+                    values.update(run(t.source, values, dims))  # type: ignore[arg-type]
                     continue
                 if t.body is None:
                     raise InternalError(f"no value was given for the placeholder {t}")
@@ -120,7 +122,29 @@ def _extern(
     return dict(zip(source.outputs, results, strict=True))
 
 
-def _tensor(t: te.Tensor, values: Mapping[te.Tensor, Array], dims: Mapping[str, int]) -> Array:
+def _scan(
+    scan: te.Scan, values: Mapping[te.Tensor, Array], dims: Mapping[str, int]
+) -> dict[te.Tensor, Array]:
+    """The histories of a recurrence, step by step."""
+    local = dict(values)
+    now = [local[x] if x.body is None else _tensor(x, local, dims) for x in scan.init]
+    histories = [[x] for x in now]
+    for t in range(evaluate_int(scan.steps, dims)):
+        local.update(zip(scan.prev, now, strict=True))
+        for x in scan.stages:
+            local[x] = _tensor(x, local, dims, {scan.t: np.asarray(t)})
+        now = [local[x] for x in scan.next]
+        for history, x in zip(histories, now, strict=True):
+            history.append(x)
+    return {h: np.stack(x) for h, x in zip(scan.outputs, histories, strict=True)}
+
+
+def _tensor(
+    t: te.Tensor,
+    values: Mapping[te.Tensor, Array],
+    dims: Mapping[str, int],
+    known: Mapping[Expr, Array] | None = None,
+) -> Array:
     body = t.body
     assert body is not None
     extents = [evaluate_int(s, dims) for s in t.shape]
@@ -129,7 +153,7 @@ def _tensor(t: te.Tensor, values: Mapping[te.Tensor, Array], dims: Mapping[str, 
         axes += body.axes
         extents += [evaluate_int(e, dims) for e in body.extents]
     rank = len(axes)
-    env: dict[Expr, Array] = {}
+    env: dict[Expr, Array] = dict(known or {})
     for k, (axis, n) in enumerate(zip(axes, extents, strict=True)):
         env[axis] = np.arange(n).reshape((1,) * k + (n,) + (1,) * (rank - k - 1))
     inner = body.body if isinstance(body, Reduce) else body

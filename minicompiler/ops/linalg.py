@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import te
-from ..ir.expr import ONE, Const, Expr
-from ..ir.op import Arg, Op, Precision, register
-from ..ir.types import TensorType
+from ..ir.expr import ONE, Const, Expr, Load, const, ne
+from ..ir.op import Arg, NoAttrs, Op, Precision, register
+from ..ir.tir import SERIAL, Alloc, Buffer, For, If, Scope, Stmt, Store, seq
+from ..ir.types import TensorType, index
 from .draws import Draw, array, broadcastable, choice, flag, integer
+from .elementwise import magnitude
 from .rules import (
     Shape,
     broadcast_sizes,
@@ -22,11 +24,13 @@ from .rules import (
     float32_inside,
     need_dtype,
     need_rank,
+    need_same,
     result,
     same_dtype,
     unequal,
     widened,
 )
+from .scatter import Fresh, over
 
 
 # ---- matmul -------------------------------------------------------------------------------------
@@ -127,5 +131,85 @@ matmul = register(
         float32_inside(_matmul_reference),
         _matmul_samples,
         precision=Precision.LOW,
+    )
+)
+
+
+# ---- det ----------------------------------------------------------------------------------------
+def _det_infer(x: Arg, a: NoAttrs) -> TensorType:
+    need_dtype("det", x, "f")
+    need_rank("det", x, 2)
+    need_same("det", "the sizes of a matrix", x.type.shape[-1], x.type.shape[-2])
+    return TensorType(x.type.shape[:-2], x.type.dtype)
+
+
+def _det_compute(x: te.Tensor, a: NoAttrs) -> te.Tensor:
+    """Gaussian elimination with the largest pivot of each column."""
+    source = widened(x)
+    n = x.shape[-1]
+    lead = len(x.shape) - 2
+
+    def build(ins: list[Buffer], outs: list[Buffer], fresh: Fresh) -> Stmt:
+        made, m = outs
+        best = Buffer(fresh("best").name, index, (ONE,), Scope.LOCAL)
+        spare = Buffer(fresh("spare").name, source.dtype, (ONE,), Scope.LOCAL)
+        zero = (Const(0),)
+
+        def matrix(*b: Expr) -> Stmt:
+            k, r, c, i, j = (fresh(s) for s in "krcij")
+
+            def at(row: Expr, column: Expr) -> Expr:
+                return Load(m, (*b, row, column))
+
+            pivot, below = Load(best, zero), k + 1 + r
+            row = k + 1 + i
+            larger = magnitude(at(pivot, k)) < magnitude(at(below, k))
+            find = For(r, n - 1 - k, SERIAL, If(larger, Store(best, zero, below)))
+            swap = [
+                Store(spare, zero, at(k, c)),
+                Store(m, (*b, k, c), at(pivot, c)),
+                Store(m, (*b, pivot, c), Load(spare, zero)),
+            ]
+            turn = Store(made, b, Load(made, b) * -1.0)
+            exchange = If(ne(pivot, k), seq([For(c, n, SERIAL, seq(swap)), turn]))
+            # Columns from the right: column k itself is read until the end.
+            column = n - 1 - j
+            lower = at(row, column) - at(k, column) * at(row, k) / at(k, k)
+            clear = For(j, n - 1 - k, SERIAL, Store(m, (*b, row, column), lower))
+            regular = ne(at(k, k), 0.0)
+            steps = [
+                Store(best, zero, k), find, exchange,
+                Store(made, b, Load(made, b) * at(k, k)),
+                If(regular, For(i, n - 1 - k, SERIAL, clear)),
+            ]  # fmt: skip
+            loop = For(k, n, SERIAL, seq(steps))
+            copy = over((n, n), fresh, lambda *o: Store(m, (*b, *o), Load(ins[0], (*b, *o))))
+            return seq([copy, Store(made, b, const(1, source.dtype)), loop])
+
+        return Alloc(best, Alloc(spare, over(x.shape[:lead], fresh, matrix)))
+
+    shapes = [(x.shape[:lead], source.dtype), (x.shape, source.dtype)]
+    return te.astype(te.extern("det", (source,), shapes, build)[0], x.dtype)
+
+
+def _det_reference(x: np.ndarray, a: NoAttrs) -> np.ndarray:
+    return np.asarray(np.linalg.det(x))
+
+
+def _det_samples(draw: Draw) -> tuple[list[np.ndarray], NoAttrs]:
+    n = integer(draw, 1, 4)
+    batch = tuple(integer(draw, 1, 2) for _ in range(integer(draw, 0, 2)))
+    return [array(draw, (*batch, n, n), choice(draw, ("float32", "float64")))], NoAttrs()
+
+
+det = register(
+    Op(
+        "det",
+        NoAttrs,
+        _det_infer,
+        direct(_det_compute),
+        float32_inside(_det_reference),
+        _det_samples,
+        precision=Precision.FLOAT32_INSIDE,
     )
 )

@@ -7,6 +7,7 @@ Global pooling is a reduction over the spatial axes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +15,27 @@ from typing import Any
 import numpy as np
 
 from .. import te
-from ..ir.expr import Const, Expr, binary, ceildiv, const, const_int, product
+from ..ir.expr import (
+    Const,
+    Expr,
+    all_of,
+    binary,
+    ceildiv,
+    const,
+    const_int,
+    eq,
+    product,
+    select,
+)
 from ..ir.op import Arg, Op, Precision, register
-from ..ir.types import TensorType
+from ..ir.types import TensorType, int64
 from .draws import FLOATS, Draw, array, choice, flag, integer
 from .elementwise import magnitude
 from .rules import (
     direct,
     fail,
     float32_inside,
+    inside,
     lowest,
     need_dtype,
     need_rank,
@@ -144,6 +157,80 @@ max_pool = register(
         direct(_max_compute),
         float32_inside(_max_reference),
         _samples(*FLOATS, "int8", "uint8"),
+    )
+)
+
+
+# ---- max_pool_indices ---------------------------------------------------------------------------
+@dataclass(frozen=True)
+class IndexedPoolAttrs(PoolAttrs):
+    """columns: positions are counted with the first spatial axis innermost (column-major)."""
+
+    columns: bool = False
+
+
+def _indexed_infer(x: Arg, a: IndexedPoolAttrs) -> tuple[TensorType, TensorType]:
+    t = _infer("max_pool", "fi")(x, a)
+    return t, TensorType(t.shape, int64)
+
+
+def _indexed_compute(x: te.Tensor, a: IndexedPoolAttrs) -> tuple[te.Tensor, te.Tensor]:
+    """The maximum, and the first position in the whole of x where it stands."""
+    w = a.windows("max_pool")
+    low = lowest(x.dtype)
+    largest = _pooled(x, w, "max", low)
+    source = padded(x, 2, w, low)
+    taps, over = w.taps()
+    sizes = x.shape[2:]
+
+    def body(n: Expr, c: Expr, *i: Expr) -> Expr:
+        at = [w.position(k, out, taps[k]) for k, out in enumerate(i)]
+        own = [p - b for p, b in zip(at, w.begin, strict=True)]
+        flat = n * x.shape[1] + c
+        pairs = list(zip(own, sizes, strict=True))
+        if a.columns:
+            flat = flat * product(sizes)
+            step: Expr = Const(1)
+            for p, size in pairs:
+                flat, step = flat + p * step, step * size
+        else:
+            for p, size in pairs:
+                flat = flat * size + p
+        found = binary("and", eq(source[(n, c, *at)], largest[(n, c, *i)]), _within(pairs))
+        return select(found, flat, Const((1 << 62) - 1))
+
+    return largest, te.compute(largest.shape, body, "positions", ("min", over))
+
+
+def _within(pairs: list[tuple[Expr, Expr]]) -> Expr:
+    return all_of(inside(p, size) for p, size in pairs)
+
+
+def _indexed_reference(x: Array, a: IndexedPoolAttrs) -> tuple[Array, Array]:
+    low = -np.inf if x.dtype.kind not in "iu" else np.iinfo(x.dtype).min
+    view, taps = _np_view(x, a, "max_pool", low)
+    order = "F" if a.columns else "C"
+    flat = np.arange(np.prod(x.shape[2:])).reshape(x.shape[2:], order=order)
+    first = np.arange(x.shape[0] * x.shape[1]).reshape(*x.shape[:2], *[1] * flat.ndim)
+    where, _ = _np_view(first * flat.size + flat, a, "max_pool", 1 << 62)
+    largest = np.asarray(view.max(axis=taps))
+    hit = view == largest.reshape(*largest.shape, *[1] * len(taps))
+    return largest, np.where(hit, where, 1 << 62).min(axis=taps)
+
+
+def _indexed_samples(draw: Draw) -> tuple[list[Array], IndexedPoolAttrs]:
+    xs, a = _samples("float32", "int8")(draw)
+    return xs, IndexedPoolAttrs(**dataclasses.asdict(a), columns=flag(draw))
+
+
+max_pool_indices = register(
+    Op(
+        "max_pool_indices",
+        IndexedPoolAttrs,
+        _indexed_infer,
+        direct(_indexed_compute),
+        _indexed_reference,
+        _indexed_samples,
     )
 )
 

@@ -16,13 +16,14 @@ import numpy as np
 
 from .. import te
 from ..ir.arith import Arith
-from ..ir.expr import Const, Expr, binary, ceildiv, const_int, eq, select, wrap
+from ..ir.expr import Const, Expr, binary, cast, ceildiv, const_int, eq, select, wrap
 from ..ir.op import Arg, Op, Precision, register
 from ..ir.types import TensorType
 from .draws import Draw, array, choice, flag, integer
 from .rules import (
     Shape,
     Size,
+    axis_of,
     clamped,
     direct,
     fail,
@@ -31,6 +32,7 @@ from .rules import (
     result,
     simplified,
     widened,
+    wrapped,
 )
 
 Array = np.ndarray
@@ -215,6 +217,69 @@ resize = register(
         direct(_resize_compute),
         float32_inside(_resize_reference),
         _resize_samples,
+        precision=Precision.FLOAT32_INSIDE,
+    )
+)
+
+
+# ---- resample -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ResampleAttrs:
+    """Any resizing along an axis: y[o] = sum over t of weights[o, t] * x[positions[o, t]]."""
+
+    axis: int = 0
+
+
+def _resample_infer(x: Arg, weights: Arg, positions: Arg, a: ResampleAttrs) -> TensorType:
+    axis = axis_of(a.axis, x.type.rank, "resample")
+    if weights.type.rank != 2 or positions.type.shape != weights.type.shape:
+        fail(f"resample: weights {weights.type} and positions {positions.type} do not fit together")
+    shape = (*x.type.shape[:axis], weights.type.shape[0], *x.type.shape[axis + 1 :])
+    return result(shape, x.type.dtype)
+
+
+def _resample_compute(
+    x: te.Tensor, weights: te.Tensor, positions: te.Tensor, a: ResampleAttrs
+) -> te.Tensor:
+    axis = a.axis % len(x.shape)
+    source = widened(x)
+    (t,) = te.reduce_vars(1)
+
+    def body(*i: Expr) -> Expr:
+        at = wrapped(positions[i[axis], t], x.shape[axis])
+        value = source[(*i[:axis], at, *i[axis + 1 :])]
+        return value * cast(weights[i[axis], t], value.dtype)
+
+    shape = (*x.shape[:axis], weights.shape[0], *x.shape[axis + 1 :])
+    made = te.compute(shape, body, "resample", ("sum", {t: weights.shape[1]}))
+    return te.astype(made, x.dtype)
+
+
+def _resample_reference(x: Array, weights: Array, positions: Array, a: ResampleAttrs) -> Array:
+    taken = np.take(x, positions, axis=a.axis)
+    axis = a.axis % x.ndim
+    line = [1] * taken.ndim
+    line[axis : axis + 2] = weights.shape
+    return (taken * weights.reshape(line).astype(x.dtype)).sum(axis + 1)
+
+
+def _resample_samples(draw: Draw) -> tuple[list[Array], ResampleAttrs]:
+    of = (integer(draw, 1, 3), integer(draw, 1, 4), integer(draw, 1, 4))
+    axis = integer(draw, 0, 2)
+    own = (integer(draw, 1, 5), integer(draw, 1, 4))
+    x = array(draw, of, choice(draw, ("float32", "float64", "float16")))
+    at = array(draw, own, "int64", 0, of[axis] - 1)
+    return [x, array(draw, own), at], ResampleAttrs(axis)
+
+
+resample = register(
+    Op(
+        "resample",
+        ResampleAttrs,
+        _resample_infer,
+        direct(_resample_compute),
+        float32_inside(_resample_reference),
+        _resample_samples,
         precision=Precision.FLOAT32_INSIDE,
     )
 )

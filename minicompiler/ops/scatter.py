@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 
 from .. import te
-from ..ir.expr import Const, Expr, Load, Var, binary, cast
+from ..ir.expr import Const, Expr, Load, Var, binary, cast, select
 from ..ir.op import Arg, Op, register
 from ..ir.tir import SERIAL, Buffer, For, Stmt, Store, seq
-from ..ir.types import TensorType
+from ..ir.types import TensorType, index
 from .draws import Draw, array, choice, integer, shape
 from .rules import (
     axis_of,
+    clamped,
     direct,
     fail,
+    inside,
     is_low,
     need_const,
     need_dtype,
@@ -215,5 +217,72 @@ scatter_nd = register(
         direct(_nd_compute),
         _nd_reference,
         _nd_samples,
+    )
+)
+
+
+# ---- write_at -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class WriteAtAttrs:
+    """circular: what runs over the end goes on at the start."""
+
+    axis: int = -2
+    circular: bool = False
+
+
+def _write_infer(x: Arg, updates: Arg, start: Arg, a: WriteAtAttrs) -> TensorType:
+    axis_of(a.axis, need_rank("write_at", x, 2), "write_at")
+    need_rank("write_at", updates, x.type.rank, x.type.rank)
+    need_rank("write_at", start, 1, 1)
+    need_dtype("write_at", start, "i")
+    same_dtype("write_at", x, updates)
+    return x.type
+
+
+def _write_compute(
+    x: te.Tensor, updates: te.Tensor, start: te.Tensor, a: WriteAtAttrs
+) -> te.Tensor:
+    axis = a.axis % len(x.shape)
+    size, length = x.shape[axis], updates.shape[axis]
+
+    def body(*i: Expr) -> Expr:
+        at = i[axis] - cast(start[i[0]], index)
+        at = at % size if a.circular else at
+        value = updates[(*i[:axis], clamped(at, length), *i[axis + 1 :])]
+        return select(inside(at, length), value, x[i])
+
+    return te.compute(x.shape, body, "write_at")
+
+
+def _write_reference(x: Array, updates: Array, start: Array, a: WriteAtAttrs) -> Array:
+    axis = a.axis % x.ndim
+    made = np.moveaxis(x.copy(), axis, 1)
+    new = np.moveaxis(updates, axis, 1)
+    for b, t in np.ndindex(*new.shape[:2]):
+        at = int(start[b]) + t
+        at = at % made.shape[1] if a.circular else at
+        if 0 <= at < made.shape[1]:
+            made[b, at] = new[b, t]
+    return np.moveaxis(made, 1, axis)
+
+
+def _write_samples(draw: Draw) -> tuple[list[Array], WriteAtAttrs]:
+    of = (integer(draw, 1, 3), integer(draw, 1, 5), integer(draw, 1, 3))
+    axis = choice(draw, (1, 2, -1))
+    own = tuple(integer(draw, 1, s) if k == axis % 3 else s for k, s in enumerate(of))
+    circular = choice(draw, (True, False))
+    most = of[axis] - 1 if circular else of[axis] - own[axis]
+    start = array(draw, of[:1], "int64", 0, most)
+    return [array(draw, of), array(draw, own), start], WriteAtAttrs(axis, circular)
+
+
+write_at = register(
+    Op(
+        "write_at",
+        WriteAtAttrs,
+        _write_infer,
+        direct(_write_compute),
+        _write_reference,
+        _write_samples,
     )
 )

@@ -105,19 +105,19 @@ BOUNDS: dict[str, tuple[Callable[..., Any], float, float]] = {
     "log": (np.log, 1.0, 1.0),
     "sigmoid": (_sigmoid, 2.5, 3.0),
     "tanh": (np.tanh, 2.0, 3.0),
-    "erf": (erf_by_math, 2.0, 2.0),
-    "rsqrt": (lambda x: 1 / np.sqrt(x), 1.0, 1.0),
+    "erf": (erf_by_math, 1.5, 2.0),
+    "rsqrt": (lambda x: 1 / np.sqrt(x), 1.5, 1.5),
     "sin": (np.sin, 0.51, 1.0),
     "cos": (np.cos, 0.51, 1.0),
-    "tan": (np.tan, 0.51, 3.0),
+    "tan": (np.tan, 0.51, 2.0),
     "asin": (np.arcsin, 0.51, 2.0),
     "acos": (np.arccos, 0.51, 2.0),
     "atan": (np.arctan, 0.51, 2.0),
     "sinh": (np.sinh, 0.51, 3.0),
     "cosh": (np.cosh, 0.51, 3.0),
-    "asinh": (np.arcsinh, 0.51, 4.0),
-    "acosh": (np.arccosh, 0.51, 4.0),
-    "atanh": (np.arctanh, 0.51, 4.0),
+    "asinh": (np.arcsinh, 0.51, 3.0),
+    "acosh": (np.arccosh, 0.51, 3.0),
+    "atanh": (np.arctanh, 0.51, 3.0),
     "log1p": (np.log1p, 0.51, 2.0),
     "expm1": (np.expm1, 0.51, 2.0),
 }
@@ -209,7 +209,7 @@ POWERS = [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 0.5, -0.5, 2.5, math.inf, 
 
 @needs_fma
 @long_enough
-@pytest.mark.parametrize(("dtype", "bound"), [(float32, 0.51), (float64, 4.0)])
+@pytest.mark.parametrize(("dtype", "bound"), [(float32, 0.51), (float64, 1.5)])
 def test_powers(dtype: DType, bound: float) -> None:
     rng = np.random.default_rng(5)
     pairs = np.array(list(itertools.product(POWERS, POWERS)))
@@ -231,7 +231,7 @@ def test_constant_powers(n: int) -> None:
     got = Kernel(lambda e: binary("pow", e, Const(n, float32)), float32)(x)
     with np.errstate(all="ignore"):
         error, at = largest_error(got, np.power(x.astype(np.float64), n))
-    assert error <= max(1.0, (abs(n) + 1) / 2), f"{x[at]!r} ** {n} = {got[at]!r}: {error} ulp"
+    assert error <= max(1.0, abs(n)), f"{x[at]!r} ** {n} = {got[at]!r}: {error} ulp"
 
 
 @pytest.mark.parametrize("dtype", [float32, float64])

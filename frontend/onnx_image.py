@@ -1,0 +1,311 @@
+"""Converters of ONNX operators that resample images, and of Fourier transforms.
+
+Resize{cubic} -> resample(x, weights, positions) per axis      DFT -> products with cosines and sines
+
+What depends on sizes alone is computed here with numpy, once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from minicompiler.ir.expr import const_int
+from minicompiler.ir.graph import Value, type_of
+from minicompiler.ops import elementwise as el
+from minicompiler.ops import index as ix
+from minicompiler.ops import linalg
+from minicompiler.ops import pieces as pc
+from minicompiler.ops import resize as rs
+from minicompiler.ops import sample as sp
+from minicompiler.ops import shape as sh
+
+from .onnx_data import element_type
+from .onnx_math import Converter, cast_to
+from .onnx_nn import padding
+from .onnx_node import OnnxNode
+from .onnx_shape import resize as plain_resize
+
+
+# ---- resize -------------------------------------------------------------------------------------
+def _resize(n: OnnxNode) -> Value:
+    """Simple forms are index arithmetic; all others are weighted sums along each axis."""
+    modes = n.attr("coordinate_transformation_mode", "half_pixel")
+    special = (
+        n.opset >= 11
+        and (
+            n.attr("mode", "nearest") == "cubic"
+            or n.attr("antialias", 0)
+            or n.attr("exclude_outside", 0)
+            or n.attr("keep_aspect_ratio_policy", "stretch") != "stretch"
+            or modes in ("tf_crop_and_resize", "half_pixel_symmetric")
+            or (modes == "align_corners" and not _given(n, 3))
+        )
+    )  # fmt: skip
+    return _weighted(n) if special else plain_resize(n)
+
+
+def _given(n: OnnxNode, k: int) -> bool:
+    return n.opt(k) is not None and const_int(n.type(k).shape[0]) != 0
+
+
+def _weighted(n: OnnxNode) -> Value:
+    x, t = n.arg(0), n.type(0)
+    axes = [a % t.rank for a in n.attr("axes", range(t.rank))]
+    sizes = n.known(3) if _given(n, 3) else None
+    scales = n.known(2) if sizes is None else None
+    roi = n.known(1) if _given(n, 1) else None
+    if sizes is None and scales is None:
+        n.fail("Resize needs scales or sizes that are constants")
+    crop = n.attr("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
+    plan: list[tuple[int, int, int, float, tuple[float, float]]] = []
+    for k, axis in enumerate(axes):
+        size = const_int(t.shape[axis])
+        if size is None:
+            n.fail(f"this form of Resize needs the size of axis {axis}, which is {t.shape[axis]}")
+        if sizes is not None:
+            out, scale = int(sizes[k]), float(sizes[k]) / size
+        else:
+            assert scales is not None
+            scale = float(scales[k])
+            out = math.floor(scale * size)
+        part = (float(roi[k]), float(roi[k + len(axes)])) if crop and roi is not None else (0.0, 1.0)
+        plan.append((axis, size, out, scale, part))
+    policy = n.attr("keep_aspect_ratio_policy", "stretch")
+    if sizes is not None and policy != "stretch":
+        scale = (min if policy == "not_larger" else max)(p[3] for p in plan)
+        plan = [(a, s, math.floor(scale * s + 0.5), scale, r) for a, s, _, _, r in plan]
+    result, outside = x, None
+    for axis, size, out, scale, part in plan:
+        if scale == 1.0 and out == size and part == (0.0, 1.0):
+            continue
+        weights, positions, out_of_range = _table(n, size, out, scale, part)
+        made = n.constant(weights, np.float32), n.constant(positions, np.int64)
+        result = n.apply(rs.resample, result, *made, attrs=rs.ResampleAttrs(axis), name="")
+        if out_of_range.any():
+            line = out_of_range.reshape([-1 if k == axis else 1 for k in range(t.rank)])
+            outside = line if outside is None else outside | line
+    if outside is None:
+        return result if result is not x else n.apply(el.identity, x)
+    dtype = t.dtype.numpy
+    value = n.constant(n.attr("extrapolation_value", 0.0), dtype)
+    return n.apply(el.where, n.constant(outside), value, result)
+
+
+def _table(
+    n: OnnxNode, size: int, out: int, scale: float, roi: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights and positions [out, taps] along an axis, and which results lie outside of x."""
+    mode = n.attr("coordinate_transformation_mode", "half_pixel")
+    full = scale * size
+    rows, places, outside = [], [], []
+    for o in range(out):
+        at = _coordinate(mode, o, size, out, scale, full, roi)
+        outside.append(mode == "tf_crop_and_resize" and not 0 <= at <= size - 1)
+        weights, taps = _taps(n, at, scale)
+        if n.attr("exclude_outside", 0):
+            weights = np.where((taps < 0) | (taps >= size), 0, weights)
+            weights = weights / weights.sum()
+        rows.append(weights)
+        places.append(np.clip(taps, 0, size - 1))
+    return np.array(rows), np.array(places), np.array(outside)
+
+
+def _coordinate(
+    mode: str, o: int, size: int, out: int, scale: float, full: float, roi: tuple[float, float]
+) -> float:
+    if mode == "align_corners":
+        return 0.0 if full == 1 else o * (size - 1) / (full - 1)
+    if mode == "asymmetric":
+        return o / scale
+    if mode == "tf_crop_and_resize":
+        if full == 1:
+            return (roi[0] + roi[1]) * (size - 1) / 2
+        return o * (roi[1] - roi[0]) * (size - 1) / (full - 1) + roi[0] * (size - 1)
+    if mode == "pytorch_half_pixel" and full == 1:
+        return -0.5
+    at = (o + 0.5) / scale - 0.5
+    if mode == "half_pixel_symmetric":
+        at += size / 2 * (1 - out / full)
+    return at
+
+
+def _taps(n: OnnxNode, at: float, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """The weights of the elements around a position, and which elements these are."""
+    mode, low = n.attr("mode", "nearest"), math.floor(at)
+    t = at - low
+    if mode == "nearest":
+        rounding = n.attr("nearest_mode", "round_prefer_floor")
+        up = {"floor": 0, "ceil": math.ceil(at) - low, "round_prefer_floor": int(t > 0.5)}
+        chosen = up.get(rounding, int(t >= 0.5))
+        return np.ones(1), np.array([low + chosen])
+    shrink = min(scale, 1.0) if n.attr("antialias", 0) else 1.0
+    reach = 1 if mode == "linear" else 2
+    first = math.floor(-reach / shrink) + 1
+    taps = np.arange(first, 2 - first)
+    distance = np.abs((taps - t) * shrink)
+    if mode == "linear":
+        weights = np.clip(1 - distance, 0, 1)
+    else:
+        a = n.attr("cubic_coeff_a", -0.75)
+        near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+        far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
+        weights = np.where(distance <= 1, near, np.where(distance < 2, far, 0))
+    return weights / weights.sum(), low + taps
+
+
+# ---- positions in data --------------------------------------------------------------------------
+_GRID_MODES = {"bilinear": "linear", "bicubic": "cubic"}
+
+
+def _grid_sample(n: OnnxNode) -> Value:
+    mode = n.attr("mode", "linear")
+    attrs = sp.GridSampleAttrs(
+        _GRID_MODES.get(mode, mode), n.attr("padding_mode", "zeros"), bool(n.attr("align_corners", 0))
+    )
+    return n.apply(sp.grid_sample, n.arg(0), cast_to(n, n.arg(1), n.type(0).dtype), attrs=attrs)
+
+
+def _roi_align(n: OnnxNode) -> Value:
+    half = n.attr("coordinate_transformation_mode", "half_pixel" if n.opset >= 16 else "") == "half_pixel"
+    attrs = sp.RoiAlignAttrs(
+        n.attr("output_height", 1), n.attr("output_width", 1), n.attr("sampling_ratio", 0),
+        n.attr("spatial_scale", 1.0), half, n.attr("mode", "avg") == "max",
+    )  # fmt: skip
+    return n.apply(sp.roi_align, n.arg(0), n.arg(1), n.arg(2), attrs=attrs)
+
+
+def _deform_conv(n: OnnxNode) -> Value:
+    kernel = [const_int(s) for s in n.type(1).shape[2:]]
+    d = len(kernel)
+    strides = tuple(n.attr("strides", (1,) * d))
+    dilations = tuple(n.attr("dilations", (1,) * d))
+    begin, _ = padding(n, [k or 1 for k in kernel], strides, dilations)
+    attrs = sp.DeformConvAttrs(
+        strides, begin, dilations, n.attr("group", 1), n.attr("offset_group", 1)
+    )
+    args = n.arg(0), n.arg(1), n.arg(2), n.opt(4), n.opt(3)
+    return n.apply(sp.deform_conv, *args, attrs=attrs)
+
+
+# ---- Fourier transforms -------------------------------------------------------------------------
+def _dft(n: OnnxNode) -> Value:
+    axis = n.attr("axis", 1) if n.opset < 20 else n.scalar(2)
+    length, t = n.scalar(1), n.type(0)
+    at = (-2 if axis is None else int(axis)) % t.rank
+    if at == t.rank - 1:
+        n.fail("DFT along the axis of real and imaginary parts")
+    inverse, onesided = bool(n.attr("inverse", 0)), bool(n.attr("onesided", 0))
+    return _transformed(n, n.arg(0), at, length, inverse, onesided)
+
+
+def _transformed(
+    n: OnnxNode, x: Value, axis: int, length: int | None, inverse: bool, onesided: bool
+) -> Value:
+    """The discrete Fourier transform along an axis; the last axis holds real and imaginary part."""
+    t = type_of(x)
+    size, parts = const_int(t.shape[axis]), const_int(t.shape[-1])
+    if size is None or parts not in (1, 2):
+        n.fail(f"{n.op_type} along an axis of {t.shape[axis]} elements of {t.shape[-1]} numbers")
+    halved = inverse and onesided  # x holds one half of a symmetric spectrum
+    count = length if length is not None else 2 * (size - 1) if halved else size
+    used = min(size, count // 2 + 1 if halved else count)
+    if used < size:
+        x = _cut(n, x, axis, used)
+    k = np.arange(count // 2 + 1 if onesided and not inverse else count)
+    angle = 2 * np.pi * (np.outer(np.arange(used), k) % count) / count
+    factor = np.full((used, 1), 1 / count if inverse else 1.0)
+    if halved:  # every frequency but the first and the middle one stands for two
+        factor[1 : (count + 1) // 2] *= 2
+    dtype = t.dtype.numpy
+    cosine = n.constant(np.cos(angle) * factor, dtype)
+    sine = n.constant(np.sin(angle) * factor * (1 if inverse else -1), dtype)
+    order = tuple(a for a in range(t.rank - 1) if a != axis)
+    back = tuple(np.argsort((*order, axis)))
+
+    def part(which: int) -> Value:
+        one = _cut(n, x, t.rank - 1, which + 1, which)
+        flat = n.apply(sh.squeeze, one, attrs=sh.SqueezeAttrs((t.rank - 1,)), name="")
+        return n.apply(sh.transpose, flat, attrs=sh.TransposeAttrs((*order, axis)), name="")
+
+    def times(v: Value, table: Value) -> Value:
+        return n.apply(linalg.matmul, v, table, name="")
+
+    real = part(0)
+    results = [times(real, cosine), times(real, sine)]
+    if parts == 2:
+        imaginary = part(1)
+        results[0] = n.apply(el.sub, results[0], times(imaginary, sine), name="")
+        results[1] = n.apply(el.add, results[1], times(imaginary, cosine), name="")
+    last = sh.UnsqueezeAttrs((t.rank - 1,))
+    done = []
+    for v in results[:1] if halved else results:
+        v = n.apply(sh.transpose, v, attrs=sh.TransposeAttrs(tuple(int(b) for b in back)), name="")
+        done.append(n.apply(sh.unsqueeze, v, attrs=last, name=""))
+    if len(done) == 1:
+        return done[0]
+    return n.apply(pc.concat, *done, attrs=pc.ConcatAttrs(t.rank - 1))
+
+
+def _cut(n: OnnxNode, x: Value, axis: int, end: int, start: int = 0) -> Value:
+    return n.apply(pc.strided_slice, x, attrs=pc.SliceAttrs((start,), (end,), (axis,)), name="")
+
+
+def _stft(n: OnnxNode) -> Value:
+    """Frames of the signal, times the window, transformed."""
+    t, step, window = n.type(0), int(n.scalar(1)), n.opt(2)
+    size = const_int(t.shape[1])
+    length = n.scalar(3)
+    if length is None and window is not None:
+        length = const_int(type_of(window).shape[0])
+    if size is None or t.rank != 3:
+        n.fail(f"STFT of a signal {t}: batch, length and parts are needed, the length a constant")
+    length = size if length is None else int(length)
+    frames = (size - length) // step + 1
+    where = np.arange(frames)[:, None] * step + np.arange(length)
+    x: Value = n.apply(
+        ix.gather, n.arg(0), n.constant(where, np.int64), attrs=ix.GatherAttrs(1), name=""
+    )
+    if window is not None:
+        column = n.apply(sh.unsqueeze, window, attrs=sh.UnsqueezeAttrs((1,)), name="")
+        x = n.apply(el.mul, x, column, name="")
+    return _transformed(n, x, 2, length, False, bool(n.attr("onesided", 1)))
+
+
+def _mel_weights(n: OnnxNode) -> Value:
+    """Triangular filters, evenly spaced on the mel scale."""
+    found: list[Any] = [n.scalar(k) for k in range(5)]
+    bins, length, rate, low, high = found
+    mels = [2595 * np.log10(1 + f / 700) for f in (low, high)]
+    points = mels[0] + np.arange(bins + 2) * (mels[1] - mels[0]) / (bins + 2)
+    hertz = 700 * (10 ** (points / 2595) - 1)
+    edges = ((length + 1) * hertz // rate).astype(int)
+    table = np.zeros((length // 2 + 1, bins))
+    for k in range(bins):
+        left, centre, right = edges[k : k + 3]
+        _ramp(table[:, k], left, centre)
+        if right > centre:
+            table[centre:right, k] = (right - np.arange(centre, right)) / (right - centre)
+    code = n.attr("output_datatype", 1)
+    dtype = element_type(code, "the result of MelWeightMatrix", n.loc.file)
+    return n.constant(table, dtype.numpy, n.outputs[0])
+
+
+def _ramp(column: np.ndarray, left: int, centre: int) -> None:
+    if left == centre:
+        column[centre] = 1
+    else:
+        column[left : centre + 1] = np.arange(centre - left + 1) / (centre - left)
+
+
+IMAGE: dict[str, Converter] = {
+    "DFT": _dft,
+    "DeformConv": _deform_conv,
+    "GridSample": _grid_sample,
+    "MelWeightMatrix": _mel_weights,
+    "Resize": _resize,
+    "RoiAlign": _roi_align,
+    "STFT": _stft,
+}

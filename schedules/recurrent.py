@@ -1,0 +1,207 @@
+"""The rule for recurrences: a loop over steps around contractions with the previous state and
+elementwise work that makes the next one.
+
+    for t:                                     # scan
+        parallel h_o:                          # a block of hidden units: all of their gates
+            for b_o:
+                registers: sums[b_i, gate, h_i] of h[t, b, :] and the weights
+                c[t + 1, b, h], h[t + 1, b, h]
+
+The weights are packed as the tiles read them, so each step streams them once. Threads share the
+blocks of a step and meet after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from minicompiler.ir.expr import Load, Var, const_int
+from minicompiler.ir.tir import PARALLEL, SCAN, UNROLL, VECTOR, Block, Iter, Scope
+
+from . import analysis, contraction, elementwise, rows
+from .schedule import Schedule
+
+MOST_SIDES = 4  # gates that one register tile holds
+WORTH_A_BARRIER = 32768  # multiplications of a step below which its threads would mostly wait
+
+
+@dataclasses.dataclass
+class _Product:
+    """A contraction of a step: the weights it reads and the roles of its iterators."""
+
+    block: Block
+    weights: Load
+    vector: Iter
+    rows: list[Iter]  # of the state alone
+    sides: list[Iter]  # of the weights alone: gates
+    outer: list[Iter]
+    reduce: list[Iter]
+
+
+def applies(s: Schedule) -> bool:
+    """There is a recurrence."""
+    return any(x.tag == SCAN for x in analysis.loops(s.func))
+
+
+def apply(s: Schedule) -> None:
+    scans = [x.var.name for x in analysis.loops(s.func) if x.tag == SCAN]
+    inside = {b.name for t in scans for b in analysis.blocks(s.loop(t)[0])}
+    outside = [b.name for b in analysis.blocks(s.func) if b.name not in inside]
+    for t in scans:
+        _steps(s, t)
+    for b in [*outside, *(b.name for b in analysis.blocks(s.func) if b.tag == "copy_in")]:
+        if analysis.scan_around(s.block(b)[1]) is None:
+            elementwise.one_block(s, b)
+
+
+def _steps(s: Schedule, t: str) -> None:
+    """Schedules what one recurrence does in each step."""
+    found: dict[str, _Product | None] = {}
+    owner: dict[object, str] = {}  # buffer -> the contraction that it waits for in a step
+    followers: dict[str, list[str]] = {}
+    alone: list[str] = []
+    order = [b.name for b in analysis.blocks(s.loop(t)[0])]
+    arith = analysis.arith_of(s.func)
+    for name in order:
+        block, _ = s.block(name)
+        waits = [owner[x.buffer] for x in analysis.operand_loads(block) if x.buffer in owner
+                 and not _earlier(s, x, block)]  # fmt: skip
+        if analysis.is_reduction(block):
+            found[name] = _analyse(s, name, t)
+            owner[block.body.buffer] = name
+            followers[name] = []
+        elif waits:
+            last = max(waits, key=list(found).index)
+            owner[block.body.buffer] = last
+            followers[last].append(name)
+        else:
+            alone.append(name)
+    del arith
+    for name, product in found.items():
+        if product is not None:
+            _tile(s, product, followers[name], t)
+        else:
+            rows.schedule_reduction(s, name, t)
+            alone += followers[name]
+    for name in alone:
+        elementwise.one_block(s, name, parallel=False, below=t)
+
+
+def _earlier(s: Schedule, load: Load, block: Block) -> bool:
+    """True when what a block reads is there from earlier steps."""
+    arith = analysis.arith_of(s.func)
+    return all(analysis.apart(load, block, w, arith) for w in analysis.writers(s.func, load.buffer))
+
+
+def _vars(load: Load) -> set[Var]:
+    return {i for i in load.indices if isinstance(i, Var)}
+
+
+def _analyse(s: Schedule, name: str, t: str) -> _Product | None:
+    """None for a reduction that is no product of a state and weights with plain indices."""
+    block, _ = s.block(name)
+    loads = contraction.product_loads(block)
+    iters = [i for i in block.iters if not (isinstance(i.value, Var) and i.value.name == t)]
+    spatial = [i for i in iters if not i.reduce]
+    vector = next((i for i in spatial if i.var is block.body.indices[-1]), None)
+    if loads is None or vector is None or any(not isinstance(i.value, Var) for i in iters):
+        return None
+    weights = [x for x in loads if vector.var in _vars(x)]
+    if len(weights) != 1:
+        return None
+    mine = _vars(weights[0])
+    theirs = _vars(loads[0] if loads[1] is weights[0] else loads[1])
+    rest = [i for i in spatial if i is not vector]
+    sides = [i for i in rest if i.var in mine and i.var not in theirs]
+    count = 1
+    for i in sides:
+        count *= const_int(i.extent) or MOST_SIDES + 1
+    if count > MOST_SIDES:
+        sides = []
+    lines = [i for i in rest if i.var in theirs and i.var not in mine]
+    outer = [i for i in rest if i not in sides and i not in lines]
+    reduce = [i for i in iters if i.reduce]
+    return _Product(block, weights[0], vector, lines, sides, outer, reduce)
+
+
+def _loop(it: Iter) -> str:
+    assert isinstance(it.value, Var)
+    return it.value.name
+
+
+def _tile(s: Schedule, p: _Product, followers: list[str], t: str) -> None:
+    """Register tiles of one contraction, with the work on its sums in the same place."""
+    name, buffer = p.block.name, p.block.body.buffer
+    lanes = s.target.vector_bytes // max(4, buffer.dtype.bytes)
+    gates = 1
+    for i in p.sides:
+        gates *= const_int(i.extent) or 1
+    many = const_int(p.rows[0].extent) != 1 if p.rows else False
+    vectors = (1 if gates > 2 else 2) if many else (4 if gates == 1 else 2)
+    extent = const_int(p.vector.extent)
+    while vectors > 1 and extent is not None and extent <= vectors // 2 * lanes:
+        vectors //= 2
+    vectors = s.choose(f"{name} vectors", (1, 2, 4, 8), vectors)
+    width = vectors * lanes
+    depth = [_loop(i) for i in p.reduce]
+    sides = [_loop(i) for i in p.sides]
+    shared = [_loop(i) for i in p.outer]
+
+    # ---- loops: blocks of units, rows, reduction, tile ------------------------------------------
+    row_o, tile = None, []
+    if p.rows:
+        s.reorder(*shared, *(_loop(i) for i in p.rows), *sides, _loop(p.vector), *depth)
+        row = s.fuse(*(_loop(i) for i in p.rows)) if len(p.rows) > 1 else _loop(p.rows[0])
+        fit = contraction.tile_rows(const_int(s.loop(row)[0].extent), gates * vectors, s.target.registers)
+        row_o, row_i = s.split(row, s.choose(f"{name} rows", tuple(range(1, 17)), fit), "mask")
+        tile = [row_i]
+    v_o, v_i = s.split(_loop(p.vector), width, "mask")
+    tile += [*sides, v_i]
+    shared.append(v_o)
+    s.reorder(*shared, *([row_o] if row_o else []), *depth, *tile)
+    home = row_o or v_o
+    _pack(s, p, width)
+
+    # ---- what comes after, and the register tile ------------------------------------------------
+    for b in followers:
+        s.compute_at(b, home)
+    init = s.decompose_reduction(name, depth[0])
+    staged = s.stage(buffer.name, home, Scope.REGISTER)
+    size = const_int(s.loop(depth[-1])[0].extent)
+    unroll = s.choose(f"{name} unroll", (1, 2, 4, 8), 4)
+    if size is not None and size > unroll and size % unroll == 0 and unroll > 1:
+        s.mark(s.split(depth[-1], unroll)[1], UNROLL)
+    for n in tile[:-1]:
+        s.mark(n, UNROLL)
+    s.mark(v_i, VECTOR)
+    alive = {b.name for b in analysis.blocks(s.func)}
+    for b in (init, f"{staged}_in", f"{staged}_out", *followers):
+        if b in alive:
+            elementwise.vector_tile(s, b, home)
+
+    # ---- threads --------------------------------------------------------------------------------
+    work = 1
+    for x in analysis.loops_in(s.block(name)[1]):
+        if x.var.name != t:
+            work *= const_int(x.extent) or 32
+    if work >= WORTH_A_BARRIER:
+        s.mark(s.fuse(*shared) if len(shared) > 1 else shared[0], PARALLEL)
+
+
+def _pack(s: Schedule, p: _Product, width: int) -> None:
+    """The weights in the order in which the tiles read them, where they do not change."""
+    load, buffer = p.weights, p.weights.buffer
+    if buffer.scope is not Scope.PARAM or analysis.writers(s.func, buffer):
+        return
+    place = {i.var: k for k, i in reversed(list(enumerate(load.indices))) if isinstance(i, Var)}
+    wanted = [i.var for i in (*p.reduce, *p.sides, p.vector)]
+    if any(v not in place for v in wanted):
+        return
+    axis = place[p.vector.var]
+    inner = [place[v] for v in wanted[:-1]]
+    parts = [[k, 1, 0] for k in range(len(load.indices)) if k not in (*inner, axis)]
+    parts += [[axis, width, 0], *([k, 1, 0] for k in inner), [axis, 1, width]]
+    s.stage(buffer.name, None, Scope.GLOBAL, parts)
+
+
+__all__ = ["applies", "apply"]

@@ -1,0 +1,236 @@
+"""Law 7: every point of a rule's space verifies or is refused, a sample computes the right answer.
+Names never matter to a rule, and every rule serves several operators."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tir_samples import SAMPLES, Sample, matmul_of, product, relu, softmax_of, tensor
+from tolerance import assert_close
+
+import minicompiler.ops  # noqa: F401
+from minicompiler.errors import ScheduleError
+from minicompiler.ir.arith import Arith
+from minicompiler.ir.expr import Dim, Expr, Load, Var, rewrite, substitute
+from minicompiler.ir.layout import IndexMap
+from minicompiler.ir.op import REGISTRY
+from minicompiler.ir.tir import (
+    Alloc,
+    Block,
+    Buffer,
+    For,
+    PrimFunc,
+    Stmt,
+    Store,
+    map_exprs,
+    map_statements,
+    statements,
+)
+from minicompiler.ir.verify_tir import verify_tir
+from minicompiler.lower.to_tir import from_tensors
+from minicompiler.ops.conv import ConvAttrs
+from minicompiler.ops.pool import PoolAttrs
+from minicompiler.schedules.cpu import RULES, schedule
+from minicompiler.target import Target
+
+AVX2, SSE = Target.parse("cpu:avx2"), Target.parse("cpu:sse")
+NCHW8C = IndexMap.blocked(4, 1, 8)
+SAME = {"pads_begin": (1, 1), "pads_end": (1, 1)}
+
+
+# ---- functions ----------------------------------------------------------------------------------
+def operator(
+    name: str,
+    shapes: list[tuple[int | Expr, ...]],
+    attrs: Any = None,
+    which: str = "direct",
+    layouts: Mapping[int, IndexMap] | None = None,
+    then_relu: bool = False,
+) -> PrimFunc:
+    """One operator of the registry on float32 tensors; layouts: by argument, -1 is the result.
+    All but the first argument are constants."""
+    op = REGISTRY[name]
+    args = [tensor(f"x{k}", *s) for k, s in enumerate(shapes)]
+    compute = next(c for c in op.computes if c.name == which)
+    made = compute.build(*args, op.attrs() if attrs is None else attrs)
+    result = made[0] if isinstance(made, tuple) else made
+    result = relu(result) if then_relu else result
+    held = {(result if k < 0 else args[k]): m for k, m in (layouts or {}).items()}
+    return from_tensors(name, args, [result], args[1:], held)
+
+
+def conv(groups: int = 1, channels: int = 8, **kwargs: Any) -> PrimFunc:
+    shapes: list[tuple[int | Expr, ...]] = [(1, 8, 4, 7), (channels, 8 // groups, 3, 3)]
+    return operator("conv", shapes, ConvAttrs(groups=groups, **SAME), **kwargs)
+
+
+def winograd(m: int, size: int) -> PrimFunc:
+    shapes: list[tuple[int | Expr, ...]] = [(1, 8, size, size), (8, 8, 3, 3)]
+    blocked = {0: NCHW8C, -1: NCHW8C}
+    return operator("conv", shapes, ConvAttrs(**SAME), f"winograd{m}", blocked)
+
+
+def two_products() -> PrimFunc:
+    a, b, c = tensor("a", 5, 6), tensor("b", 6, 7), tensor("c", 7, 4)
+    return from_tensors("two_products", [a, b, c], [product(product(a, b), c)])
+
+
+LENGTH = 128
+BIG: dict[str, Callable[[], Sample]] = {
+    "matmul_big": lambda: Sample(matmul_of(13, 40, 35)),
+    "matmul_dynamic_big": lambda: Sample(matmul_of(Dim("n", 1, 64), 18, 35), {"n": 11}),
+    "matmul_row": lambda: Sample(matmul_of(1, 40, 35)),
+    "two_products": lambda: Sample(two_products()),
+    "conv_plain": lambda: Sample(conv(channels=5)),
+    "conv_blocked": lambda: Sample(conv(layouts={0: NCHW8C, -1: NCHW8C}, then_relu=True)),
+    "conv_depthwise": lambda: Sample(conv(groups=8, layouts={0: NCHW8C, -1: NCHW8C})),
+    "winograd2": lambda: Sample(winograd(2, 4)),
+    "winograd4": lambda: Sample(winograd(4, 5)),
+    "softmax_big": lambda: Sample(softmax_of(5, 45)),
+    "max_pool": lambda: Sample(
+        operator("max_pool", [(1, 8, 6, 6)], PoolAttrs(kernel=(2, 2), strides=(2, 2)))
+    ),
+    "exp": lambda: Sample(operator("exp", [(3, 4, 9)])),
+}
+CASES: dict[str, Callable[[], Sample]] = {**SAMPLES, **BIG}
+case = functools.cache(lambda name: CASES[name]())
+wanted = functools.cache(lambda name: case(name).run())
+
+
+def right(name: str, func: PrimFunc) -> None:
+    """Computes what the unscheduled function does."""
+    for got, want in zip(case(name).run(func), wanted(name), strict=True):
+        assert_close(got, want, LENGTH, largest=max(1.0, float(np.abs(want).max())))
+
+
+# ---- law 7 --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", CASES)
+def test_the_default_is_right(name: str) -> None:
+    for target in (AVX2, SSE):
+        s = schedule(case(name).func, target, after_step=verify_tir)
+        verify_tir(s.func, finished=True)
+    right(name, s.func)
+
+
+@functools.cache
+def space(name: str, target: Target) -> dict[str, tuple[Any, ...]]:
+    """The decisions that the rule asks for, with their options."""
+    return {c.name: c.options for c in schedule(case(name).func, target).choices}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_point_verifies(name: str) -> None:
+    if not space(name, AVX2):
+        return
+
+    @settings(max_examples=8, derandomize=True, deadline=None, database=None)
+    @given(st.integers(0, 2**32 - 1))
+    def check(seed: int) -> None:
+        rng = Random(seed)
+        target = rng.choice((AVX2, SSE))
+        decisions = {n: rng.choice(options) for n, options in space(name, target).items()}
+        try:
+            s = schedule(case(name).func, target, decisions)
+        except ScheduleError:
+            return
+        verify_tir(s.func, finished=True)
+        if rng.randint(0, 3) == 0:
+            right(name, s.func)
+
+    check()
+
+
+def test_decisions_that_are_no_option_are_refused() -> None:
+    with pytest.raises(ScheduleError, match="choice rows = 99"):
+        schedule(matmul_of(13, 40, 35), AVX2, {"rows": 99})
+
+
+# ---- names --------------------------------------------------------------------------------------
+def renamed(func: PrimFunc, name: Callable[[str, int], str]) -> PrimFunc:
+    """`func` with every name replaced by name(kind, number); numbers count in program order."""
+    variables: dict[Expr, Expr] = {}
+    buffers: dict[Buffer, Buffer] = {}
+    blocks: dict[str, str] = {}
+
+    def buffer(b: Buffer) -> Buffer:
+        return buffers.setdefault(b, b.with_(name=name("b", len(buffers))))
+
+    for b in (*func.params, *func.buffers):
+        buffer(b)
+    for s in statements(func):
+        if isinstance(s, For):
+            variables.setdefault(s.var, Var(name("i", len(variables))))
+        elif isinstance(s, Alloc):
+            buffer(s.buffer)
+        elif isinstance(s, Block):
+            blocks.setdefault(s.name, name("s", len(blocks)))
+            for i in s.iters:
+                variables.setdefault(i.var, Var(name("i", len(variables))))
+
+    def load(e: Expr) -> Expr | None:
+        return Load(buffers[e.buffer], e.indices, e.mask) if type(e) is Load else None
+
+    def store(s: Store) -> Store:
+        return s.with_(buffer=buffers[s.buffer])
+
+    def one(s: Stmt) -> Stmt | None:
+        if isinstance(s, For):
+            return s.with_(var=variables[s.var])
+        if isinstance(s, Alloc):
+            return s.with_(buffer=buffers[s.buffer])
+        if isinstance(s, Store):
+            return store(s)
+        if isinstance(s, Block):
+            iters = tuple(i.with_(var=variables[i.var]) for i in s.iters)
+            init = None if s.init is None else store(s.init)
+            return s.with_(name=blocks[s.name], iters=iters, init=init, body=store(s.body))
+        return None
+
+    def expression(e: Expr) -> Expr:
+        return Arith().simplify(substitute(rewrite(e, load), variables))
+
+    phases = tuple(map_statements(map_exprs(p, expression), one) for p in func.phases)
+    return func.with_(
+        name=name("f", 0),
+        params=tuple(map(buffer, func.params)),
+        buffers=tuple(map(buffer, func.buffers)),
+        phases=phases,
+    )
+
+
+def plain(func: PrimFunc) -> str:
+    """The text of a function up to names."""
+    return str(renamed(func, lambda kind, k: f"{kind}{k}"))
+
+
+SCRAMBLES: dict[str, Callable[[str, int], str]] = {
+    "reversed": lambda kind, k: f"{kind}{900 - k}",
+    "shuffled": lambda kind, k: f"{'zqa'[k % 3]}{kind}{k * 37 % 101}_{k}",
+}
+
+
+@pytest.mark.parametrize("scramble", SCRAMBLES)
+@pytest.mark.parametrize("name", CASES)
+def test_names_do_not_matter(name: str, scramble: str) -> None:
+    func = case(name).func
+    other = renamed(func, SCRAMBLES[scramble])
+    assert plain(other) == plain(func)
+    a, b = schedule(renamed(func, lambda kind, k: f"{kind}{k}"), AVX2), schedule(other, AVX2)
+    assert a.rule == b.rule
+    assert a.choices == b.choices
+    assert [s.primitive for s in a.steps] == [s.primitive for s in b.steps]
+    assert plain(a.func) == plain(b.func)
+
+
+# ---- rules --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("rule", [r.name for r in RULES])
+def test_a_rule_serves_several_operators(rule: str) -> None:
+    served = {name for name in CASES if schedule(case(name).func, AVX2).rule == rule}
+    assert len(served) >= 2, f"{rule} serves only {served}"
