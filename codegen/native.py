@@ -27,10 +27,13 @@ def _machine(target: Target, opt: int) -> llvm.TargetMachine:
     found = _machines.get(key)
     if found is None:
         triple = llvm.get_process_triple()
-        found = llvm.Target.from_triple(triple).create_target_machine(
-            cpu=target.cpu_name, features=target.llvm_features, opt=opt, reloc="pic", codemodel="small"
+        found = _machines[key] = llvm.Target.from_triple(triple).create_target_machine(
+            cpu=target.cpu_name,
+            features=target.llvm_features,
+            opt=opt,
+            reloc="pic",
+            codemodel="small",
         )
-        _machines[key] = found
     return found
 
 
@@ -39,8 +42,8 @@ def module_text(functions: str, target: Target) -> str:
     width = target.vector_bytes * 8
     attributes = (
         f'attributes #0 = {{ nounwind "target-features"="{target.llvm_features}" '
-        f'"tune-cpu"="{target.cpu_name}" "prefer-vector-width"="{width}" "min-legal-vector-width"="{width}" '
-        '"no-trapping-math"="true" }\n'
+        f'"tune-cpu"="{target.cpu_name}" "prefer-vector-width"="{width}" '
+        f'"min-legal-vector-width"="{width}" "no-trapping-math"="true" }}\n'
     )
     return functions + attributes
 

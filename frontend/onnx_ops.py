@@ -14,8 +14,9 @@ from .onnx_index import INDEX
 from .onnx_math import MATH, Converter
 from .onnx_nn import NN
 from .onnx_quant import QUANT
+from .onnx_recurrent import RECURRENT
 from .onnx_shape import SHAPE
 
 CONVERTERS: dict[str, Converter] = {
-    **MATH, **NN, **SHAPE, **INDEX, **IMAGE, **QUANT, **CONTROL,
+    **MATH, **NN, **SHAPE, **INDEX, **IMAGE, **QUANT, **RECURRENT, **CONTROL,
 }  # fmt: skip

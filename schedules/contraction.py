@@ -67,7 +67,8 @@ def apply(s: Schedule) -> None:
     if nest is None:
         elementwise.apply(s)
         return
-    if s.choose("block_rows", (False, True), _rows_conflict(s, nest)):
+    conflict = _rows_conflict(s, nest)
+    if s.choose("block_rows", (False, True) if conflict else (False,), conflict):
         nest = _block_rows(s, nest, main.name)
     _schedule(s, nest)
 
@@ -78,7 +79,7 @@ def _rows_conflict(s: Schedule, nest: _Nest) -> bool:
     load = nest.broad
     if load.buffer.scope is not Scope.PARAM or load.buffer.constant or load.buffer.layout is not None:
         return False
-    if len(nest.reduce) != 1 or not nest.rows or nest.vector.var in _vars(load):
+    if len(nest.reduce) != 1 or len(nest.rows) != 1 or nest.vector.var in _vars(load):
         return False
     row = const_int(nest.rows[-1].extent)
     reuse = const_int(nest.vector.extent)
@@ -91,19 +92,15 @@ def _rows_conflict(s: Schedule, nest: _Nest) -> bool:
 
 
 def _block_rows(s: Schedule, nest: _Nest, name: str) -> _Nest:
-    """Copies the broadcast operand with the reduction axis in blocks of 16, so that the rows of a tile lie
-    side by side: tile by tile, or (where rows are several axes, so that tiles wrap around) block by block."""
+    """Copies the broadcast operand tile by tile with the reduction axis in blocks of 16, so that the rows
+    of a tile lie side by side."""
     load = nest.broad
     axis = _axis_of(load, nest.reduce[0])
     row = _axis_of(load, nest.rows[-1])
     assert axis is not None and row is not None
-    if len(nest.rows) == 1:
-        rows = _tile(s, nest)[2]
-        others = [[k, 1, 0] for k in range(len(load.indices)) if k not in (axis, row)]
-        parts = [*others, [row, rows, 0], [axis, 16, 0], [row, 1, rows], [axis, 1, 16]]
-    else:
-        others = [[k, 1, 0] for k in range(len(load.indices)) if k != axis]
-        parts = [[axis, 16, 0], *others, [axis, 1, 16]]
+    rows = _tile(s, nest)[2]
+    others = [[k, 1, 0] for k in range(len(load.indices)) if k not in (axis, row)]
+    parts = [*others, [row, rows, 0], [axis, 16, 0], [row, 1, rows], [axis, 1, 16]]
     s.stage(load.buffer.name, None, Scope.GLOBAL, parts)
     made = _analyse(s, name)
     assert made is not None

@@ -193,7 +193,7 @@ def _pack(s: Schedule, p: _Product, width: int) -> None:
     load, buffer = p.weights, p.weights.buffer
     if buffer.scope is not Scope.PARAM or analysis.writers(s.func, buffer):
         return
-    place = {i.var: k for k, i in reversed(list(enumerate(load.indices))) if isinstance(i, Var)}
+    place = {i: k for k, i in reversed(list(enumerate(load.indices))) if isinstance(i, Var)}
     wanted = [i.var for i in (*p.reduce, *p.sides, p.vector)]
     if any(v not in place for v in wanted):
         return

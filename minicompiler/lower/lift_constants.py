@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 
-from minicompiler.ir.expr import Expr, Load, rewrite
+from minicompiler.ir.expr import Dim, Expr, Load, free_vars, rewrite
 from minicompiler.ir.tir import (
     Block,
     Buffer,
+    For,
     PrimFunc,
     Scope,
     Stmt,
     Store,
     map_statements,
     read_buffers,
+    statements,
     stores,
     written_buffers,
 )
@@ -46,7 +48,7 @@ def lift_constants(func: PrimFunc) -> tuple[PrimFunc, tuple[Prepared, ...]]:
         written, read = written_buffers(phase), read_buffers(phase)
         inputs = read - written
         alone = all(written.isdisjoint(w) for w in later[k + 1 :] + later[:k])
-        if inputs <= ready and inputs and alone and written <= set(func.buffers) and not func.dims:
+        if inputs <= ready and inputs and alone and written <= set(func.buffers) and not _sizes(phase):
             for b in written:
                 new = b.with_(scope=Scope.PARAM, constant=True)
                 body = _swap(phase, {b: new})
@@ -70,6 +72,14 @@ def lift_constants(func: PrimFunc) -> tuple[PrimFunc, tuple[Prepared, ...]]:
     extra = [x.buffer for x in prepared if x.buffer in used]
     params = (*inputs_left, *extra, *func.params[count:])
     return func.with_(params=params, phases=tuple(kept)), tuple(prepared)
+
+
+def _sizes(phase: Stmt) -> bool:
+    """True when a phase depends on a size that is known only at run time."""
+    found: list[Expr] = [e for s in statements(phase) if isinstance(s, For) for e in free_vars(s.extent)]
+    for s in stores(phase):
+        found += [e for x in (*s.indices, s.value, *s.buffer.shape) for e in free_vars(x)]
+    return any(isinstance(e, Dim) for e in found)
 
 
 def _computes_prepared(phase: Stmt, prepared: list[Prepared]) -> bool:

@@ -45,13 +45,12 @@ Function = Callable[[Any, float, float], Any]
 # ---- activations --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Activation:
-    """A function of an element and two constants, as an expression and in numpy, with the values
-    that ONNX gives the constants by default."""
+    """A function of an element and of some of two constants, as an expression and in numpy, with the
+    values that ONNX gives to the constants it has."""
 
     expr: Function
     numpy: Function
-    alpha: float = 0.0
-    beta: float = 0.0
+    defaults: tuple[float, ...] = ()
 
 
 def _call(name: str) -> Function:
@@ -62,28 +61,31 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(lambda e, a, b: maximum(e, 0.0), lambda x, a, b: np.maximum(x, 0)),
     "tanh": Activation(_call("tanh"), lambda x, a, b: np.tanh(x)),
     "sigmoid": Activation(_call("sigmoid"), lambda x, a, b: np_sigmoid(x)),
-    "affine": Activation(lambda e, a, b: e * a + b, lambda x, a, b: x * a + b, 1.0),
+    "affine": Activation(lambda e, a, b: e * a + b, lambda x, a, b: x * a + b, (1.0, 0.0)),
     "leakyrelu": Activation(
-        lambda e, a, b: select(e < 0.0, e * a, e), lambda x, a, b: np.where(x < 0, x * a, x), 0.01
+        lambda e, a, b: select(e < 0.0, e * a, e),
+        lambda x, a, b: np.where(x < 0, x * a, x),
+        (0.01,),
     ),
     "thresholdedrelu": Activation(
         lambda e, a, b: select(e < a, const(0, e.dtype), e),
         lambda x, a, b: np.where(x < a, x.dtype.type(0), x),
-        1.0,
+        (1.0,),
     ),
     "scaledtanh": Activation(
-        lambda e, a, b: Call("tanh", (e * b,)) * a, lambda x, a, b: np.tanh(x * b) * a, 1.0, 1.0
+        lambda e, a, b: Call("tanh", (e * b,)) * a,
+        lambda x, a, b: np.tanh(x * b) * a,
+        (1.0, 1.0),
     ),
     "hardsigmoid": Activation(
         lambda e, a, b: minimum(maximum(e * a + b, 0.0), 1.0),
         lambda x, a, b: np.clip(x * a + b, 0, 1),
-        0.2,
-        0.5,
+        (0.2, 0.5),
     ),
     "elu": Activation(
         lambda e, a, b: select(e < 0.0, Call("expm1", (e,)) * a, e),
         lambda x, a, b: np.where(x < 0, np.expm1(x) * a, x),
-        1.0,
+        (1.0,),
     ),
     "softsign": Activation(
         lambda e, a, b: e / (Call("abs", (e,)) + 1.0), lambda x, a, b: x / (1 + np.abs(x))
@@ -226,11 +228,11 @@ def _draw_attrs(draw: Draw, count: int, defaults: Sequence[str]) -> dict[str, An
     names = list(defaults)
     if flag(draw):
         names = [choice(draw, sorted(ACTIVATIONS)) for _ in range(count)]
-    known = [ACTIVATIONS[n] for n in names]
+    known = [(*ACTIVATIONS[n].defaults, 0.0, 0.0) for n in names]
     return {
         "activations": tuple(names),
-        "alphas": tuple(k.alpha for k in known),
-        "betas": tuple(k.beta for k in known),
+        "alphas": tuple(k[0] for k in known),
+        "betas": tuple(k[1] for k in known),
         "clip": choice(draw, (0.0, 0.0, 0.5)),
         "reverse": flag(draw),
     }

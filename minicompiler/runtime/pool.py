@@ -10,11 +10,11 @@ Out: the function has run on every thread when `region` returns; the caller is t
 
 Workers are Python daemon threads that stay inside one native loop without the GIL: they spin for
 about 50 us after a region and then sleep. A busy pool never queues: the other caller runs alone.
+The CPU masks of workers follow the caller (see `spmd`); the caller's own is never touched.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import os
@@ -84,14 +84,17 @@ class Pool:
         self._size = ctypes.c_int32.from_buffer(buffer, block - ctypes.addressof(buffer))
         self._owner = ctypes.c_int64.from_address(block + LAYOUT["OWNER"])
         ctypes.c_int32.from_address(block + LAYOUT["SPINS"]).value = code.spins
+        ctypes.c_void_p.from_address(block + LAYOUT["BARRIER"] + LAYOUT["BAR_POOL"]).value = block
+        cpus = _cpus_to_manage(size)
+        ctypes.memmove(block + LAYOUT["MASK"], cpus, len(cpus))
         self._size.value = 1
         self._leases: dict[int, weakref.ref[Lease]] = {}
         self._stopped = False
         threads: list[threading.Thread] = []
-        for tid, cpu in zip(range(1, size), _cpus_to_pin(size), strict=True):
+        for tid in range(1, size):
             thread = threading.Thread(
                 target=_work,
-                args=(code.worker, buffer, block, tid, cpu),
+                args=(code.worker, buffer, block, tid, bool(cpus)),
                 name=f"minicompiler-{tid}",
                 daemon=True,
             )
@@ -229,24 +232,24 @@ def available_threads(requested: int | None = None) -> int:
     return cores if requested is None else max(1, min(cores, requested))
 
 
-def _cpus_to_pin(size: int) -> list[int | None]:
-    """A CPU for each worker of a pool that fills the affinity mask exactly, else None for each.
+def _cpus_to_manage(size: int) -> bytes:
+    """The affinity mask, if it has a CPU for every thread of a pool; else nothing.
 
-    With CPUs to spare the scheduler places threads better than we could: it knows which CPUs are
-    busy with other processes (a second pool would pin to the same ones) or share a core.
+    With fewer CPUs than threads, or without masks, workers go where the scheduler puts them.
     """
-    if hasattr(os, "sched_getaffinity"):
-        cpus = sorted(os.sched_getaffinity(0))
-        if len(cpus) == size:
-            return list(cpus[1:])
-    return [None] * (size - 1)
+    if not hasattr(os, "sched_getaffinity"):
+        return b""
+    cpus = os.sched_getaffinity(0)
+    if size > len(cpus) or max(cpus) >= LAYOUT["MASK_BITS"]:
+        return b""
+    return sum(1 << cpu for cpu in cpus).to_bytes(LAYOUT["MASK_BYTES"], "little")
 
 
-def _work(loop: Any, buffer: object, block: int, tid: int, cpu: int | None) -> None:
+def _work(loop: Any, buffer: object, block: int, tid: int, managed: bool) -> None:
     """Body of a worker; `buffer` is here to keep the memory of the block alive."""
-    if cpu is not None:
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, {cpu})
+    if managed:
+        box = block + LAYOUT["BOXES"] + 128 * tid
+        ctypes.c_int32.from_address(box + LAYOUT["BOX_THREAD"]).value = threading.get_native_id()
     loop(block, tid)
 
 
