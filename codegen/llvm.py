@@ -199,8 +199,8 @@ class _Emitter(Memory):
         del self.level[s.var], self.names[s.var]
 
     def iteration(self, s: For) -> None:
-        """The body of a loop. That of a recurrence which threads share consists of phases: each step
-        needs what all threads did in the one before."""
+        """The body of a loop. That of a recurrence which threads share consists of phases: each
+        step needs what all threads did in the one before."""
         if s.tag != SCAN or not _divided(s):
             self.stmt(s.body)
             return

@@ -153,7 +153,7 @@ class _Importer:
                 raise ImportModelError(
                     f"{self.file} does not say which version of ONNX operators it uses"
                 )
-        elif not OLDEST_OPSET <= version <= newest:
+        elif version > newest or (version < OLDEST_OPSET and not self._unchanged(version)):
             raise ImportModelError(
                 f"{self.file} uses opset {version}; {OLDEST_OPSET} to {newest} are known",
                 hint="convert it with onnx.version_converter"
@@ -161,6 +161,18 @@ class _Importer:
                 else "install a newer version of the package onnx",
             )
         return found
+
+    def _unchanged(self, version: int) -> bool:
+        """True when the operators of the model mean the same in the oldest opset that is known."""
+        for n in _all_nodes(self.model.graph.node):
+            if n.domain not in _ONNX or not onnx.defs.has(n.op_type):
+                return False
+            old, new = (
+                onnx.defs.get_schema(n.op_type, v).since_version for v in (version, OLDEST_OPSET)
+            )
+            if old != new:
+                return False
+        return True
 
     def _constant(self, tensor: TensorProto) -> Constant:
         return Constant(tensor_array(tensor, self.folder, self.file, self.owned), tensor.name)

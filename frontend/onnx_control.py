@@ -82,11 +82,11 @@ def _scan(n: OnnxNode) -> tuple[Any, ...]:
             at = axis if axis >= 0 else axis + type_of(value).rank + 1
             made.append(n.apply(sh.unsqueeze, value, attrs=sh.UnsqueezeAttrs((at,)), name=""))
     reverse = n.attr("scan_output_directions", (0,) * outputs)
-    results = []
+    whole = []
     for made, axis, back in zip(stacked, out_axes, reverse, strict=True):
         at = axis if axis >= 0 else axis + type_of(made[0]).rank
-        results.append(_joined(n, made[::-1] if back else made, at))
-    return (*state, *results)
+        whole.append(_joined(n, made[::-1] if back else made, at))
+    return (*state, *whole)
 
 
 def _too_long(n: OnnxNode) -> NoReturn:

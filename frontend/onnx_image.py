@@ -1,6 +1,6 @@
 """Converters of ONNX operators that resample images, and of Fourier transforms.
 
-Resize{cubic} -> resample(x, weights, positions) per axis      DFT -> products with cosines and sines
+Resize{cubic} -> resample(x, weights, positions) per axis;  DFT -> products with cosines and sines
 
 What depends on sizes alone is computed here with numpy, once.
 """
@@ -71,7 +71,9 @@ def _weighted(n: OnnxNode) -> Value:
             assert scales is not None
             scale = float(scales[k])
             out = math.floor(scale * size)
-        part = (float(roi[k]), float(roi[k + len(axes)])) if crop and roi is not None else (0.0, 1.0)
+        part = (0.0, 1.0)
+        if crop and roi is not None:
+            part = float(roi[k]), float(roi[k + len(axes)])
         plan.append((axis, size, out, scale, part))
     policy = n.attr("keep_aspect_ratio_policy", "stretch")
     if sizes is not None and policy != "stretch":
@@ -163,13 +165,16 @@ _GRID_MODES = {"bilinear": "linear", "bicubic": "cubic"}
 def _grid_sample(n: OnnxNode) -> Value:
     mode = n.attr("mode", "linear")
     attrs = sp.GridSampleAttrs(
-        _GRID_MODES.get(mode, mode), n.attr("padding_mode", "zeros"), bool(n.attr("align_corners", 0))
+        _GRID_MODES.get(mode, mode),
+        n.attr("padding_mode", "zeros"),
+        bool(n.attr("align_corners", 0)),
     )
     return n.apply(sp.grid_sample, n.arg(0), cast_to(n, n.arg(1), n.type(0).dtype), attrs=attrs)
 
 
 def _roi_align(n: OnnxNode) -> Value:
-    half = n.attr("coordinate_transformation_mode", "half_pixel" if n.opset >= 16 else "") == "half_pixel"
+    default = "half_pixel" if n.opset >= 16 else "output_half_pixel"
+    half = n.attr("coordinate_transformation_mode", default) == "half_pixel"
     attrs = sp.RoiAlignAttrs(
         n.attr("output_height", 1), n.attr("output_width", 1), n.attr("sampling_ratio", 0),
         n.attr("spatial_scale", 1.0), half, n.attr("mode", "avg") == "max",

@@ -99,8 +99,7 @@ def _pow(n: OnnxNode) -> Value:
 
 
 def _mod(n: OnnxNode) -> Value:
-    fmod = n.attr("fmod", 0) or n.type(0).dtype.is_float
-    return n.apply(el.fmod if fmod else el.mod, n.arg(0), n.arg(1))
+    return n.apply(el.fmod if n.attr("fmod", 0) else el.mod, n.arg(0), n.arg(1))
 
 
 def _bit_shift(n: OnnxNode) -> Value:
@@ -151,7 +150,8 @@ def _is_inf(n: OnnxNode) -> Value:
 
 def _dropout(n: OnnxNode) -> Any:
     """Inference: the identity, and a mask of ones where it is asked for."""
-    if n.opt(2) is not None and n.scalar(2):
+    ratio = n.scalar(1)
+    if n.opt(2) is not None and n.scalar(2) and ratio != 0:
         n.fail("Dropout in training mode is not supported", "export the model for inference")
     x = n.arg(0)
     same = n.apply(el.identity, x)
@@ -213,7 +213,10 @@ def _lp_norm(n: OnnxNode) -> Value:
     p = n.attr("p", 2)
     over = red.ReduceAttrs((n.attr("axis", -1),), True)
     norm = n.apply(red.reduce_l1 if p == 1 else red.reduce_l2, n.arg(0), attrs=over, name="")
-    return n.apply(el.div, n.arg(0), norm)
+    # A row of zeros stays one.
+    zero, one = (n.constant(v, n.type(0).dtype.numpy) for v in (0, 1))
+    empty = n.apply(el.equal, norm, zero, name="")
+    return n.apply(el.div, n.arg(0), n.apply(el.where, empty, one, norm, name=""))
 
 
 _UNARY = {

@@ -7,7 +7,6 @@ Gemm{transB=1} -> add(matmul(a, b){transpose_b=True}, c)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -93,7 +92,7 @@ def _conv_transpose(n: OnnxNode) -> Value:
     if wanted is None and mode in ("NOTSET", "", "VALID"):
         begin, end = padding(n, kernel, strides, dilations)
     else:
-        begin, end = _transposed_padding(n, kernel, strides, dilations, extra, wanted)
+        begin, end, extra = _transposed_padding(n, kernel, strides, dilations, extra, wanted)
     attrs = cv.ConvTransposeAttrs(strides, begin, end, dilations, extra, n.attr("group", 1))
     return n.apply(cv.conv_transpose, n.arg(0), n.arg(1), n.opt(2), attrs=attrs)
 
@@ -105,21 +104,23 @@ def _transposed_padding(
     dilations: Sequence[int],
     extra: Sequence[int],
     wanted: Sequence[int] | None,
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The padding that gives the stated output shape (auto_pad: size times stride)."""
-    begin, end = [], []
+) -> tuple[tuple[int, ...], ...]:
+    """Padding, and output_padding, that give the stated shape (auto_pad: size times stride)."""
+    begin, end, after = [], [], []
     for k, size in enumerate(n.type(0).shape[2:]):
         number = const_int(size)
         if number is None:
             n.fail(f"ConvTranspose needs the size of spatial axis {k}, which is {size}")
         goal = number * strides[k] if wanted is None else wanted[len(wanted) - len(kernel) + k]
         span = (kernel[k] - 1) * dilations[k] + 1
-        total = max(strides[k] * (number - 1) + extra[k] + span - goal, 0)
+        spare = strides[k] * (number - 1) + extra[k] + span - goal
+        after.append(extra[k] + max(-spare, 0))
+        total = max(spare, 0)
         small = total // 2
         upper = n.attr("auto_pad", "NOTSET") == "SAME_UPPER"
         begin.append(small if upper else total - small)
         end.append(total - begin[-1])
-    return tuple(begin), tuple(end)
+    return tuple(begin), tuple(end), tuple(after)
 
 
 def _pool(op: Op) -> Converter:
@@ -162,20 +163,6 @@ def _gemm(n: OnnxNode) -> Value:
 
 
 # ---- norms --------------------------------------------------------------------------------------
-def _batch_norm(n: OnnxNode) -> Value:
-    if n.attr("training_mode", 0):
-        n.fail("BatchNormalization in training mode is not supported", "export for inference")
-    if not n.attr("spatial", 1):
-        n.fail("BatchNormalization with spatial = 0 is not supported")
-    args = [n.arg(k) for k in range(5)]
-    dtype = n.type(0).dtype
-    for k in range(1, 5):
-        # Newer opsets let the statistics have a wider type than the data.
-        if type_of(args[k]).dtype is not dtype:
-            args[k] = n.apply(el.cast_, args[k], attrs=el.CastAttrs(dtype), name="")
-    return n.apply(norm.batch_norm, *args, attrs=norm.EpsilonAttrs(n.attr("epsilon", 1e-5)))
-
-
 def _instance_norm(n: OnnxNode) -> Value:
     attrs = norm.GroupNormAttrs(0, n.attr("epsilon", 1e-5))
     return n.apply(norm.group_norm, n.arg(0), n.arg(1), n.arg(2), attrs=attrs)
@@ -235,20 +222,8 @@ def _or_body(convert: Converter) -> Converter:
     return lambda n: n.expand() if any(n.outputs[1:]) else convert(n)
 
 
-def _quiet_outputs(convert: Converter, name: str) -> Converter:
-    """Refuses the optional results that exist for training only."""
-
-    def checked(n: OnnxNode) -> Any:
-        if any(n.outputs[1:]):
-            n.fail(f"{name} with more than one result is not supported", "export for inference")
-        return convert(n)
-
-    return checked
-
-
 NN: dict[str, Converter] = {
     "AveragePool": _pool(pl.avg_pool),
-    "BatchNormalization": _quiet_outputs(_batch_norm, "BatchNormalization"),
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "Gemm": _gemm,

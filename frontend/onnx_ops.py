@@ -16,7 +16,8 @@ from .onnx_nn import NN
 from .onnx_quant import QUANT
 from .onnx_recurrent import RECURRENT
 from .onnx_shape import SHAPE
+from .onnx_train import TRAIN
 
 CONVERTERS: dict[str, Converter] = {
-    **MATH, **NN, **SHAPE, **INDEX, **IMAGE, **QUANT, **RECURRENT, **CONTROL,
+    **MATH, **NN, **SHAPE, **INDEX, **IMAGE, **QUANT, **RECURRENT, **CONTROL, **TRAIN,
 }  # fmt: skip

@@ -88,10 +88,9 @@ class _Direction:
 def _lengths(n: OnnxNode, steps: Expr) -> Value | None:
     """The lengths of the rows; None where all have all steps."""
     v = n.opt(4)
-    if isinstance(v, Constant) and const_int(steps) is not None:
-        if bool(np.all(v.data == const_int(steps))):
-            return None
-    return v
+    known = const_int(steps)
+    full = isinstance(v, Constant) and known is not None and bool(np.all(v.data == known))
+    return None if full else v
 
 
 def _attributes(n: OnnxNode, which: int, defaults: Sequence[str]) -> rc.RecurrentAttrs:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .config import VERSION as __version__
+from .config import VERSION
 
+__version__ = VERSION
 _WHERE = {
     "compile": "driver",
     "load": "runtime.module",

@@ -148,8 +148,9 @@ class Scan:
     __slots__ = ("init", "inputs", "name", "next", "outputs", "prev", "stages", "steps", "t")
 
     def __init__(
-        self, name: str, steps: Expr, t: Var, init: Sequence[Tensor], prev: Sequence[Tensor], next: Sequence[Tensor]
-    ) -> None:
+        self, name: str, steps: Expr, t: Var,
+        init: Sequence[Tensor], prev: Sequence[Tensor], next: Sequence[Tensor],
+    ) -> None:  # fmt: skip
         self.name, self.steps, self.t = name, steps, t
         self.init, self.prev, self.next = tuple(init), tuple(prev), tuple(next)
         varying = set(self.prev)
@@ -174,16 +175,18 @@ def scan(
     update: Callable[[Expr, tuple[Tensor, ...]], Sequence[Tensor]],
     name: str = "scan",
 ) -> tuple[Tensor, ...]:
-    """The histories of some states, of shape (steps + 1, ...): h[0] = init, h[t + 1] = update(t, h[t]).
+    """The histories of some states: h[0] = init, h[t + 1] = update(t, h[t]); each of shape
+    (steps + 1, *its init's).
 
-    update(t, the states after t steps) -> the states after one more, each of the shape of its `init`.
+    update(t, the states after t steps) -> the states after one more.
     """
     t = Var(f"t_{next(_counter)}")
     prev = tuple(placeholder(f"{name}_{k}", x.shape, x.dtype) for k, x in enumerate(init))
     made: list[Tensor] = []
     for x in update(t, prev):
-        # A state may be handed on as it is, and two may be the same.
-        made.append(compute(x.shape, lambda *i, x=x: x[i], x.name) if x.body is None or x in made else x)
+        if x.body is None or x in made:  # a state may be handed on, and two may be the same
+            x = compute(x.shape, lambda *i, x=x: x[i], x.name)
+        made.append(x)
     source = Scan(name, wrap(steps), t, init, prev, made)
     histories = []
     for k, x in enumerate(init):

@@ -215,6 +215,22 @@ def apart(load: Load, block: Block, writer: Block, arith: Arith) -> bool:
     return False
 
 
+def depends(s: Schedule, load: Load, block: Block, writer: Block, arith: Arith) -> bool:
+    """False when a block in a recurrence reads only what the writer stored in earlier iterations."""
+    return scan_around(s.block(block.name)[1]) is None or not apart(load, block, writer, arith)
+
+
+def made_below(s: Schedule, block: Block, loop: For, arith: Arith) -> list[Load]:
+    """What a block reads of that which the same iteration of `loop` makes."""
+    return [
+        x
+        for x in operand_loads(block)
+        if any(
+            contains(loop, w) and depends(s, x, block, w, arith) for w in writers(s.func, x.buffer)
+        )
+    ]
+
+
 def is_reduction(block: Block) -> bool:
     """True when the block combines several iterations into one element."""
     return any(i.reduce for i in block.iters)
@@ -262,6 +278,12 @@ def contains(s: Stmt, inner: Stmt) -> bool:
     return any(x is inner for x in statements(s))
 
 
+def comes_after(s: Schedule, block: Block, loop: For) -> bool:
+    """True when a block stands after (or inside) a loop in the text."""
+    order = [id(x) for x in statements(s.func)]
+    return order.index(id(block)) > order.index(id(loop))
+
+
 def refuse_parallel_below(s: Schedule, loop: For) -> None:
     """Every thread runs what stands around a parallel loop, so nothing may be put there."""
     for x in statements(loop):
@@ -274,6 +296,13 @@ def refuse_vector_around(s: Schedule, path: Path) -> None:
     for x in path:
         if isinstance(x, For) and x.kind is VECTOR:
             s.refuse(f"{x.var} is a vector loop: nothing can be put inside it", x, "do this before mark")
+
+
+def refuse_leaving_scan(s: Schedule, block: Block, to: Path) -> None:
+    """What a recurrence computes stays in it."""
+    scan = scan_around(s.block(block.name)[1])
+    if scan is not None and scan_around(to) is not scan:
+        s.refuse(f"block {block.name} is part of the recurrence over {scan.var}", block)
 
 
 def enclosing_condition(path: Path) -> bool:

@@ -42,6 +42,7 @@ from minicompiler.ir.tir import (
     map_statements,
     seq,
     statements,
+    written_buffers,
 )
 from minicompiler.lower.to_tir import COMBINE, identity_of
 
@@ -124,12 +125,10 @@ def compute_at(s: Schedule, name: str, loop_name: str) -> None:
     analysis.refuse_vector_around(s, (*path, loop))
     _can_move(s, block, (*path, loop))
     arith = analysis.arith_of(s.func)
-    below = list(analysis.blocks(loop.body))
-    buffer = block.body.buffer
-    _stays_in_scan(s, block, (*path, loop))
+    analysis.refuse_leaving_scan(s, block, (*path, loop))
     # In a recurrence a block may be both: what it makes is read below, but by the next iteration.
-    needed = any(buffer in {x.buffer for x in analysis.block_loads(b)} for b in below)
-    if needed and not _made_below(s, block, loop, arith):
+    needed = block.body.buffer in _loaded(loop.body)
+    if needed and not analysis.made_below(s, block, loop, arith):
         nest, place = _as_producer(s, block, loop, arith)
     else:
         nest, place = _as_consumer(s, block, loop, path, arith)
@@ -153,29 +152,6 @@ def _can_move(s: Schedule, block: Block, to: analysis.Path) -> None:
     own = _own_conditions(s, block)
     if own:
         s.refuse(f"block {block.name} has a condition of its own: {own[0]}", block)
-
-
-def _stays_in_scan(s: Schedule, block: Block, to: analysis.Path) -> None:
-    """Refuses to take a block out of the recurrence that it is part of."""
-    _, path = s.block(block.name)
-    scan = analysis.scan_around(path)
-    if scan is not None and analysis.scan_around(to) is not scan:
-        s.refuse(f"block {block.name} is part of the recurrence over {scan.var}", block)
-
-
-def _depends(s: Schedule, load: Load, block: Block, writer: Block, arith: Arith) -> bool:
-    """False when a block in a recurrence reads only what the writer stored in earlier iterations."""
-    _, path = s.block(block.name)
-    return analysis.scan_around(path) is None or not analysis.apart(load, block, writer, arith)
-
-
-def _made_below(s: Schedule, block: Block, loop: For, arith: Arith) -> list[Load]:
-    """What a block reads of that which the same iteration of `loop` makes."""
-    return [
-        x for x in analysis.operand_loads(block)
-        if any(analysis.contains(loop, w) and _depends(s, x, block, w, arith)
-               for w in analysis.writers(s.func, x.buffer))
-    ]  # fmt: skip
 
 
 def _stays_private(s: Schedule, block: Block, to: analysis.Path, *also: Buffer, reads: bool = True) -> None:
@@ -231,28 +207,28 @@ def _as_consumer(
     s: Schedule, block: Block, loop: For, path: analysis.Path, arith: Arith
 ) -> tuple[Stmt, int]:
     kids = _children(loop.body)
-    mine = _made_below(s, block, loop, arith)
+    mine = analysis.made_below(s, block, loop, arith)
     if not mine:
         s.refuse(f"block {block.name} neither reads nor makes anything that {loop.var} does", block)
     bind: dict[Expr, tuple[Expr, Expr]] = {}
     conditions: list[Expr] = []
     around = [*analysis.loops_in(path), loop]
     for w in analysis.writers(s.func, block.body.buffer):
-        if w is not block and (analysis.contains(loop, w) or _comes_after(s, w, loop)):
+        if w is not block and (analysis.contains(loop, w) or analysis.comes_after(s, w, loop)):
             s.refuse(f"several blocks write {block.body.buffer.name}", block)
     for load in analysis.operand_loads(block):
         for w in analysis.writers(s.func, load.buffer):
-            if not _depends(s, load, block, w, arith):
-                continue
-            if not analysis.contains(loop, w) and _comes_after(s, w, loop):
+            waits = analysis.depends(s, load, block, w, arith)
+            if waits and not analysis.contains(loop, w) and analysis.comes_after(s, w, loop):
                 s.refuse(f"block {w.name}, which {block.name} reads, runs after {loop.var}", block)
             if analysis.contains(loop, w) and analysis.mixed_loops(w, around):
                 s.refuse(f"block {w.name} has a loop that is both spatial and reducing", w)
     same = _same_points(s, block, mine, loop, around, arith)
     if same is not None:
-        return same, 1 + max(k for k, x in enumerate(kids) if {m.buffer for m in mine} & _written(x))
+        return same, 1 + max(k for k, x in enumerate(kids) if {m.buffer for m in mine} & written_buffers(x))
     for load in mine:
-        makers = [w for w in analysis.writers(s.func, load.buffer) if _depends(s, load, block, w, arith)]
+        writers = analysis.writers(s.func, load.buffer)
+        makers = [w for w in writers if analysis.depends(s, load, block, w, arith)]
         if any(not analysis.contains(loop, w) for w in makers):
             s.refuse(f"{load.buffer.name} is also written outside of {loop.var}", block)
         made = [a for a in analysis.accesses(loop.body, arith, load.buffer) if a.is_store]
@@ -272,7 +248,7 @@ def _as_consumer(
             for r in analysis.reduce_loops(w, around):
                 conditions.append(eq(r.var, arith.simplify(r.extent - 1)))
     nest = _nest(s, block, bind, arith, list(dict.fromkeys(conditions)))
-    last = max(k for k, x in enumerate(kids) if {x2.buffer for x2 in mine} & _written(x))
+    last = max(k for k, x in enumerate(kids) if {x2.buffer for x2 in mine} & written_buffers(x))
     return nest, last + 1
 
 
@@ -341,16 +317,6 @@ def _tail_conditions(block: Block, arith: Arith) -> list[Expr]:
     in_range = [i.value < i.extent for i in spatial] + [i.value >= ZERO for i in spatial]
     inside = Arith(arith.ranges, in_range)
     return [c for c in parts if inside.prove(c) is True]
-
-
-def _written(s: Stmt) -> set[Buffer]:
-    return {b.body.buffer for b in analysis.blocks(s)}
-
-
-def _comes_after(s: Schedule, block: Block, loop: For) -> bool:
-    order = list(statements(s.func))
-    ids = [id(x) for x in order]
-    return ids.index(id(block)) > ids.index(id(loop))
 
 
 def _nest(

@@ -104,7 +104,8 @@ def _keep_order(s: Schedule, *around: For) -> None:
     """The iterations of a recurrence stay as they are."""
     for x in around:
         if x.tag == SCAN:
-            s.refuse(f"each iteration of {x.var} needs the one before", x, "schedule the loops inside it")
+            s.refuse(f"{x.var} is a recurrence: each iteration needs the one before", x,
+                     "schedule the loops inside it")  # fmt: skip
 
 
 def add_condition(body: Stmt, cond: Expr) -> Stmt:
@@ -235,8 +236,8 @@ def mark(s: Schedule, name: str, kind: LoopKind) -> None:
                 s.refuse(f"every iteration of {name} writes the same elements of {b.body.buffer.name}", loop)
     if kind is PARALLEL:
         # Loops around it must not carry anything from one thread to another: every thread runs them
-        # all, on its own share of the elements, so they may only be reduction loops. The statements of
-        # a recurrence are phases, with all threads meeting after each.
+        # all, on its own share of the elements, so they may only be reduction loops. The statements
+        # of a recurrence are phases, with all threads meeting after each.
         scan = analysis.scan_around(path)
         if scan is not None:
             path = path[path.index(scan) + 1 :]

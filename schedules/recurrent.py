@@ -61,7 +61,6 @@ def _steps(s: Schedule, t: str) -> None:
     followers: dict[str, list[str]] = {}
     alone: list[str] = []
     order = [b.name for b in analysis.blocks(s.loop(t)[0])]
-    arith = analysis.arith_of(s.func)
     for name in order:
         block, _ = s.block(name)
         waits = [owner[x.buffer] for x in analysis.operand_loads(block) if x.buffer in owner
@@ -76,10 +75,11 @@ def _steps(s: Schedule, t: str) -> None:
             followers[last].append(name)
         else:
             alone.append(name)
-    del arith
+    tiled: list[str] = []
     for name, product in found.items():
         if product is not None:
-            _tile(s, product, followers[name], t)
+            _tile(s, product, followers[name], t, f" {len(tiled)}" if tiled else "")
+            tiled.append(name)
         else:
             rows.schedule_reduction(s, name, t)
             alone += followers[name]
@@ -129,8 +129,11 @@ def _loop(it: Iter) -> str:
     return it.value.name
 
 
-def _tile(s: Schedule, p: _Product, followers: list[str], t: str) -> None:
-    """Register tiles of one contraction, with the work on its sums in the same place."""
+def _tile(s: Schedule, p: _Product, followers: list[str], t: str, number: str) -> None:
+    """Register tiles of one contraction, with the work on its sums in the same place.
+
+    number: tells its choices from those of other contractions in the step.
+    """
     name, buffer = p.block.name, p.block.body.buffer
     lanes = s.target.vector_bytes // max(4, buffer.dtype.bytes)
     gates = 1
@@ -141,7 +144,7 @@ def _tile(s: Schedule, p: _Product, followers: list[str], t: str) -> None:
     extent = const_int(p.vector.extent)
     while vectors > 1 and extent is not None and extent <= vectors // 2 * lanes:
         vectors //= 2
-    vectors = s.choose(f"{name} vectors", (1, 2, 4, 8), vectors)
+    vectors = s.choose(f"vectors{number}", (1, 2, 4, 8), vectors)
     width = vectors * lanes
     depth = [_loop(i) for i in p.reduce]
     sides = [_loop(i) for i in p.sides]
@@ -152,8 +155,10 @@ def _tile(s: Schedule, p: _Product, followers: list[str], t: str) -> None:
     if p.rows:
         s.reorder(*shared, *(_loop(i) for i in p.rows), *sides, _loop(p.vector), *depth)
         row = s.fuse(*(_loop(i) for i in p.rows)) if len(p.rows) > 1 else _loop(p.rows[0])
-        fit = contraction.tile_rows(const_int(s.loop(row)[0].extent), gates * vectors, s.target.registers)
-        row_o, row_i = s.split(row, s.choose(f"{name} rows", tuple(range(1, 17)), fit), "mask")
+        fit = contraction.tile_rows(
+            const_int(s.loop(row)[0].extent), gates * vectors, s.target.registers
+        )
+        row_o, row_i = s.split(row, s.choose(f"rows{number}", tuple(range(1, 17)), fit), "mask")
         tile = [row_i]
     v_o, v_i = s.split(_loop(p.vector), width, "mask")
     tile += [*sides, v_i]
@@ -168,7 +173,7 @@ def _tile(s: Schedule, p: _Product, followers: list[str], t: str) -> None:
     init = s.decompose_reduction(name, depth[0])
     staged = s.stage(buffer.name, home, Scope.REGISTER)
     size = const_int(s.loop(depth[-1])[0].extent)
-    unroll = s.choose(f"{name} unroll", (1, 2, 4, 8), 4)
+    unroll = s.choose(f"unroll{number}", (1, 2, 4, 8), 4)
     if size is not None and size > unroll and size % unroll == 0 and unroll > 1:
         s.mark(s.split(depth[-1], unroll)[1], UNROLL)
     for n in tile[:-1]:

@@ -90,7 +90,7 @@ def apply(s: Schedule) -> None:
     lanes = s.target.vector_bytes // 4
 
     # ---- the result: tiles of lines, vector blocks, pixels ---------------------------------------------------
-    loop_of = {i.var: i.value.name for i in final.iters}  # type: ignore[union-attr]
+    loop_of: dict[Expr, str] = {i.var: str(i.value) for i in final.iters}  # each is a loop's variable
     high, wide_loop = (loop_of[v] for v in windows)
     m = next(iter(windows.values()))
     order = elementwise.memory_order(s, final.name)

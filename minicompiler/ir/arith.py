@@ -597,8 +597,8 @@ class Arith:
                     return None
                 total = total + b * c
             return total
-        low, high = self.interval(e)
-        side = high if sign > 0 else low
+        least, most = self.interval(e)
+        side = most if sign > 0 else least
         return None if side is None else Const(side)
 
     # ---- prove ------------------------------------------------------------------------------------

@@ -26,7 +26,9 @@ _table: weakref.WeakValueDictionary[tuple[Any, ...], Expr] = weakref.WeakValueDi
 class Expr:
     """Base of all expressions. Fields are positional and immutable; `dtype` is derived."""
 
-    __slots__ = ("__weakref__", "_fields", "_free", "_poly", "_text", "dtype")
+    __slots__ = ("__weakref__", "_fields", "_free", "_text", "dtype")
+    _free: frozenset[Expr] | None
+    _text: str | None
     __expr__: ClassVar[bool] = True
     names: ClassVar[tuple[str, ...]] = ()
     dtype: DType
@@ -38,7 +40,7 @@ class Expr:
         if found is None:
             found = object.__new__(cls)
             found._fields = fields
-            found._free = found._text = found._poly = None
+            found._free = found._text = None
             found._init(*fields)
             _table[key] = found
         return found
@@ -135,7 +137,7 @@ class Const(Expr):
         if found is None:
             found = object.__new__(cls)
             found._fields = (value, dtype)
-            found._free = found._text = found._poly = None
+            found._free = found._text = None
             found.value, found.dtype = value, dtype
             _table[key] = found
         return found
@@ -354,37 +356,34 @@ _FOLD: dict[str, Callable[[Any, Any], Any]] = {
 
 def binary(op: str, a: Value, b: Value) -> Expr:
     """`Binary(op, a, b)`; numbers take the other side's dtype, integer constants fold."""
-    if not isinstance(a, Expr):
-        a = const(a, b.dtype if isinstance(b, Expr) else index)
-    if not isinstance(b, Expr):
-        b = const(b, a.dtype)
-    if a.dtype is not b.dtype:
-        if a.dtype.lanes != b.dtype.lanes and 1 in (a.dtype.lanes, b.dtype.lanes):
-            if a.dtype.lanes == 1:
-                a = Splat(a, b.dtype.lanes)
+    x = a if isinstance(a, Expr) else const(a, b.dtype if isinstance(b, Expr) else index)
+    y = b if isinstance(b, Expr) else const(b, x.dtype)
+    if x.dtype is not y.dtype:
+        if x.dtype.lanes == 1:
+            x = Splat(x, y.dtype.lanes) if y.dtype.lanes > 1 else x
+        elif y.dtype.lanes == 1:
+            y = Splat(y, x.dtype.lanes)
+        if x.dtype is not y.dtype:
+            raise TypeError(f"{op} of {x.dtype} `{x}` and {y.dtype} `{y}`")
+    if not x.dtype.is_float:
+        if isinstance(y, Const):
+            if isinstance(x, Const):
+                value = fold(op, x.value, y.value, x.dtype)
+                if value is not None:
+                    return Const(value, bool_ if op in COMPARE else x.dtype)
             else:
-                b = Splat(b, a.dtype.lanes)
-        if a.dtype is not b.dtype:
-            raise TypeError(f"{op} of {a.dtype} `{a}` and {b.dtype} `{b}`")
-    if not a.dtype.is_float:
-        ca, cb = type(a) is Const, type(b) is Const
-        if ca and cb:
-            value = fold(op, a.value, b.value, a.dtype)  # type: ignore[attr-defined]
-            if value is not None:
-                return Const(value, bool_ if op in COMPARE else a.dtype)
-        elif cb:
-            short = _right_identity(op, a, b.value)  # type: ignore[attr-defined]
+                short = _right_identity(op, x, y.value)
+                if short is not None:
+                    return short
+        elif isinstance(x, Const) and op in ("add", "mul", "and", "or", "min", "max"):
+            short = _right_identity(op, y, x.value)
             if short is not None:
                 return short
-        elif ca and op in ("add", "mul", "and", "or", "min", "max"):
-            short = _right_identity(op, b, a.value)  # type: ignore[attr-defined]
-            if short is not None:
-                return short
-        if a is b and op in ("min", "max", "and", "or"):
-            return a
-        if a is b and op in ("eq", "le"):
-            return const(True, bool_.with_lanes(a.dtype.lanes))
-    return Binary(op, a, b)
+        if x is y and op in ("min", "max", "and", "or"):
+            return x
+        if x is y and op in ("eq", "le"):
+            return const(True, bool_.with_lanes(x.dtype.lanes))
+    return Binary(op, x, y)
 
 
 def _right_identity(op: str, a: Expr, value: Any) -> Expr | None:

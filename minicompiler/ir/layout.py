@@ -54,14 +54,14 @@ class IndexMap:
 
     def apply(self, indices: Sequence[Expr]) -> tuple[Expr, ...]:
         """Physical indices of a logical index."""
-        mapping = dict(zip(axes(self.rank), indices, strict=True))
+        mapping: dict[Expr, Expr] = dict(zip(axes(self.rank), indices, strict=True))
         return tuple(substitute(e, mapping) for e in self.exprs)
 
     def physical_shape(self, shape: Sequence[Expr | int]) -> tuple[Expr, ...]:
         """Extents in memory, padding included."""
         arith = _arith(shape)
         over = axes(self.rank)
-        result = []
+        result: list[Expr] = []
         for e in self.exprs:
             if type(e) is Binary and e.op == "mod" and type(e.b) is Const:
                 result.append(e.b)
@@ -104,7 +104,7 @@ class IndexMap:
                 divisor, e = e.b.value, e.a
             if e not in d:
                 raise ValueError(f"physical dimension `{e}` is not a part of one logical axis")
-            result.append((d.index(e), divisor, modulus))  # type: ignore[arg-type]
+            result.append((d.index(e), divisor, modulus))
         return tuple(result)
 
     def __str__(self) -> str:

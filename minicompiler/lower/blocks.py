@@ -130,7 +130,7 @@ def unswitch(func: PrimFunc, ctx: object = None) -> PrimFunc:
 
 
 def _split_tile(nest: Stmt, arith: Arith) -> Stmt:
-    inner = {x.var for x in statements(nest) if isinstance(x, For)}
+    inner: set[Expr] = {x.var for x in statements(nest) if isinstance(x, For)}
     conditions: dict[Expr, None] = {}
     for x in statements(nest):
         if isinstance(x, If) and free_vars(x.cond) & inner:

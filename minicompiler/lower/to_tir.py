@@ -38,7 +38,19 @@ from minicompiler.ir.expr import (
 from minicompiler.ir.graph import Apply, Constant, Function, Item, layout_of, topological, type_of
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.op import Compute, Op
-from minicompiler.ir.tir import SCAN, SERIAL, Block, Buffer, For, Iter, PrimFunc, Scope, Stmt, Store, seq
+from minicompiler.ir.tir import (
+    SCAN,
+    SERIAL,
+    Block,
+    Buffer,
+    For,
+    Iter,
+    PrimFunc,
+    Scope,
+    Stmt,
+    Store,
+    seq,
+)
 from minicompiler.ir.types import DType, Loc
 
 COMBINE = {"sum": "add", "prod": "mul", "max": "max", "min": "min", "and": "and", "or": "or"}
@@ -301,7 +313,7 @@ def _stage(  # type: ignore[no-untyped-def]
 ) -> Stmt:  # fmt: skip
     """The loops and the block that compute one tensor.
 
-    around: the loop of the first axis, which stands outside; its index is stored `shift` further on.
+    around: the loop of the first axis, which stands outside; it stores `shift` further on.
     """
     assert t.body is not None
     target = buffers[t]
@@ -375,8 +387,9 @@ def _scan(  # type: ignore[no-untyped-def]
 
     starts = []
     for x, h in zip(scan.init, scan.outputs, strict=True):
-        axes, body = (x.axes, x.body) if x.body is not None else (first := te.axis_vars(len(x.shape)), x[first])
-        start = te.Tensor(f"{h.name}_start", (ONE, *x.shape), x.dtype, (*te.axis_vars(1), *axes), body)
+        first = x if x.body is not None else te.compute(x.shape, lambda *i, x=x: x[i])
+        axes = (*te.axis_vars(1), *first.axes)
+        start = te.Tensor(x.name, (ONE, *x.shape), x.dtype, axes, first.body)
         name = unique(f"{buffers[h].name}_start")
         starts.append(_stage(start, {**buffers, start: buffers[h]}, unique, name=name))
     loop = Var(unique("t"))

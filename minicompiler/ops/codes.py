@@ -3,8 +3,8 @@
     decode(e)                        float32 of a float8 or float4 element, int32 of an int4
     encode(e, DType("float8_e5m2"))  the element nearest to a number, ties to even
 
-Bits of a float type, from the highest: sign, exponent, mantissa. `fn`: no infinities; `fnuz`: also no
-negative zero, whose bits are the only NaN. OCP 8-bit floating point specification, 2023.
+Bits of a float type, from the highest: sign, exponent, mantissa. `fn`: no infinities; `fnuz`: also
+no negative zero, whose bits are the only NaN. OCP 8-bit floating point specification, 2023.
 """
 
 from __future__ import annotations

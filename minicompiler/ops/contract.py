@@ -95,7 +95,9 @@ def _einsum_reference(*args: Any) -> Array:
     return np.asarray(np.einsum(f"{','.join(a.operands)}->{a.output}", *xs))
 
 
-_EQUATIONS = ("ij,jk->ik", "bij,bjk->bik", "ii->i", "ij->", "i,j->ij", "ij->ji", "bii->bi", "bi,bi->")
+_EQUATIONS = (
+    "ij,jk->ik", "bij,bjk->bik", "ii->i", "ij->", "i,j->ij", "ij->ji", "bii->bi", "bi,bi->",
+)  # fmt: skip
 
 
 def _einsum_samples(draw: Draw) -> tuple[list[Array], EinsumAttrs]:
@@ -184,12 +186,13 @@ def _col2im_reference(x: Array, a: Col2ImAttrs) -> Array:
     made = np.zeros((x.shape[0], channels, *room), x.dtype)
     parts = x.reshape(x.shape[0], channels, *a.kernel, *a.patches)
     for tap in np.ndindex(*a.kernel):
-        own = tuple(
+        own: Any = tuple(
             slice(t * d, t * d + (p - 1) * s + 1, s)
             for t, d, p, s in zip(tap, a.dilations, a.patches, a.strides, strict=True)
         )
         made[(..., *own)] += parts[(slice(None), slice(None), *tap)]
-    return made[(..., *(slice(b, b + n) for b, n in zip(a.pads_begin, a.image, strict=True)))]
+    crop: Any = tuple(slice(b, b + n) for b, n in zip(a.pads_begin, a.image, strict=True))
+    return made[(..., *crop)]
 
 
 def _col2im_samples(draw: Draw) -> tuple[list[Array], Col2ImAttrs]:

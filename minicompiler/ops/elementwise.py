@@ -295,6 +295,15 @@ def _fmod(a: Expr, b: Expr) -> Expr:
     return select(a < 0.0, r * -1.0, r)
 
 
+def _mod(a: Expr, b: Expr) -> Expr:
+    """The remainder with the sign of the divisor."""
+    if a.dtype.is_int:
+        return binary("mod", a, b)
+    r = _fmod(a, b)
+    apart = binary("or", binary("and", r < 0.0, b > 0.0), binary("and", b < 0.0, r > 0.0))
+    return select(apart, r + b, r)
+
+
 def _bin(op: str) -> Callable[[Expr, Expr], Expr]:
     return lambda a, b: binary(op, a, b)
 
@@ -305,7 +314,7 @@ sub = _operator("sub", _bin("sub"), np.subtract, "fi", content=_bin("sub"))
 mul = _operator("mul", _bin("mul"), np.multiply, "fi", content=_bin("mul"))
 div = _operator("div", _bin("div"), _div, "fi", (-9, 9), _NONZERO, content=_content_div)
 power = _operator("power", _bin("pow"), np.power, "fi", (0.1, 3), (0, 3))
-mod = _operator("mod", _bin("mod"), np.remainder, "i", (-9, 9), _NONZERO, content=_bin("mod"))
+mod = _operator("mod", _mod, np.remainder, "fi", (-9, 9), _NONZERO, content=_bin("mod"))
 fmod = _operator("fmod", _fmod, np.fmod, "fi", (-9, 9), _NONZERO)
 minimum_ = _operator("minimum", minimum, np.minimum, "fi", content=minimum)
 maximum_ = _operator("maximum", maximum, np.maximum, "fi", content=maximum)

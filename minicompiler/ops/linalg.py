@@ -165,7 +165,7 @@ def _det_compute(x: te.Tensor, a: NoAttrs) -> te.Tensor:
             row = k + 1 + i
             larger = magnitude(at(pivot, k)) < magnitude(at(below, k))
             find = For(r, n - 1 - k, SERIAL, If(larger, Store(best, zero, below)))
-            swap = [
+            swap: list[Stmt] = [
                 Store(spare, zero, at(k, c)),
                 Store(m, (*b, k, c), at(pivot, c)),
                 Store(m, (*b, pivot, c), Load(spare, zero)),
@@ -177,7 +177,7 @@ def _det_compute(x: te.Tensor, a: NoAttrs) -> te.Tensor:
             lower = at(row, column) - at(k, column) * at(row, k) / at(k, k)
             clear = For(j, n - 1 - k, SERIAL, Store(m, (*b, row, column), lower))
             regular = ne(at(k, k), 0.0)
-            steps = [
+            steps: list[Stmt] = [
                 Store(best, zero, k), find, exchange,
                 Store(made, b, Load(made, b) * at(k, k)),
                 If(regular, For(i, n - 1 - k, SERIAL, clear)),

@@ -33,7 +33,9 @@ class OrderAttrs:
     k: Size = 1
 
 
-def sorting(x: Buffer, order: Buffer, spare: Buffer, axis: int, largest: bool, fresh: Fresh) -> Stmt:
+def sorting(
+    x: Buffer, order: Buffer, spare: Buffer, axis: int, largest: bool, fresh: Fresh
+) -> Stmt:
     """Fills `order` (int64, like x) with the sorted positions along an axis; `spare` is scratch."""
     n = x.shape[axis]
     rows = (*x.shape[:axis], *x.shape[axis + 1 :])

@@ -209,8 +209,8 @@ def _within(pairs: list[tuple[Expr, Expr]]) -> Expr:
 def _indexed_reference(x: Array, a: IndexedPoolAttrs) -> tuple[Array, Array]:
     low = -np.inf if x.dtype.kind not in "iu" else np.iinfo(x.dtype).min
     view, taps = _np_view(x, a, "max_pool", low)
-    order = "F" if a.columns else "C"
-    flat = np.arange(np.prod(x.shape[2:])).reshape(x.shape[2:], order=order)
+    flat: Array = np.arange(np.prod(x.shape[2:]))
+    flat = flat.reshape(x.shape[:1:-1]).T if a.columns else flat.reshape(x.shape[2:])
     first = np.arange(x.shape[0] * x.shape[1]).reshape(*x.shape[:2], *[1] * flat.ndim)
     where, _ = _np_view(first * flat.size + flat, a, "max_pool", 1 << 62)
     largest = np.asarray(view.max(axis=taps))

@@ -45,8 +45,8 @@ Function = Callable[[Any, float, float], Any]
 # ---- activations --------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Activation:
-    """A function of an element and of some of two constants, as an expression and in numpy, with the
-    values that ONNX gives to the constants it has."""
+    """A function of an element and of none, one or two constants, as an expression and in numpy,
+    with the values that ONNX gives to these constants."""
 
     expr: Function
     numpy: Function
@@ -154,9 +154,7 @@ def _start(given: te.Tensor | None, shape: Sequence[Expr], dtype: DType) -> te.T
     return te.compute(shape, lambda *i: const(0, dtype), "zero")
 
 
-def _outputs(
-    x: te.Tensor, clock: _Clock, histories: Sequence[te.Tensor]
-) -> tuple[te.Tensor, ...]:
+def _outputs(x: te.Tensor, clock: _Clock, histories: Sequence[te.Tensor]) -> tuple[te.Tensor, ...]:
     """y, then the last entry of each history."""
     h, steps = histories[0], x.shape[0]
 
@@ -351,8 +349,8 @@ def _gru_infer(
     x: Arg, r: Arg, r_h: Arg | None, bias: Arg | None, h0: Arg | None, lengths: Arg | None,
     a: RecurrentAttrs,
 ) -> tuple[TensorType, ...]:  # fmt: skip
-    """r_h: the candidate's weight where the reset gate applies to the state; where it applies to the
-    product of state and weight plus `bias`, `r` holds that weight too."""
+    """r_h: the candidate's weight where the reset gate applies to the state; where it applies to
+    the product of state and weight plus `bias`, `r` holds that weight too."""
     return _infer_states("gru", x, [r, r_h], 3, [h0], lengths, 2)
 
 

@@ -59,7 +59,7 @@ def _reflected(e: Expr, low: Expr, high: Expr) -> Expr:
     turns = _floor(away / span)
     rest = away - turns * span
     odd = ~eq(turns - _floor(turns * 0.5) * 2.0, 0.0)
-    return select(0.0 < span, low + select(odd, span - rest, rest), low)
+    return select(span > 0.0, low + select(odd, span - rest, rest), low)
 
 
 def _whole(e: Expr, size: Size) -> Expr:
@@ -107,7 +107,8 @@ def _interpolated(
     limits = []
     for n in sizes:
         size = number(n, at[0].dtype)
-        limits.append((const(0.0 if corners else -0.5, size.dtype), size - (1.0 if corners else 0.5)))
+        edge = 0.0 if corners else 0.5
+        limits.append((const(-edge, size.dtype), size - 1.0 + edge))
 
     def settled(i: Expr, k: int) -> Expr:
         """A whole position moved into x where the padding says so."""
@@ -137,7 +138,8 @@ def _interpolated(
     weights = [_weights(cast(e - _floor(e), x.dtype), mode) for e in moved]
     total: Expr | None = None
     for taps in itertools.product(*weights):
-        spots = [settled(b + tap, k) for k, (b, (tap, _)) in enumerate(zip(base, taps, strict=True))]
+        pairs = zip(base, taps, strict=True)
+        spots = [settled(b + tap, k) for k, (b, (tap, _)) in enumerate(pairs)]
         value = _pixel(x, lead, spots, sizes, zeros)
         for _, w in taps:
             value = value * w
@@ -206,7 +208,9 @@ def _np_reflected(e: Array, low: float, high: float) -> Array:
     return low + np.where(turns % 2 == 1, span - rest, rest)
 
 
-def _np_interpolated(x: Array, at: Sequence[Array], mode: str, padding: str, corners: bool) -> Array:
+def _np_interpolated(
+    x: Array, at: Sequence[Array], mode: str, padding: str, corners: bool
+) -> Array:
     """x[d1, d2, ...] at float positions."""
     moved = []
     for e, size in zip(at, x.shape, strict=True):
@@ -384,8 +388,9 @@ def _roi_samples(draw: Draw) -> tuple[list[Array], RoiAlignAttrs]:
     n, h, w, r = integer(draw, 1, 2), integer(draw, 3, 6), integer(draw, 3, 6), integer(draw, 1, 3)
     corner = array(draw, (r, 2), "float32", 0, 2)
     rois = np.concatenate([corner, corner + array(draw, (r, 2), "float32", 0.5, 4)], 1)
-    a = RoiAlignAttrs(integer(draw, 1, 3), integer(draw, 1, 3), integer(draw, 1, 2), 0.5, flag(draw))
-    a = RoiAlignAttrs(a.height, a.width, a.ratio, choice(draw, (1.0, 0.5)), a.half_pixel, flag(draw))
+    bins = integer(draw, 1, 3), integer(draw, 1, 3)
+    scale = choice(draw, (1.0, 0.5))
+    a = RoiAlignAttrs(*bins, integer(draw, 1, 2), scale, flag(draw), flag(draw))
     return [array(draw, (n, 2, h, w)), rois, array(draw, (r,), "int64", 0, n - 1)], a
 
 

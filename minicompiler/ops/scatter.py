@@ -111,7 +111,7 @@ def _elements_compute(
 def _elements_reference(x: Array, indices: Array, updates: Array, a: ScatterAttrs) -> Array:
     axis = a.axis % x.ndim
     made = x.copy()
-    at = list(np.indices(indices.shape))
+    at: list[Array] = list(np.indices(indices.shape))
     at[axis] = np.where(indices < 0, indices + x.shape[axis], indices)
     return _np_scatter(made, tuple(at), updates, a.reduction)
 

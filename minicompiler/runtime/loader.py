@@ -17,6 +17,8 @@ import llvmlite.binding as llvm
 
 from ..errors import RunError
 
+# What LLVM makes of copies and zeroing. There is no mathematics and no BLAS among it.
+C_FUNCTIONS = ("memcpy", "memset", "memmove")
 _counter = itertools.count()
 _jits: list[llvm.LLJIT] = []
 
@@ -46,7 +48,7 @@ class Library:
             builder.add_object_img(image)
         for name, address in (symbols or {}).items():
             builder.import_symbol(name, address)
-        for name in ("memcpy", "memset", "memmove", "fmodf", "fmod"):
+        for name in C_FUNCTIONS:
             builder.import_symbol(name, _libc(name))
         for name in exports:
             builder.export_symbol(name)
@@ -61,7 +63,4 @@ class Library:
 
 
 def _libc(name: str) -> int:
-    f = getattr(ctypes.CDLL(None), name, None)
-    if f is None:  # fmod lives in the mathematics library on some systems
-        f = getattr(ctypes.CDLL("libm.so.6"), name)
-    return ctypes.cast(f, ctypes.c_void_p).value or 0
+    return ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value or 0

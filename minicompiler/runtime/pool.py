@@ -237,9 +237,10 @@ def _cpus_to_manage(size: int) -> bytes:
 
     With fewer CPUs than threads, or without masks, workers go where the scheduler puts them.
     """
-    if not hasattr(os, "sched_getaffinity"):
+    try:
+        cpus = os.sched_getaffinity(0)
+    except (AttributeError, OSError):  # another system, or a sandbox
         return b""
-    cpus = os.sched_getaffinity(0)
     if size > len(cpus) or max(cpus) >= LAYOUT["MASK_BITS"]:
         return b""
     return sum(1 << cpu for cpu in cpus).to_bytes(LAYOUT["MASK_BYTES"], "little")

@@ -184,7 +184,8 @@ ILLEGAL: dict[str, tuple[list[tuple[str, tuple[Any, ...]]], tuple[str, tuple[Any
         [("reorder", ("k0", "i0", "i1")), ("mark", ("i1", "vector"))], ("stage", ("p1", "i1")),
     ),
     "work around threads": (
-        [("reorder", ("k0", "i0", "i1")), ("mark", ("i0", "parallel"))], ("stage", ("p0", "k0", "local")),
+        [("reorder", ("k0", "i0", "i1")), ("mark", ("i0", "parallel"))],
+        ("stage", ("p0", "k0", "local")),
     ),
     "reorder of marked loops": ([("mark", ("i1_2", "vector"))], ("reorder", ("i1_2", "i0_2"))),
     "inline of what is relative": ([("stage", ("p0", "i0", "local"))], ("inline", ("p0_s_in",))),

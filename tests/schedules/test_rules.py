@@ -77,6 +77,16 @@ def winograd(m: int, size: int) -> PrimFunc:
     return operator("conv", shapes, ConvAttrs(**SAME), f"winograd{m}", blocked)
 
 
+def recurrence(name: str, gates: int) -> PrimFunc:
+    """lstm or gru over three steps, without biases, peepholes or lengths."""
+    op, hidden = REGISTRY[name], 9
+    x, r = tensor("x", 3, 2, gates * hidden), tensor("r", gates, hidden, hidden)
+    names = ("sigmoid", "tanh", "tanh")[: gates - 1]
+    zeros = (0.0,) * len(names)
+    results = op.computes[0].build(x, r, *[None] * 4, op.attrs(names, zeros, zeros))
+    return from_tensors(name, [x, r], results, [r])
+
+
 def two_products() -> PrimFunc:
     a, b, c = tensor("a", 5, 6), tensor("b", 6, 7), tensor("c", 7, 4)
     return from_tensors("two_products", [a, b, c], [product(product(a, b), c)])
@@ -97,6 +107,8 @@ BIG: dict[str, Callable[[], Sample]] = {
     "max_pool": lambda: Sample(
         operator("max_pool", [(1, 8, 6, 6)], PoolAttrs(kernel=(2, 2), strides=(2, 2)))
     ),
+    "lstm": lambda: Sample(recurrence("lstm", 4)),
+    "gru": lambda: Sample(recurrence("gru", 3)),
     "exp": lambda: Sample(operator("exp", [(3, 4, 9)])),
 }
 CASES: dict[str, Callable[[], Sample]] = {**SAMPLES, **BIG}
