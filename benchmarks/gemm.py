@@ -1,9 +1,12 @@
-"""Matrix products of two run-time operands against the FMA peak of one thread, alternating in one run.
+"""Matrix products of two run-time operands against the FMA peak of one thread, alternating in one
+run.
 
     python benchmarks/gemm.py 1024 1000 1023 512 64x3072x768 [--rounds 30] [--against numpy]
 
-Packing is inside the measured call. Prints, per size MxNxK: the median and best GFLOP/s, as a fraction of
-the highest peak seen in the same run; with --against numpy the ratio of medians to OpenBLAS, one thread.
+Packing is inside the measured call. Prints, per size MxNxK: the median and best GFLOP/s, as a
+fraction of
+the highest peak seen in the same run; with --against numpy the ratio of medians to OpenBLAS, one
+thread.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ def product(m: int, n: int, k: int, constant: bool = False) -> Function:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("sizes", nargs="+", help="N (a cube) or MxNxK")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--against", choices=["numpy"], default=None)
@@ -65,13 +70,13 @@ def main() -> None:
                     np.matmul(a, b, out=out)
                 theirs.append(flops * repeat / (time.perf_counter() - start) / 1e9)
         top = max(peaks)
+        middle, best = np.median(ours), max(ours)
         line = (
-            f"{m}x{n}x{k}: median {np.median(ours):.1f}, best {max(ours):.1f} GFLOP/s; peak {top:.1f}; "
-            f"fraction of the highest peak: median {np.median(ours) / top:.3f}, best {max(ours) / top:.3f}; "
-            f"error {error:.1e}"
+            f"{m}x{n}x{k}: median {middle:.1f}, best {best:.1f} GFLOP/s; peak {top:.1f}; fraction of "
+            f"the highest peak: median {middle / top:.3f}, best {best / top:.3f}; error {error:.1e}"
         )
         if theirs:
-            line += f"; over OpenBLAS {np.median(ours) / np.median(theirs):.3f}"
+            line += f"; over OpenBLAS {middle / np.median(theirs):.3f}"
         print(line, flush=True)
 
 

@@ -1,6 +1,6 @@
 """What this machine can do at most: float32 FMA rate and memory bandwidth, measured.
 
-    peak = FmaPeak(target); peak()      GFLOP/s of one thread, one short run
+peak = FmaPeak(target); peak()      GFLOP/s of one thread, one short run
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ _ROUNDS = 200_000
 
 
 class FmaPeak:
-    """Independent fused multiply-adds in registers; calling it gives GFLOP/s of one run (about 1 ms)."""
+    """Independent fused multiply-adds in registers; calling it gives GFLOP/s of one run (about 1
+    ms)."""
 
     def __init__(self, target: Target) -> None:
         lanes = target.vector_bytes // 4
@@ -54,7 +55,9 @@ done:
 }}
 """
         self._library = Library(compile_object(text, target), ["fma_peak"])
-        self._call = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_void_p)(self._library.address("fma_peak"))
+        self._call = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_void_p)(
+            self._library.address("fma_peak")
+        )
         self._memory = (ctypes.c_float * 256)()
         self._flops = 2.0 * lanes * chains * _ROUNDS
 

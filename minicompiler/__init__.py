@@ -1,8 +1,8 @@
 """minicompiler: a tiny tensor compiler. Models in, fast native kernels out.
 
-    import minicompiler as mc
-    m = mc.compile("model.onnx", target="cpu", threads=2)
-    y, = m(x)
+import minicompiler as mc
+m = mc.compile("model.onnx", target="cpu", threads=2)
+y, = m(x)
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The life of a model, from a file to a Module. Every step is public, so one can stop after any.
 
-    fn      = import_model("resnet18.onnx", dims)            graph Function
-    fn      = optimise(fn, ctx)                               passes and fusion
-    kernel  = build_kernel(fused, constant, ctx)              one fused function -> object code
-    module  = compile("resnet18.onnx", threads=2)             all of it
+fn      = import_model("resnet18.onnx", dims)            graph Function
+fn      = optimise(fn, ctx)                               passes and fusion
+kernel  = build_kernel(fused, constant, ctx)              one fused function -> object code
+module  = compile("resnet18.onnx", threads=2)             all of it
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Kernel:
 
     params: per kernel parameter ("arg", k): argument k of the fused function; ("prepared", k): a
     constant made while compiling; ("result", k). prepared: for each, its symbol, its own parameters
-    in the same form, dtype and physical shape. flops, moved: operations and bytes of a call, see lower/cost.py.
+    in the same form, dtype and physical shape. flops, moved: operations and bytes of a call, see
+    lower/cost.py.
     """
 
     name: str
@@ -106,20 +107,27 @@ def compile(
     record: keep the text of every stage in `Module.stages`.
     Raises MinicompilerError subclasses that name the user's nodes.
     """
-    ctx = Context(Target.parse(target) if isinstance(target, str) else target,
-                  Options(level=level, threads=threads or 0, checked=checked, max_error=max_error,
-                          record=record))  # fmt: skip
+    ctx = Context(
+        Target.parse(target) if isinstance(target, str) else target,
+        Options(
+            level=level, threads=threads or 0, checked=checked, max_error=max_error, record=record
+        ),
+    )
     fn = import_model(source, dims, ctx)
     fn = optimise(fn, ctx)
     return build_module(fn, ctx)
 
 
-def import_model(source: Any, dims: Mapping[str, Any] | None = None, ctx: Context | None = None) -> Function:
+def import_model(
+    source: Any, dims: Mapping[str, Any] | None = None, ctx: Context | None = None
+) -> Function:
     """The graph of a model (a Function is taken as it is)."""
     if isinstance(source, Function):
         if dims:
-            raise MinicompilerError("dims= is for models that are imported; this is a graph already",
-                                    hint="give the Dims of the graph their ranges when building it")  # fmt: skip
+            raise MinicompilerError(
+                "dims= is for models that are imported; this is a graph already",
+                hint="give the Dims of the graph their ranges when building it",
+            )
         return source
     start = time.perf_counter()
     fn = onnx_frontend.load(source, dims)
@@ -129,7 +137,8 @@ def import_model(source: Any, dims: Mapping[str, Any] | None = None, ctx: Contex
 
 
 def run_time_guards(fn: Function) -> list[tuple[Expr, str]]:
-    """The equalities of sizes that type rules took for granted, each with the node that needs it."""
+    """The equalities of sizes that type rules took for granted, each with the node that needs
+    it."""
     found: dict[Expr, str] = {}
     if not function_dims(fn):
         return []
@@ -195,10 +204,12 @@ def assemble(fn: Function, built: Built, ctx: Context) -> Module:
         cache.put(main_key.encode(), main)
     ctx.stages.append(Stage(fn.name, "code", "main", "", time.perf_counter() - start))
     objects = {name: k.code for name, k in built.kernels.items()}
-    return Module(plan, objects, main, constants, ctx.target, ctx.options.threads or None, tuple(ctx.stages))
+    return Module(
+        plan, objects, main, constants, ctx.target, ctx.options.threads or None, tuple(ctx.stages)
+    )
 
 
-# ---- one kernel --------------------------------------------------------------------------------------
+# ---- one kernel ---------------------------------------------------------------------------------
 def kernel_key(fn: Function, constant: tuple[bool, ...], ctx: Context) -> str:
     """What a kernel depends on, known before any scheduling work."""
     flags = "".join("c" if c else "v" for c in constant)
@@ -224,7 +235,9 @@ def _stamp(target: Target) -> str:
     return f"{VERSION} {_fingerprint[0]} {json.dumps(target.to_json(), sort_keys=True)}"
 
 
-def _cached_kernel(key: str, fn: Function, constant: tuple[bool, ...], ctx: Context, cache: DiskCache) -> Kernel:
+def _cached_kernel(
+    key: str, fn: Function, constant: tuple[bool, ...], ctx: Context, cache: DiskCache
+) -> Kernel:
     raw = key.encode()
     start = time.perf_counter()
     entry = cache.get(raw)
@@ -245,20 +258,52 @@ def _kernel_from(data: Mapping[str, Any], code: bytes) -> Kernel:
         return tuple((a, b) for a, b in x)
 
     prepared = tuple((n, params(p), t, tuple(s)) for n, p, t, s in data["prepared"])
-    return Kernel(data["name"], params(data["params"]), prepared, tuple(data["dims"]),
-                  size(data["shared"]), size(data["local"]), size(data["flops"]), size(data["moved"]), bytes(code))  # fmt: skip
+    return Kernel(
+        data["name"],
+        params(data["params"]),
+        prepared,
+        tuple(data["dims"]),
+        size(data["shared"]),
+        size(data["local"]),
+        size(data["flops"]),
+        size(data["moved"]),
+        bytes(code),
+    )
 
 
-def build_kernel(fn: Function, constant: tuple[bool, ...], ctx: Context, suffix: str = "") -> Kernel:
-    """One fused function, lowered, scheduled and compiled. `constant`: which arguments are constants."""
+def build_kernel(
+    fn: Function, constant: tuple[bool, ...], ctx: Context, suffix: str = ""
+) -> Kernel:
+    """One fused function, lowered, scheduled and compiled. `constant`: which arguments are
+    constants."""
     target = ctx.target
     assert target is not None
-    lowered = _timed(ctx, fn.name, "tir", "to_tir", lambda: lower_function(fn, constant, ctx.options.max_error), script)
+    lowered = _timed(
+        ctx,
+        fn.name,
+        "tir",
+        "to_tir",
+        lambda: lower_function(fn, constant, ctx.options.max_error),
+        script,
+    )
     original = lowered.params
     check = verify_tir if ctx.options.checked else None
-    s = _timed(ctx, fn.name, "tir", "schedule", lambda: schedule(lowered, target, after_step=check),
-               lambda r: script(r.func))  # fmt: skip
-    func, prepared = _timed(ctx, fn.name, "tir", "lift_constants", lambda: lift_constants(s.func), lambda r: script(r[0]))
+    s = _timed(
+        ctx,
+        fn.name,
+        "tir",
+        "schedule",
+        lambda: schedule(lowered, target, after_step=check),
+        lambda r: script(r.func),
+    )
+    func, prepared = _timed(
+        ctx,
+        fn.name,
+        "tir",
+        "lift_constants",
+        lambda: lift_constants(s.func),
+        lambda r: script(r[0]),
+    )
     if ctx.options.checked:
         for f in (func, *[p.func for p in prepared]):
             verify_tir(f, finished=True)
@@ -270,12 +315,16 @@ def build_kernel(fn: Function, constant: tuple[bool, ...], ctx: Context, suffix:
         f = f.with_(name=name if k == 0 else f"{name}_prepare_{k - 1}")
         names.append(f.name)
         for step in pipeline.TIR_PASSES:
-            f = _timed(ctx, f.name, "tir", step.__name__, lambda f=f, step=step: step(f, ctx), script)
+            f = _timed(
+                ctx, f.name, "tir", step.__name__, lambda f=f, step=step: step(f, ctx), script
+            )
         e = _timed(ctx, f.name, "code", "llvm", lambda f=f: emit(f), lambda r: r.text)
         emitted = emitted or e
         parts.append(e.text)
     assert emitted is not None
-    code = _timed(ctx, name, "code", "object", lambda: compile_object(_merge(parts), target), lambda r: "")
+    code = _timed(
+        ctx, name, "code", "object", lambda: compile_object(_merge(parts), target), lambda r: ""
+    )
     ready = [p.buffer for p in prepared]
 
     def place(b: Buffer, f: PrimFunc) -> tuple[str, int]:
@@ -288,21 +337,38 @@ def build_kernel(fn: Function, constant: tuple[bool, ...], ctx: Context, suffix:
     made = []
     for p, symbol in zip(prepared, names[1:], strict=True):
         shape = tuple(evaluate_int(n, {}) for n in p.buffer.physical_shape)
-        made.append((symbol, tuple(place(b, p.func) for b in p.func.params[:-1]), p.buffer.dtype.name, shape))
+        made.append(
+            (
+                symbol,
+                tuple(place(b, p.func) for b in p.func.params[:-1]),
+                p.buffer.dtype.name,
+                shape,
+            )
+        )
     # Counted on the exact computes, so that the rate of another algorithm compares with theirs.
     meaning = lower_function(fn, constant)
     final = func.params
     params = tuple(("prepared", ready.index(b)) if b in ready else place(b, func) for b in final)
-    return Kernel(name, params, tuple(made), tuple(d.name for d in func.dims),
-                  to_size(emitted.shared), to_size(emitted.local), to_size(flops(meaning)), to_size(moved(meaning)),
-                  code)  # fmt: skip
+    return Kernel(
+        name,
+        params,
+        tuple(made),
+        tuple(d.name for d in func.dims),
+        to_size(emitted.shared),
+        to_size(emitted.local),
+        to_size(flops(meaning)),
+        to_size(moved(meaning)),
+        code,
+    )
 
 
 def _timed(ctx: Context, subject: str, level: str, name: str, run: Any, text: Any) -> Any:
     start = time.perf_counter()
     result = run()
     seconds = time.perf_counter() - start
-    ctx.stages.append(Stage(subject, level, name, text(result) if ctx.options.record else "", seconds))
+    ctx.stages.append(
+        Stage(subject, level, name, text(result) if ctx.options.record else "", seconds)
+    )
     return result
 
 
@@ -321,7 +387,7 @@ def _merge(texts: list[str]) -> str:
     return "\n".join([*lines, *bodies]) + "\n"
 
 
-# ---- a call: constants are prepared, arguments put in place --------------------------------------------
+# ---- a call: constants are prepared, arguments put in place -------------------------------------
 def _call(
     v: Apply, kernel: Kernel, libraries: dict[str, Library], made: dict[tuple[Any, ...], np.ndarray]
 ) -> KernelCall:
@@ -343,7 +409,9 @@ def _call(
         if key not in made:
             if kernel.name not in libraries:
                 exports = [kernel.name, *[p[0] for p in kernel.prepared]]
-                libraries[kernel.name] = Library(kernel.code, exports, {"mc_barrier": barrier_address()})
+                libraries[kernel.name] = Library(
+                    kernel.code, exports, {"mc_barrier": barrier_address()}
+                )
             made[key] = _prepare(libraries[kernel.name].address(symbol), arrays, dtype, shape)  # type: ignore[arg-type]
         ready.append(made[key])
     args = tuple(argument(kind, k) for kind, k in kernel.params if kind != "result")
@@ -353,8 +421,14 @@ def _call(
         results = (v,)
     ordered = tuple(results[k] for kind, k in kernel.params if kind == "result")
     dims = {d.name: d for d in _dims(v)}
-    return KernelCall(kernel.name, args, ordered, tuple(dims[n] for n in kernel.dims),
-                      _expr(kernel.shared, dims), _expr(kernel.local, dims))  # fmt: skip
+    return KernelCall(
+        kernel.name,
+        args,
+        ordered,
+        tuple(dims[n] for n in kernel.dims),
+        _expr(kernel.shared, dims),
+        _expr(kernel.local, dims),
+    )
 
 
 def _dims(v: Apply) -> list[Any]:
@@ -378,19 +452,35 @@ def _expr(size: Size, dims: Mapping[str, Expr]) -> Expr:
     return dims[size] if isinstance(size, str) else wrap(size)
 
 
-def _prepare(address: int, arrays: list[np.ndarray], dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+def _prepare(
+    address: int, arrays: list[np.ndarray], dtype: str, shape: tuple[int, ...]
+) -> np.ndarray:
     """Runs a compile-time function on constants."""
     from .ir.types import DType
 
     arrays = [np.ascontiguousarray(a) for a in arrays]
     result = np.empty(shape, DType(dtype).numpy)
     pointers = [a.ctypes.data for a in [*arrays, result]]
-    kinds = [ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, *[ctypes.c_void_p] * (len(pointers) + 1)]
+    kinds = [
+        ctypes.c_int32,
+        ctypes.c_int32,
+        ctypes.c_void_p,
+        *[ctypes.c_void_p] * (len(pointers) + 1),
+    ]
     ctypes.CFUNCTYPE(None, *kinds)(address)(0, 1, None, *pointers, None)
     return result
 
 
 __all__ = [
-    "Built", "IndexMap", "Kernel", "assemble", "build_kernel", "build_kernels", "build_module", "compile",
-    "import_model", "kernel_key", "optimise",
-]  # fmt: skip
+    "Built",
+    "IndexMap",
+    "Kernel",
+    "assemble",
+    "build_kernel",
+    "build_kernels",
+    "build_module",
+    "compile",
+    "import_model",
+    "kernel_key",
+    "optimise",
+]

@@ -40,13 +40,19 @@ Operand = Union["Tensor", Expr, int, float, bool]
 class Tensor:
     """A tensor defined by one expression per element, or a placeholder (`body` None).
 
-    `axes[d]` is the index variable of dimension d in `body`; a Reduce may stand only at the top of it.
+    `axes[d]` is the index variable of dimension d in `body`; a Reduce may stand only at the top of
+    it.
     """
 
     __slots__ = ("axes", "body", "dtype", "name", "shape", "source")
 
     def __init__(
-        self, name: str, shape: Sequence[Expr | int], dtype: DType, axes: tuple[Var, ...], body: Expr | None
+        self,
+        name: str,
+        shape: Sequence[Expr | int],
+        dtype: DType,
+        axes: tuple[Var, ...],
+        body: Expr | None,
     ) -> None:
         self.name, self.shape, self.dtype = name, tuple(wrap(s) for s in shape), dtype
         self.axes, self.body = axes, body
@@ -56,20 +62,37 @@ class Tensor:
         """The element at some indices (Exprs or ints), one per dimension."""
         got = indices if isinstance(indices, tuple) else (indices,)
         if len(got) != len(self.shape):
-            raise IndexError(f"{self.name} has {len(self.shape)} dimensions, got {len(got)} indices")
+            raise IndexError(
+                f"{self.name} has {len(self.shape)} dimensions, got {len(got)} indices"
+            )
         return Load(self, tuple(wrap(i) for i in got))
 
     def __repr__(self) -> str:
         return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
 
-    def __add__(self, o: Operand) -> Tensor: return elementwise("add", self, o)
-    def __radd__(self, o: Operand) -> Tensor: return elementwise("add", o, self)
-    def __sub__(self, o: Operand) -> Tensor: return elementwise("sub", self, o)
-    def __rsub__(self, o: Operand) -> Tensor: return elementwise("sub", o, self)
-    def __mul__(self, o: Operand) -> Tensor: return elementwise("mul", self, o)
-    def __rmul__(self, o: Operand) -> Tensor: return elementwise("mul", o, self)
-    def __truediv__(self, o: Operand) -> Tensor: return elementwise("div", self, o)
-    def __rtruediv__(self, o: Operand) -> Tensor: return elementwise("div", o, self)
+    def __add__(self, o: Operand) -> Tensor:
+        return elementwise("add", self, o)
+
+    def __radd__(self, o: Operand) -> Tensor:
+        return elementwise("add", o, self)
+
+    def __sub__(self, o: Operand) -> Tensor:
+        return elementwise("sub", self, o)
+
+    def __rsub__(self, o: Operand) -> Tensor:
+        return elementwise("sub", o, self)
+
+    def __mul__(self, o: Operand) -> Tensor:
+        return elementwise("mul", self, o)
+
+    def __rmul__(self, o: Operand) -> Tensor:
+        return elementwise("mul", o, self)
+
+    def __truediv__(self, o: Operand) -> Tensor:
+        return elementwise("div", self, o)
+
+    def __rtruediv__(self, o: Operand) -> Tensor:
+        return elementwise("div", o, self)
 
 
 def placeholder(name: str, shape: Sequence[Expr | int], dtype: DType) -> Tensor:
@@ -97,7 +120,8 @@ def compute(
 ) -> Tensor:
     """The tensor with element f(i, j, ...) at [i, j, ...].
 
-    reduce: (combiner, {reduction variable: extent}) combines f over the variables; combiner is one of
+    reduce: (combiner, {reduction variable: extent}) combines f over the variables; combiner is one
+    of
     sum prod max min and or.
     """
     axes = axis_vars(len(shape))
@@ -197,7 +221,7 @@ def scan(
     return source.outputs
 
 
-# ---- elementwise, with numpy broadcasting ---------------------------------------------------------------
+# ---- elementwise, with numpy broadcasting -------------------------------------------------------
 def _at(x: Operand, axes: Sequence[Var], like: DType | None) -> Expr:
     """The element of `x` that goes with output index `axes` (sizes of 1 are repeated)."""
     if not isinstance(x, Tensor):
@@ -214,15 +238,16 @@ def broadcast_shape(shapes: Iterable[Sequence[Expr]]) -> tuple[Expr, ...]:
     result: list[Expr] = [ONE] * rank
     for s in shapes:
         for k, size in enumerate(s, rank - len(s)):
-            if result[k] is ONE:
-                result[k] = size
-            elif type(result[k]) is not Const and type(size) is Const and size is not ONE:
+            if result[k] is ONE or (
+                type(result[k]) is not Const and type(size) is Const and size is not ONE
+            ):
                 result[k] = size
     return tuple(result)
 
 
 def map_elements(f: Callable[..., Expr], *xs: Operand, name: str = "t") -> Tensor:
-    """f on corresponding elements, with broadcasting. Python numbers take the first tensor's dtype."""
+    """f on corresponding elements, with broadcasting. Python numbers take the first tensor's
+    dtype."""
     tensors = [x for x in xs if isinstance(x, Tensor)]
     like = tensors[0].dtype
     shape = broadcast_shape([t.shape for t in tensors])
@@ -251,7 +276,9 @@ def where(cond: Tensor, a: Operand, b: Operand) -> Tensor:
     """a where cond, else b; the dtype is that of the first tensor among a and b."""
     like = next(t for t in (a, b) if isinstance(t, Tensor)).dtype
     shape = broadcast_shape([t.shape for t in (cond, a, b) if isinstance(t, Tensor)])
-    return compute(shape, lambda *i: select(_at(cond, i, None), _at(a, i, like), _at(b, i, like)), "where")
+    return compute(
+        shape, lambda *i: select(_at(cond, i, None), _at(a, i, like), _at(b, i, like)), "where"
+    )
 
 
 def astype(x: Tensor, dtype: DType) -> Tensor:
@@ -259,7 +286,7 @@ def astype(x: Tensor, dtype: DType) -> Tensor:
     return x if x.dtype is dtype else map_elements(lambda e: cast(e, dtype), x, name="cast")
 
 
-# ---- reductions -----------------------------------------------------------------------------------------
+# ---- reductions ---------------------------------------------------------------------------------
 def reduction(combiner: str, x: Tensor, axis: int | Sequence[int], keepdims: bool = True) -> Tensor:
     """`combiner` over one or several axes (negative ones count from the end)."""
     rank = len(x.shape)
@@ -281,7 +308,9 @@ def reduction(combiner: str, x: Tensor, axis: int | Sequence[int], keepdims: boo
                 full.append(next(spatial))
         return Load(x, tuple(full))
 
-    return compute(shape, body, combiner, (combiner, {v: x.shape[a] for v, a in zip(r, over, strict=True)}))
+    return compute(
+        shape, body, combiner, (combiner, {v: x.shape[a] for v, a in zip(r, over, strict=True)})
+    )
 
 
 def sum(x: Tensor, axis: int | Sequence[int], keepdims: bool = True) -> Tensor:
@@ -296,7 +325,7 @@ def min(x: Tensor, axis: int | Sequence[int], keepdims: bool = True) -> Tensor:
     return reduction("min", x, axis, keepdims)
 
 
-# ---- views of a definition --------------------------------------------------------------------------------
+# ---- views of a definition ----------------------------------------------------------------------
 def inputs(t: Tensor) -> list[Tensor]:
     """The tensors that `t` reads directly, in order of first use."""
     if t.source is not None:

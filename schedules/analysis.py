@@ -1,7 +1,7 @@
 """What primitives and rules ask of a loop nest: where things are, what a region of code touches.
 
-    find_loop(func, "i_o")              the For, and the statements above it
-    region(func, loop.body, buffer)     [(lowest index, extent) per dimension] touched inside
+find_loop(func, "i_o")              the For, and the statements above it
+region(func, loop.body, buffer)     [(lowest index, extent) per dimension] touched inside
 """
 
 from __future__ import annotations
@@ -120,11 +120,17 @@ def accesses(s: Stmt | PrimFunc, arith: Arith, buffer: Buffer | None = None) -> 
         for store in (block.init, block.body):
             if store is None:
                 continue
-            for load in [x for e in (store.value, *store.indices) for x in walk(e) if type(x) is Load]:
+            for load in [
+                x for e in (store.value, *store.indices) for x in walk(e) if type(x) is Load
+            ]:
                 if buffer is None or load.buffer is buffer:
-                    found.append(Access(block, load.buffer, _resolve(load.indices, mapping, arith), False))
+                    found.append(
+                        Access(block, load.buffer, _resolve(load.indices, mapping, arith), False)
+                    )
             if buffer is None or store.buffer is buffer:
-                found.append(Access(block, store.buffer, _resolve(store.indices, mapping, arith), True))
+                found.append(
+                    Access(block, store.buffer, _resolve(store.indices, mapping, arith), True)
+                )
     return found
 
 
@@ -184,19 +190,24 @@ def reduce_loops(block: Block, around: Sequence[For]) -> list[For]:
 
 def spatial_loops(block: Block, around: Sequence[For]) -> list[For]:
     """Those of the given loops that choose which element the block computes."""
-    used = frozenset().union(*[free_vars(i.value) for i in block.iters if not i.reduce], frozenset())
+    used = frozenset().union(
+        *[free_vars(i.value) for i in block.iters if not i.reduce], frozenset()
+    )
     return [loop for loop in around if loop.var in used]
 
 
 def mixed_loops(block: Block, around: Sequence[For]) -> list[For]:
-    """Those of the given loops that choose the element and reduce as well (a fusion of both kinds)."""
+    """Those of the given loops that choose the element and reduce as well (a fusion of both
+    kinds)."""
     reduce = reduce_loops(block, around)
     return [x for x in spatial_loops(block, around) if x in reduce]
 
 
 def repeats(block: Block, loop: For) -> bool:
     """True when every iteration of a loop around the block does the same."""
-    return const_int(loop.extent) != 1 and not any(loop.var in free_vars(i.value) for i in block.iters)
+    return const_int(loop.extent) != 1 and not any(
+        loop.var in free_vars(i.value) for i in block.iters
+    )
 
 
 def scan_around(path: Path) -> For | None:
@@ -216,7 +227,8 @@ def apart(load: Load, block: Block, writer: Block, arith: Arith) -> bool:
 
 
 def depends(s: Schedule, load: Load, block: Block, writer: Block, arith: Arith) -> bool:
-    """False when a block in a recurrence reads only what the writer stored in earlier iterations."""
+    """False when a block in a recurrence reads only what the writer stored in earlier
+    iterations."""
     return scan_around(s.block(block.name)[1]) is None or not apart(load, block, writer, arith)
 
 
@@ -240,7 +252,10 @@ def readers(func: PrimFunc, buffer: Buffer) -> list[Block]:
     """The blocks that load from `buffer`, except an update reading back its own element."""
     found = []
     for block in blocks(func):
-        if any(ld.buffer is buffer for ld in block_loads(block)) and block.body.buffer is not buffer:
+        if (
+            any(ld.buffer is buffer for ld in block_loads(block))
+            and block.body.buffer is not buffer
+        ):
             found.append(block)
     return found
 
@@ -265,7 +280,9 @@ def block_loads(block: Block) -> list[Load]:
 def operand_loads(block: Block) -> list[Load]:
     """The loads of a block, the running value of a reduction left out."""
     own = block.body
-    return [x for x in block_loads(block) if not (x.buffer is own.buffer and x.indices == own.indices)]
+    return [
+        x for x in block_loads(block) if not (x.buffer is own.buffer and x.indices == own.indices)
+    ]
 
 
 def where_parts(block: Block) -> list[Expr]:
@@ -295,7 +312,9 @@ def refuse_vector_around(s: Schedule, path: Path) -> None:
     """A vector loop stays innermost, so no loops may be made inside it."""
     for x in path:
         if isinstance(x, For) and x.kind is VECTOR:
-            s.refuse(f"{x.var} is a vector loop: nothing can be put inside it", x, "do this before mark")
+            s.refuse(
+                f"{x.var} is a vector loop: nothing can be put inside it", x, "do this before mark"
+            )
 
 
 def refuse_leaving_scan(s: Schedule, block: Block, to: Path) -> None:

@@ -4,7 +4,8 @@ depthwise convolutions, batched products), with elementwise work before and afte
     C[.., m, n] = sum over k of X[.., m, k] * W[.., k, n]
 
 One tile of C, `rows` x `lanes`, stays in registers while k runs. The vector axis is the one that is
-contiguous in the result; rows are the axes that only the other operand has, fused while they lie next
+contiguous in the result; rows are the axes that only the other operand has, fused while they lie
+next
 to each other in memory. What is not contiguous as the tile wants it is packed: once while compiling
 if it is constant, otherwise in a phase of its own.
 """
@@ -74,16 +75,27 @@ def apply(s: Schedule) -> None:
 
 
 def _rows_conflict(s: Schedule, nest: _Nest) -> bool:
-    """True when the rows of a tile lie a multiple of 4 KB apart: they would fight for the same lines of
-    the first-level cache for as long as the tile walks along them. Worth a copy if it is read often."""
+    """True when the rows of a tile lie a multiple of 4 KB apart: they would fight for the same
+    lines of
+    the first-level cache for as long as the tile walks along them. Worth a copy if it is read
+    often."""
     load = nest.broad
-    if load.buffer.scope is not Scope.PARAM or load.buffer.constant or load.buffer.layout is not None:
+    if (
+        load.buffer.scope is not Scope.PARAM
+        or load.buffer.constant
+        or load.buffer.layout is not None
+    ):
         return False
     if len(nest.reduce) != 1 or len(nest.rows) != 1 or nest.vector.var in _vars(load):
         return False
     row = const_int(nest.rows[-1].extent)
     reuse = const_int(nest.vector.extent)
-    if (row is not None and row < 16) or reuse is None or reuse < 256 or analysis.writers(s.func, load.buffer):
+    if (
+        (row is not None and row < 16)
+        or reuse is None
+        or reuse < 256
+        or analysis.writers(s.func, load.buffer)
+    ):
         return False
     arith = analysis.arith_of(s.func)
     depth = elementwise.strides(load.buffer, load.indices, nest.reduce[0].var, arith)
@@ -92,7 +104,8 @@ def _rows_conflict(s: Schedule, nest: _Nest) -> bool:
 
 
 def _block_rows(s: Schedule, nest: _Nest, name: str) -> _Nest:
-    """Copies the broadcast operand tile by tile with the reduction axis in blocks of 16, so that the rows
+    """Copies the broadcast operand tile by tile with the reduction axis in blocks of 16, so that
+    the rows
     of a tile lie side by side."""
     load = nest.broad
     axis = _axis_of(load, nest.reduce[0])
@@ -113,13 +126,18 @@ def _before(s: Schedule, first: str, second: str) -> bool:
 
 
 def _follow_result_layout(s: Schedule, main: Block) -> None:
-    """The sum is kept in the order of the result it becomes, so that both agree on what is contiguous."""
+    """The sum is kept in the order of the result it becomes, so that both agree on what is
+    contiguous."""
     buffer = main.body.buffer
     if buffer.scope is Scope.PARAM or buffer.layout is not None:
         return
     for b in analysis.readers(s.func, buffer):
         target = b.body.buffer
-        if target.layout is not None and len(target.shape) == len(buffer.shape) and target.shape == buffer.shape:
+        if (
+            target.layout is not None
+            and len(target.shape) == len(buffer.shape)
+            and target.shape == buffer.shape
+        ):
             s.relayout(buffer.name, target.layout)
             return
 
@@ -165,10 +183,14 @@ def _analyse(s: Schedule, name: str) -> _Nest | None:
         broad, wide = (b, a) if a.buffer.constant else (a, b)
     else:
         return None
-    only = [i for i in spatial if i is not vector and i.var in _vars(broad) and i.var not in _vars(wide)]
+    only = [
+        i for i in spatial if i is not vector and i.var in _vars(broad) and i.var not in _vars(wide)
+    ]
     rows: list[Iter] = []
     # Of the axes that only the broadcast operand has, those that lie innermost and side by side.
-    outermost_first = [i for i in _memory_order_without_blocks(layout, block, spatial) if i is not vector]
+    outermost_first = [
+        i for i in _memory_order_without_blocks(layout, block, spatial) if i is not vector
+    ]
     for it in reversed(outermost_first):
         if it not in only:
             break
@@ -231,7 +253,8 @@ def depth_block(extent: int | None, limit: int) -> int | None:
 
 
 def _tile(s: Schedule, nest: _Nest) -> tuple[int, int, int, int | None]:
-    """The register tile: (lanes of the vector axis, vectors, rows), and the number of rows if known."""
+    """The register tile: (lanes of the vector axis, vectors, rows), and the number of rows if
+    known."""
     t = s.target
     lanes = t.vector_bytes // 4
     out = nest.block.body
@@ -251,7 +274,9 @@ def _tile(s: Schedule, nest: _Nest) -> tuple[int, int, int, int | None]:
         width = lanes
     else:
         width = 2 * lanes
-    width = s.choose("width", (blocked,) if blocked > 1 else (lanes, 2 * lanes, 4 * lanes, 8 * lanes), width)
+    width = s.choose(
+        "width", (blocked,) if blocked > 1 else (lanes, 2 * lanes, 4 * lanes, 8 * lanes), width
+    )
     vectors = max(1, width // lanes)
     # A depthwise tile loads a vector per row instead of broadcasting one, and may keep no operand.
     rows = tile_rows(row_extent, vectors, t.registers)
@@ -265,10 +290,12 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
     t = s.target
     name = nest.block.name
     out = nest.block.body
-    width, vectors, rows, row_extent = _tile(s, nest)
+    width, _vectors, rows, row_extent = _tile(s, nest)
 
-    # ---- loops: outer, rows, vector, reduction ------------------------------------------------------------
-    order = [_loop(i) for i in (*nest.outer, *nest.rows, nest.vector)] + [_loop(i) for i in nest.reduce]
+    # ---- loops: outer, rows, vector, reduction --------------------------------------------------
+    order = [_loop(i) for i in (*nest.outer, *nest.rows, nest.vector)] + [
+        _loop(i) for i in nest.reduce
+    ]
     if order != s.loops_of(name):
         s.reorder(*order)
     row = None
@@ -282,7 +309,8 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
     if row is not None:
         row_o, row_i = s.split(row, rows, "mask")
         tile = [row_i, v_i]
-    # One long reduction is cut so that its part of the packed operand stays in the first-level cache.
+    # One long reduction is cut so that its part of the packed operand stays in the first-level
+    # cache.
     k_o, limit = None, 0
     if len(nest.reduce) == 1:
         extent = const_int(nest.reduce[0].extent)
@@ -302,15 +330,23 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
         if not nest.outer or len(nest.rows) == 1 or k_o is not None or _plain_rows(nest):
             if row_extent is None or row_extent > fit * rows * 3 // 2:
                 rows_outer, row_o = s.split(row_o, fit, "guard")
-    # Parts of the reduction come outermost: then a block of rows and a panel both stay in cache, and the
+    # Parts of the reduction come outermost: then a block of rows and a panel both stay in cache,
+    # and the
     # threads need no barrier between parts because each goes on with its own elements.
-    s.reorder(*([k_o] if k_o else []), *outer, *([rows_outer] if rows_outer else []), v_o,
-              *([row_o] if row_o else []), *depth, *tile)  # fmt: skip
+    s.reorder(
+        *([k_o] if k_o else []),
+        *outer,
+        *([rows_outer] if rows_outer else []),
+        v_o,
+        *([row_o] if row_o else []),
+        *depth,
+        *tile,
+    )
 
-    # ---- packing ---------------------------------------------------------------------------------------------
+    # ---- packing --------------------------------------------------------------------------------
     wide = _pack(s, nest, name, width, packed_depth)
     del wide
-    # ---- what comes after, and the register tile --------------------------------------------------------------
+    # ---- what comes after, and the register tile ------------------------------------------------
     home = row_o if row_o is not None else v_o
     for b in _followers(s, name):
         s.compute_at(b, home)
@@ -332,7 +368,7 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
     for b in [init, f"{staged}_in", f"{staged}_out", *_followers(s, staged)]:
         if b in alive:
             elementwise.vector_tile(s, b, home)
-    # ---- threads -----------------------------------------------------------------------------------------------
+    # ---- threads --------------------------------------------------------------------------------
     _share(s, [*outer, *([rows_outer] if rows_outer else []), v_o], name)
     for b in [x.name for x in analysis.blocks(s.func)]:
         if b in alive and _is_root_preparation(s, b, name):
@@ -358,8 +394,13 @@ def _followers(s: Schedule, main: str) -> list[str]:
     names = [b.name for b in analysis.blocks(s.func)]
     if main not in names:
         # The buffer that holds the tile: blocks reading it are inside already.
-        return [b.name for b in analysis.blocks(s.func)
-                if any(x.buffer.name == main for x in analysis.block_loads(b)) and b.tag == "" and not product_loads(b)]  # fmt: skip
+        return [
+            b.name
+            for b in analysis.blocks(s.func)
+            if any(x.buffer.name == main for x in analysis.block_loads(b))
+            and b.tag == ""
+            and not product_loads(b)
+        ]
     buffers = {s.block(main)[0].body.buffer}
     found = []
     for b in analysis.blocks(s.func):
@@ -380,7 +421,8 @@ def _is_root_preparation(s: Schedule, name: str, main: str) -> bool:
 
 
 def _reduction_order(s: Schedule, nest: _Nest) -> tuple[list[str], list[tuple[int, int]]]:
-    """Puts the reduction loops in the order of the broadcast operand's memory; a blocked axis is split.
+    """Puts the reduction loops in the order of the broadcast operand's memory; a blocked axis is
+    split.
 
     Returns the loops and, for packing, (axis of the other operand, block) per loop pair.
     """
@@ -417,7 +459,9 @@ def _reduction_order(s: Schedule, nest: _Nest) -> tuple[list[str], list[tuple[in
     return order, outer_packed + inner_packed
 
 
-def _pack(s: Schedule, nest: _Nest, name: str, width: int, depth: list[tuple[int, int]]) -> str | None:
+def _pack(
+    s: Schedule, nest: _Nest, name: str, width: int, depth: list[tuple[int, int]]
+) -> str | None:
     """Stages the wide operand as panels [vector blocks][reduction][width], where that helps."""
     load = nest.wide
     buffer = load.buffer
@@ -431,7 +475,10 @@ def _pack(s: Schedule, nest: _Nest, name: str, width: int, depth: list[tuple[int
         reuse *= const_int(r.extent) or 64
     if not buffer.constant and contiguous and reuse < 64:
         return None
-    if any(k not in [a for a, _ in depth] and k != axis and _axis_is_reduced(nest, load, k) for k in range(len(load.indices))):
+    if any(
+        k not in [a for a, _ in depth] and k != axis and _axis_is_reduced(nest, load, k)
+        for k in range(len(load.indices))
+    ):
         return None
     parts: list[list[int]] = []
     used = {axis, *[a for a, _ in depth]}

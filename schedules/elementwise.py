@@ -24,7 +24,8 @@ def apply(s: Schedule) -> None:
 
 
 def strides(buffer: Buffer, indices: tuple[Expr, ...], var: Expr, arith: Arith) -> int | None:
-    """The distance in elements between neighbouring values of `var`: 0 when it does not matter, None
+    """The distance in elements between neighbouring values of `var`: 0 when it does not matter,
+    None
     when it varies or is not known."""
     physical = indices if buffer.layout is None else buffer.layout.apply(indices)
     flat: Expr = Const(0)
@@ -47,7 +48,11 @@ def memory_order(s: Schedule, name: str, below: str | None = None) -> list[str]:
     below: only the loops inside this one take part."""
     block, path = s.block(name)
     buffer = block.body.buffer
-    splits = buffer.layout.splits() if buffer.layout is not None else tuple((k, 1, 0) for k in range(len(buffer.shape)))
+    splits = (
+        buffer.layout.splits()
+        if buffer.layout is not None
+        else tuple((k, 1, 0) for k in range(len(buffer.shape)))
+    )
     loop_of: dict[int, str | None] = {}
     for axis, index in enumerate(block.body.indices):
         it = next((i for i in block.iters if i.var is index and not i.reduce), None)
@@ -153,13 +158,18 @@ def _same_everywhere(s: Schedule, name: str) -> bool:
     for load in analysis.block_loads(block):
         if not load.indices or all(const_int(i) is not None for i in load.indices):
             continue
-        if load.indices != own.indices or load.buffer.layout != own.buffer.layout or load.buffer.shape != own.buffer.shape:
+        if (
+            load.indices != own.indices
+            or load.buffer.layout != own.buffer.layout
+            or load.buffer.shape != own.buffer.shape
+        ):
             return False
     return bool(block.iters)
 
 
 def reduction_block(s: Schedule, name: str) -> None:
-    """A reduction that stands alone: vectors over an axis of the result where the input is contiguous
+    """A reduction that stands alone: vectors over an axis of the result where the input is
+    contiguous
     along it, else over the reduced axis through partial results."""
     from . import rows
 
@@ -186,4 +196,13 @@ def vector_tile(s: Schedule, block: str, below: str, unroll: bool = True) -> Non
             s.mark(n, UNROLL)
 
 
-__all__ = ["Block", "Scope", "apply", "memory_order", "one_block", "strides", "substitute", "threads_over"]
+__all__ = [
+    "Block",
+    "Scope",
+    "apply",
+    "memory_order",
+    "one_block",
+    "strides",
+    "substitute",
+    "threads_over",
+]

@@ -1,7 +1,9 @@
-"""Primitives that change loops: split, fuse, reorder, mark. Blocks keep their meaning throughout."""
+"""Primitives that change loops: split, fuse, reorder, mark. Blocks keep their meaning
+throughout."""
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from minicompiler.ir.expr import (
@@ -16,6 +18,7 @@ from minicompiler.ir.expr import (
     free_vars,
     minimum,
     rewrite,
+    substitute,
 )
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import (
@@ -74,13 +77,22 @@ def split(s: Schedule, name: str, factor: int, tail: str) -> tuple[str, str]:
     index = outer * factor + inner
     body = substitute_stmt(loop.body, {loop.var: index})
     if divides:
-        s.swap(loop, For(outer, arith.simplify(extent // factor), SERIAL, For(inner, Const(factor), SERIAL, body)))
+        s.swap(
+            loop,
+            For(
+                outer,
+                arith.simplify(extent // factor),
+                SERIAL,
+                For(inner, Const(factor), SERIAL, body),
+            ),
+        )
         return outer.name, inner.name
     if tail == "perfect":
         s.refuse(
-            f"{factor} is not known to divide the extent {extent}", loop,
+            f"{factor} is not known to divide the extent {extent}",
+            loop,
             'use tail="mask", or a factor that divides it',
-        )  # fmt: skip
+        )
     blocks_outer = arith.simplify(ceildiv(extent, factor))
     if tail == "mask":
         body = add_condition(body, index < extent)
@@ -104,12 +116,16 @@ def _keep_order(s: Schedule, *around: For) -> None:
     """The iterations of a recurrence stay as they are."""
     for x in around:
         if x.tag == SCAN:
-            s.refuse(f"{x.var} is a recurrence: each iteration needs the one before", x,
-                     "schedule the loops inside it")  # fmt: skip
+            s.refuse(
+                f"{x.var} is a recurrence: each iteration needs the one before",
+                x,
+                "schedule the loops inside it",
+            )
 
 
 def add_condition(body: Stmt, cond: Expr) -> Stmt:
     """Every block below runs only where `cond` holds too."""
+
     def one(x: Stmt) -> Stmt | None:
         return x.with_(where=binary("and", x.where, cond)) if isinstance(x, Block) else None
 
@@ -141,7 +157,7 @@ def fuse(s: Schedule, names: list[str]) -> str:
         s.refuse("needs at least two loops")
     chain = [s.loop(n)[0] for n in names]
     _keep_order(s, *chain)
-    for a, b in zip(chain, chain[1:], strict=False):
+    for a, b in itertools.pairwise(chain):
         if a.body is not b:
             s.refuse(f"loop {b.var} is not directly inside {a.var}", b, "reorder first")
         if a.kind is not SERIAL or b.kind is not SERIAL:
@@ -165,7 +181,8 @@ def fuse(s: Schedule, names: list[str]) -> str:
 
 
 def reorder(s: Schedule, names: list[str]) -> None:
-    """Loops of one nest exchanged: any order of a block's iterations computes the same elements, and
+    """Loops of one nest exchanged: any order of a block's iterations computes the same elements,
+    and
     the init of a reduction still comes first because it belongs to reduction index zero."""
     if len(set(names)) != len(names) or len(names) < 2:
         s.refuse("needs at least two different loops")
@@ -193,13 +210,19 @@ def reorder(s: Schedule, names: list[str]) -> None:
             if analysis.is_reduction(b) and analysis.repeats(b, x):
                 s.refuse(f"loop {x.var} repeats all of the reduction {b.name}", x)
             if b.init is not None and analysis.mixed_loops(b, [x]):
-                s.refuse(f"loop {x.var} chooses the element of {b.name} and reduces: its order matters", x)
+                s.refuse(
+                    f"loop {x.var} chooses the element of {b.name} and reduces: its order matters",
+                    x,
+                )
     below = list(analysis.blocks(innermost.body))
     if len(below) > 1:
         for x in chain:
             for b in below:
                 if analysis.reduce_loops(b, [x]):
-                    s.refuse(f"{x.var} is a reduction loop of {b.name}, and other blocks stand below it", x)
+                    s.refuse(
+                        f"{x.var} is a reduction loop of {b.name}, and other blocks stand below it",
+                        x,
+                    )
     slots = [k for k, x in enumerate(chain) if x.var.name in depth and x.var.name in names]
     by_name = {x.var.name: x for x in chain}
     order = list(chain)
@@ -216,24 +239,34 @@ def reorder(s: Schedule, names: list[str]) -> None:
 
 
 def mark(s: Schedule, name: str, kind: LoopKind) -> None:
-    """PARALLEL and VECTOR need iterations that do not touch each other's results; VECTOR and UNROLL a
+    """PARALLEL and VECTOR need iterations that do not touch each other's results; VECTOR and
+    UNROLL a
     constant extent."""
     loop, path = s.loop(name)
     _keep_order(s, loop)
     if kind in (VECTOR, UNROLL):
         extent = const_int(loop.extent)
         if extent is None or extent > MAX_UNROLL:
-            s.refuse(f"{kind.value} needs a constant extent of at most {MAX_UNROLL}, not {loop.extent}", loop)
+            s.refuse(
+                f"{kind.value} needs a constant extent of at most {MAX_UNROLL}, not {loop.extent}",
+                loop,
+            )
     if kind in (PARALLEL, VECTOR) and const_int(loop.extent) != 1:
         local = {x.buffer for x in statements(loop.body) if isinstance(x, Alloc)}
         for b in analysis.blocks(loop.body):
             if b.body.buffer in local:
                 continue
             if analysis.reduce_loops(b, [loop]):
-                s.refuse(f"block {b.name} reduces over {name}: its iterations add to one element", loop,
-                         "rfactor makes a reduction loop independent")  # fmt: skip
-            if not analysis.spatial_loops(b, [loop]):
-                s.refuse(f"every iteration of {name} writes the same elements of {b.body.buffer.name}", loop)
+                s.refuse(
+                    f"block {b.name} reduces over {name}: its iterations add to one element",
+                    loop,
+                    "rfactor makes a reduction loop independent",
+                )
+            if not analysis.spatial_loops(b, [loop]) and not _moves_on(s, b, loop):
+                s.refuse(
+                    f"every iteration of {name} writes the same elements of {b.body.buffer.name}",
+                    loop,
+                )
     if kind is PARALLEL:
         # Loops around it must not carry anything from one thread to another: every thread runs them
         # all, on its own share of the elements, so they may only be reduction loops. The statements
@@ -246,13 +279,32 @@ def mark(s: Schedule, name: str, kind: LoopKind) -> None:
         below = list(analysis.blocks(loop.body))
         carried = [x for x in outside if any(analysis.spatial_loops(b, [x]) for b in below)]
         if carried or any(isinstance(x, Seq) for x in path):
-            s.refuse(f"a parallel loop must be the outermost of its phase but for reduction loops, {name} is not",
-                     loop, "reorder it outwards, or fuse it with the loops around it")  # fmt: skip
+            s.refuse(
+                f"a parallel loop must be the outermost of its phase but for reduction loops, {name} is not",
+                loop,
+                "reorder it outwards, or fuse it with the loops around it",
+            )
     if kind is VECTOR and any(isinstance(x, For) for x in statements(loop.body)):
         inner = [x for x in statements(loop.body) if isinstance(x, For) and x.kind not in (UNROLL,)]
         if inner:
             s.refuse(f"a vector loop must be innermost; {inner[0].var} stands inside {name}", loop)
     s.swap(loop, loop.with_(kind=kind))
+
+
+def _moves_on(s: Schedule, block: Block, loop: For) -> bool:
+    """True when each iteration stores beyond what the one before stored: a staged buffer written
+    back, whose place the store itself names."""
+    arith = analysis.arith_of(s.func)
+    inner = [x.var for x in analysis.loops(loop.body)]
+    values = analysis.values_of(block)
+    for index in block.body.indices:
+        at = substitute(index, values)
+        low, high = arith.bound(at, inner, -1), arith.bound(at, inner, +1)
+        if low is not None and high is not None and loop.var in free_vars(at):
+            following = substitute(low, {loop.var: loop.var + 1})
+            if arith.prove(high < following) is True:
+                return True
+    return False
 
 
 def relayout(s: Schedule, name: str, layout: IndexMap) -> None:
@@ -266,8 +318,10 @@ def relayout(s: Schedule, name: str, layout: IndexMap) -> None:
     arith = analysis.arith_of(s.func)
     for had, has in zip(buffer.padded_shape, new.padded_shape, strict=True):
         if arith.prove(had <= has) is not True:
-            s.refuse(f"{name} has memory up to {had} along an axis and would have it up to {has}",
-                     hint="relayout before the padding is filled")  # fmt: skip
+            s.refuse(
+                f"{name} has memory up to {had} along an axis and would have it up to {has}",
+                hint="relayout before the padding is filled",
+            )
 
     def load(e: Expr) -> Expr | None:
         return Load(new, e.indices, e.mask) if type(e) is Load and e.buffer is buffer else None

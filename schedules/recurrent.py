@@ -63,8 +63,11 @@ def _steps(s: Schedule, t: str) -> None:
     order = [b.name for b in analysis.blocks(s.loop(t)[0])]
     for name in order:
         block, _ = s.block(name)
-        waits = [owner[x.buffer] for x in analysis.operand_loads(block) if x.buffer in owner
-                 and not _earlier(s, x, block)]  # fmt: skip
+        waits = [
+            owner[x.buffer]
+            for x in analysis.operand_loads(block)
+            if x.buffer in owner and not _earlier(s, x, block)
+        ]
         if analysis.is_reduction(block):
             found[name] = _analyse(s, name, t)
             owner[block.body.buffer] = name

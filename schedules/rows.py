@@ -1,9 +1,12 @@
 """The rule for reductions: softmax, normalisations, sums, pooling windows.
 
-    m[i] = max over k of x[i, k];  e[i, k] = exp(x[i, k] - m[i]);  s[i] = sum over k of e[i, k];  ...
+    m[i] = max over k of x[i, k];  e[i, k] = exp(x[i, k] - m[i]);  s[i] = sum over k of e[i, k];
+    ...
 
-becomes one pass per row with everything of the row in registers or first-level cache: all blocks are
-computed at the row loop of the last one. A reduction along contiguous memory keeps a vector of partial
+becomes one pass per row with everything of the row in registers or first-level cache: all blocks
+are
+computed at the row loop of the last one. A reduction along contiguous memory keeps a vector of
+partial
 results (rfactor); one across it keeps a vector of results.
 """
 
@@ -46,7 +49,8 @@ def apply(s: Schedule) -> None:
 
 
 def _row_loops(s: Schedule, last: str) -> list[str] | None:
-    """The outer loops of the last block over which every reduction gives one value per iteration."""
+    """The outer loops of the last block over which every reduction gives one value per
+    iteration."""
     block, path = s.block(last)
     if analysis.is_reduction(block) or block.body.buffer.layout is not None:
         return None
@@ -61,7 +65,10 @@ def _row_loops(s: Schedule, last: str) -> list[str] | None:
             continue
         good = True
         for r in reductions:
-            if len(r.body.buffer.shape) != rank or r.body.buffer.shape[axis] is not block.body.buffer.shape[axis]:
+            if (
+                len(r.body.buffer.shape) != rank
+                or r.body.buffer.shape[axis] is not block.body.buffer.shape[axis]
+            ):
                 good = False
         if not good or not isinstance(it.value, Var):
             break
@@ -72,7 +79,9 @@ def _row_loops(s: Schedule, last: str) -> list[str] | None:
     # Someone must still have work inside the row, and no block may need other rows.
     for b in analysis.blocks(s.func):
         for load in analysis.operand_loads(b):
-            if load.buffer in s.func.buffers and any(const_int(i) is None and i not in {x.var for x in b.iters} for i in load.indices):
+            if load.buffer in s.func.buffers and any(
+                const_int(i) is None and i not in {x.var for x in b.iters} for i in load.indices
+            ):
                 return None
     return rows
 
@@ -124,12 +133,16 @@ def schedule_reduction(s: Schedule, name: str, top: str | None = None) -> bool:
 
 
 def _contiguous(block: Block, loops, arith):  # type: ignore[no-untyped-def]
-    """The extent of the innermost-in-memory spatial axis along which the operands are contiguous."""
+    """The extent of the innermost-in-memory spatial axis along which the operands are
+    contiguous."""
     for it in block.iters:
         if it.reduce or not isinstance(it.value, Var) or it.value not in {x.var for x in loops}:
             continue
         own = elementwise.strides(block.body.buffer, block.body.indices, it.var, arith)
-        steps = [elementwise.strides(x.buffer, x.indices, it.var, arith) for x in analysis.operand_loads(block)]
+        steps = [
+            elementwise.strides(x.buffer, x.indices, it.var, arith)
+            for x in analysis.operand_loads(block)
+        ]
         layout = block.body.buffer.layout
         blocked = layout is not None and layout.splits()[-1][0] == _axis(block, it)
         if (own == 1 or blocked) and any(x == 1 or (x is None and blocked) for x in steps):
@@ -157,7 +170,9 @@ def _across(s: Schedule, name: str, top: str | None, lanes: int) -> bool:
     extent = const_int(s.loop(inner)[0].extent)
     outer = order[:-1]
     if extent is None or extent > 4 * lanes:
-        big, inner = s.split(inner, 2 * lanes if extent is None or extent >= 2 * lanes else lanes, "mask")
+        big, inner = s.split(
+            inner, 2 * lanes if extent is None or extent >= 2 * lanes else lanes, "mask"
+        )
         outer = [*outer, big]
     block, path = s.block(name)
     reduce = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
@@ -200,7 +215,9 @@ def _plain(s: Schedule, name: str, top: str | None) -> bool:
     return True
 
 
-def _along(s: Schedule, name: str, along: str, top: str | None, lanes: int, extent: int | None) -> bool:
+def _along(
+    s: Schedule, name: str, along: str, top: str | None, lanes: int, extent: int | None
+) -> bool:
     """sum over k   ->   vector of partial sums over k_o, then their sum"""
     block, path = s.block(name)
     around = analysis.loops_in(path)
@@ -216,7 +233,10 @@ def _along(s: Schedule, name: str, along: str, top: str | None, lanes: int, exte
     del k_o
     partial, buffer = s.rfactor(name, k_i)
     home = outer[-1] if outer else top
-    reduce = [x.var.name for x in analysis.reduce_loops(s.block(partial)[0], analysis.loops_in(s.block(partial)[1]))]
+    reduce = [
+        x.var.name
+        for x in analysis.reduce_loops(s.block(partial)[0], analysis.loops_in(s.block(partial)[1]))
+    ]
     loops = s.loops_of(partial)
     first = loops.index(reduce[0])
     if loops[first:] != [*reduce, k_i]:

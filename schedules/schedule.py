@@ -4,7 +4,8 @@
     o, i = s.split("i0", 8)          every primitive is a method here; steps refer to loops by name
     s.mark(i, VECTOR)
     s.func                           the scheduled function
-    json.dumps(s.trace())            the steps, readable; replay(func, trace) gives the same function
+    json.dumps(s.trace())            the steps, readable; replay(func, trace) gives the same
+    function
 
 A primitive that cannot show it is legal raises ScheduleError and leaves the schedule unchanged.
 """
@@ -35,7 +36,7 @@ from minicompiler.ir.tir import (
 )
 from minicompiler.target import Target
 
-from . import analysis, blocks, loops
+from . import analysis, blocks, loops, reductions, staging
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Choice:
 
 
 class Schedule:
-    """See the module text. `decisions` answers `choose` calls by name (a record being replayed, or a
+    """See the module text. `decisions` answers `choose` calls by name (a record being replayed, or
+    a
     draw of the tuner); what it does not name takes its default."""
 
     def __init__(
@@ -79,7 +81,7 @@ class Schedule:
         self._after = after_step
         self._names: set[str] | None = None
 
-    # ---- reading -----------------------------------------------------------------------------------
+    # ---- reading --------------------------------------------------------------------------------
     def loop(self, name: str) -> tuple[For, analysis.Path]:
         """The loop of that name and the statements above it. Raises ScheduleError."""
         found = analysis.find_loop(self.func, name)
@@ -103,7 +105,9 @@ class Schedule:
         for b in every:
             if b.name == name:
                 return b
-        self.refuse(f"there is no buffer {name!r}", hint=f"buffers: {', '.join(b.name for b in every)}")
+        self.refuse(
+            f"there is no buffer {name!r}", hint=f"buffers: {', '.join(b.name for b in every)}"
+        )
         raise AssertionError
 
     def loops_of(self, block: str) -> list[str]:
@@ -122,10 +126,12 @@ class Schedule:
         self.choices.append(Choice(name, tuple(options), chosen))
         return chosen
 
-    # ---- for the primitives ----------------------------------------------------------------------------
+    # ---- for the primitives ---------------------------------------------------------------------
     def refuse(self, message: str, at: Node | None = None, hint: str = "") -> None:
         """Raises ScheduleError showing the loop nest with `at` marked."""
-        raise ScheduleError(message, self.func.locs, f"in {self.func.name}\n" + script(self.func, at), hint)
+        raise ScheduleError(
+            message, self.func.locs, f"in {self.func.name}\n" + script(self.func, at), hint
+        )
 
     def fresh(self, name: str) -> str:
         """`name`, or it with a number, unused in this function."""
@@ -166,7 +172,9 @@ class Schedule:
         except ScheduleError as e:
             self.func, self._names = before, names
             shown = ", ".join(f"{k}={v!r}" for k, v in args.items())
-            raise ScheduleError(f"{primitive}({shown}): {e.message}", e.locs, e.excerpt, e.hint) from None
+            raise ScheduleError(
+                f"{primitive}({shown}): {e.message}", e.locs, e.excerpt, e.hint
+            ) from None
         self._names = None
         names_made = made if isinstance(made, tuple) else (made,) if isinstance(made, str) else ()
         self.steps.append(Step(primitive, args, names_made))
@@ -174,10 +182,16 @@ class Schedule:
             self._after(self.func)
         return made
 
-    # ---- loop primitives (loops.py) -----------------------------------------------------------------------
+    # ---- loop primitives (loops.py) -------------------------------------------------------------
     def split(self, loop: str, factor: int, tail: str = "perfect") -> tuple[str, str]:
         """Loop i becomes i_o around i_i, i = i_o * factor + i_i. See loops.split for the tails."""
-        return self._apply("split", lambda: loops.split(self, loop, factor, tail), loop=loop, factor=factor, tail=tail)
+        return self._apply(
+            "split",
+            lambda: loops.split(self, loop, factor, tail),
+            loop=loop,
+            factor=factor,
+            tail=tail,
+        )
 
     def fuse(self, *names: str) -> str:
         """Directly nested loops become one, outermost named first."""
@@ -195,21 +209,31 @@ class Schedule:
     def relayout(self, buffer: str, layout: IndexMap | Sequence[Sequence[int]]) -> None:
         """A workspace buffer is kept in memory in another order."""
         imap = layout if isinstance(layout, IndexMap) else layout_from(layout)
-        self._apply("relayout", lambda: loops.relayout(self, buffer, imap), buffer=buffer, layout=layout_to(imap))
+        self._apply(
+            "relayout",
+            lambda: loops.relayout(self, buffer, imap),
+            buffer=buffer,
+            layout=layout_to(imap),
+        )
 
-    # ---- block primitives (blocks.py) ---------------------------------------------------------------------
+    # ---- block primitives (blocks.py, staging.py, reductions.py) --------------------------------
     def inline(self, block: str) -> None:
         """An elementwise block disappears into its readers."""
         self._apply("inline", lambda: blocks.inline(self, block), block=block)
 
     def compute_at(self, block: str, loop: str) -> None:
         """A producer is computed just before, a consumer just after, its partner inside `loop`."""
-        self._apply("compute_at", lambda: blocks.compute_at(self, block, loop), block=block, loop=loop)
+        self._apply(
+            "compute_at", lambda: blocks.compute_at(self, block, loop), block=block, loop=loop
+        )
 
     def decompose_reduction(self, block: str, loop: str) -> str:
         """The init of a reduction becomes a block of its own just before `loop`; its name."""
         return self._apply(
-            "decompose_reduction", lambda: blocks.decompose_reduction(self, block, loop), block=block, loop=loop
+            "decompose_reduction",
+            lambda: reductions.decompose_reduction(self, block, loop),
+            block=block,
+            loop=loop,
         )
 
     def stage(
@@ -225,14 +249,19 @@ class Schedule:
         imap = layout if isinstance(layout, IndexMap) or layout is None else layout_from(layout)
         return self._apply(
             "stage",
-            lambda: blocks.stage(self, buffer, at, sc, imap),
-            buffer=buffer, at=at, scope=sc.value, layout=None if imap is None else layout_to(imap),
-        )  # fmt: skip
+            lambda: staging.stage(self, buffer, at, sc, imap),
+            buffer=buffer,
+            at=at,
+            scope=sc.value,
+            layout=None if imap is None else layout_to(imap),
+        )
 
     def rfactor(self, block: str, loop: str) -> tuple[str, str]:
         """A reduction loop becomes an axis of partial results, combined afterwards:
         (block of the partial results, their buffer). Changes the order of summation."""
-        return self._apply("rfactor", lambda: blocks.rfactor(self, block, loop), block=block, loop=loop)
+        return self._apply(
+            "rfactor", lambda: reductions.rfactor(self, block, loop), block=block, loop=loop
+        )
 
 
 def replay(func: PrimFunc, trace: Sequence[Mapping[str, Any]], target: Target) -> Schedule:

@@ -1,4 +1,5 @@
-"""The rule for transformed contractions (Winograd): a product whose operand is computed tile by tile from
+"""The rule for transformed contractions (Winograd): a product whose operand is computed tile by
+tile from
 the input, and whose results are combined tile by tile into the output.
 
     data[p, q, t, c] = f(x);  products[p, q, t, o] = sum over c of data * filters;  r = g(products)
@@ -28,7 +29,11 @@ def applies(s: Schedule) -> bool:
     if len(found) != 1 or s.func.dims:
         return False
     last = list(analysis.blocks(s.func))[-1]
-    return found[0].body.buffer in s.func.buffers and len(_windows(last)) == 2 and last.body.buffer in s.func.params
+    return (
+        found[0].body.buffer in s.func.buffers
+        and len(_windows(last)) == 2
+        and last.body.buffer in s.func.params
+    )
 
 
 def _windows(block: Block) -> dict[Expr, int]:
@@ -38,7 +43,12 @@ def _windows(block: Block) -> dict[Expr, int]:
     for load in analysis.operand_loads(block):
         for index in load.indices:
             for e in walk(index):
-                if type(e) is Binary and e.op == "floordiv" and type(e.b) is Const and e.a in spatial:
+                if (
+                    type(e) is Binary
+                    and e.op == "floordiv"
+                    and type(e.b) is Const
+                    and e.a in spatial
+                ):
                     sizes[e.a] = e.b.value
     return sizes
 
@@ -89,8 +99,10 @@ def apply(s: Schedule) -> None:
     after = after[after.index(main.name) + 1 : -1]
     lanes = s.target.vector_bytes // 4
 
-    # ---- the result: tiles of lines, vector blocks, pixels ---------------------------------------------------
-    loop_of: dict[Expr, str] = {i.var: str(i.value) for i in final.iters}  # each is a loop's variable
+    # ---- the result: tiles of lines, vector blocks, pixels --------------------------------------
+    loop_of: dict[Expr, str] = {
+        i.var: str(i.value) for i in final.iters
+    }  # each is a loop's variable
     high, wide_loop = (loop_of[v] for v in windows)
     m = next(iter(windows.values()))
     order = elementwise.memory_order(s, final.name)
@@ -108,8 +120,11 @@ def apply(s: Schedule) -> None:
     tv, mv = s.split(wide_loop, m, "mask")
     count_h, count_v = (const_int(s.loop(n)[0].extent) or 1 for n in (th, tv))
     vectors = max(1, width // lanes)
-    lines = s.choose("lines", tuple(d for d in range(1, count_h + 1) if count_h % d == 0),
-                     tile_rows_per_block(count_h, count_v, vectors, s.target.registers))  # fmt: skip
+    lines = s.choose(
+        "lines",
+        tuple(d for d in range(1, count_h + 1) if count_h % d == 0),
+        tile_rows_per_block(count_h, count_v, vectors, s.target.registers),
+    )
     t_o, t_i = s.split(th, lines)
     s.reorder(*batch, t_o, channels, t_i, tv, mh, mv, vector)
     images = 1
@@ -117,7 +132,7 @@ def apply(s: Schedule) -> None:
         images *= const_int(s.loop(n)[0].extent) or 1
     local = images * (count_h // lines) >= 2 * s.target.cores
 
-    # ---- what is computed where ------------------------------------------------------------------------------
+    # ---- what is computed where -----------------------------------------------------------------
     for name in reversed(after):
         s.compute_at(name, tv)
     s.compute_at(main.name, channels)
@@ -163,7 +178,9 @@ def _filter_layout(main: Block, load: Load, width: int) -> IndexMap:
     out = main.body.indices
     axis = next(k for k, i in enumerate(load.indices) if i is out[-1])
     rest = [k for k in range(len(load.indices)) if k != axis]
-    return IndexMap.make(len(load.indices), lambda *d: (d[axis] // width, *[d[k] for k in rest], d[axis] % width))
+    return IndexMap.make(
+        len(load.indices), lambda *d: (d[axis] // width, *[d[k] for k in rest], d[axis] % width)
+    )
 
 
 def _copies(s: Schedule, name: str) -> bool:
@@ -175,7 +192,8 @@ def _copies(s: Schedule, name: str) -> bool:
 
 
 def _data_block(s: Schedule, data: list[str], at: str | None, width: int) -> None:
-    """The transformed input of some tiles: per tile and vector of channels, all transform rows at once."""
+    """The transformed input of some tiles: per tile and vector of channels, all transform rows at
+    once."""
     name = data[-1]
     names = s.loops_of(name)
     inner = names[names.index(at) + 1 :] if at is not None else names
@@ -218,7 +236,9 @@ def _products(s: Schedule, name: str, at: str, vectors: int, width: int) -> None
     transform, tiles, vector = spatial[:2], spatial[2:-1], spatial[-1]
     t = s.fuse(*tiles) if len(tiles) > 1 else tiles[0]
     extent = const_int(s.loop(t)[0].extent)
-    rows = s.choose("rows", tuple(range(1, 33)), contraction.tile_rows(extent, vectors, s.target.registers))
+    rows = s.choose(
+        "rows", tuple(range(1, 33)), contraction.tile_rows(extent, vectors, s.target.registers)
+    )
     t_o, t_i = s.split(t, rows, "mask")
     s.reorder(*transform, t_o, depth, t_i, vector)
     init = s.decompose_reduction(name, depth)

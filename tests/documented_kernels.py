@@ -31,7 +31,9 @@ def _conv(name: str, channels: int, groups: int, size: int) -> PrimFunc:
     w = te.placeholder("w", (channels, channels // groups, 3, 3), float32)
     b = te.placeholder("b", (channels,), float32)
     attrs = conv.attrs(pads_begin=(1, 1), pads_end=(1, 1), groups=groups)
-    y = te.map_elements(lambda v: maximum(v, 0.0), conv.computes[0].build(x, w, b, attrs), name="relu")
+    y = te.map_elements(
+        lambda v: maximum(v, 0.0), conv.computes[0].build(x, w, b, attrs), name="relu"
+    )
     blocked = IndexMap.blocked(4, 1, 16)
     return from_tensors(name, [x, w, b], [y], [w, b], {x: blocked, y: blocked})
 

@@ -1,1 +1,2 @@
-"""The two IRs (dataflow graph, loop nest), the expression language they share, and what reads them."""
+"""The two IRs (dataflow graph, loop nest), the expression language they share, and what reads
+them."""

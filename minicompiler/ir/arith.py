@@ -1,6 +1,7 @@
 """Simplify and prove: integer index expressions as polynomials over atoms, with variable ranges.
 
-`Arith(ranges)` knows `lo <= var <= hi` (both inclusive, both Exprs, `hi` may name Dims and outer vars).
+`Arith(ranges)` knows `lo <= var <= hi` (both inclusive, both Exprs, `hi` may name Dims and outer
+vars).
 
     a = Arith({b: (ZERO, Const(15))})
     a.simplify((16*x + b)//16)      x
@@ -48,7 +49,8 @@ _POINTS = 4  # sample points that refute what cannot be proved
 
 
 class Arith:
-    """A simplifier under variable ranges. Results are memoised, so reuse one for a whole function."""
+    """A simplifier under variable ranges. Results are memoised, so reuse one for a whole
+    function."""
 
     def __init__(self, ranges: Ranges | None = None, facts: Iterable[Expr] = ()):
         """`facts`: bool expressions known to hold (comparisons over Dims and Vars)."""
@@ -86,7 +88,12 @@ class Arith:
         """A fact about one variable is its range."""
         most = fact.get((), 0)
         for m, c in fact.items():
-            if len(fact) - (() in fact) == 1 and len(m) == 1 and m[0] in self.ranges and c in (1, -1):
+            if (
+                len(fact) - (() in fact) == 1
+                and len(m) == 1
+                and m[0] in self.ranges
+                and c in (1, -1)
+            ):
                 low, high = self.ranges[m[0]]
                 if c < 0 and type(high) is Const and high.value > most:
                     self.ranges[m[0]] = low, Const(most)
@@ -199,7 +206,11 @@ class Arith:
                 if result is None:
                     result = Const(c)
                 else:
-                    result = Binary("add", result, Const(c)) if c > 0 else Binary("sub", result, Const(-c))
+                    result = (
+                        Binary("add", result, Const(c))
+                        if c > 0
+                        else Binary("sub", result, Const(-c))
+                    )
                 continue
             term: Expr = m[0]
             for a in m[1:]:
@@ -208,7 +219,13 @@ class Arith:
             if size != 1:
                 term = Binary("mul", term, Const(size))
             if result is None:
-                result = term if c > 0 else Binary("mul", term, Const(-1)) if size == 1 else _negated(m, c)
+                result = (
+                    term
+                    if c > 0
+                    else Binary("mul", term, Const(-1))
+                    if size == 1
+                    else _negated(m, c)
+                )
             else:
                 result = Binary("add" if c > 0 else "sub", result, term)
         assert result is not None
@@ -216,7 +233,8 @@ class Arith:
 
     # ---- simplify ------------------------------------------------------------------------------
     def simplify(self, e: Expr) -> Expr:
-        """An equal expression in canonical form: equal integer polynomials become the same object."""
+        """An equal expression in canonical form: equal integer polynomials become the same
+        object."""
         done = self._memo.get(e)
         if done is None:
             done = self._memo[e] = self._simplify(e)
@@ -262,7 +280,7 @@ class Arith:
         left = {m: -c for m, c in diff.items() if c < 0}
         return binary(e.op, self.expr(left), self.expr(right))
 
-    # ---- bounds -----------------------------------------------------------------------------------
+    # ---- bounds ---------------------------------------------------------------------------------
     def interval(self, e: Expr) -> Interval:
         """Numeric bounds of an integer expression; None on a side that is unbounded."""
         found = self._intervals.get(e)
@@ -328,7 +346,8 @@ class Arith:
             return True
         if all(not m for m in p) or depth > 6 or self._refuted(p):
             return False
-        # Eliminate the innermost variable by its symbolic bound (innermost: not in another's range).
+        # Eliminate the innermost variable by its symbolic bound (innermost: not in another's
+        # range).
         for v in self._elimination_order(p):
             r = self._eliminate(p, v)
             if r is not None and r != p and self.nonneg(r, depth + 1):
@@ -340,12 +359,18 @@ class Arith:
         for m, c in p.items():
             for k, atom in enumerate(m):
                 if type(atom) is Binary and (
-                    atom.op == "floordiv" or atom.op == "mod" and type(atom.b) is not Const
+                    atom.op == "floordiv" or (atom.op == "mod" and type(atom.b) is not Const)
                 ):
                     over = [v for v in free_vars(atom) if v in self.ranges]
                     others = {m[:k] + m[k + 1 :]: c}
                     low, high = self._poly_interval(others)
-                    sign = -1 if low is not None and low >= 0 else 1 if high is not None and high <= 0 else 0
+                    sign = (
+                        -1
+                        if low is not None and low >= 0
+                        else 1
+                        if high is not None and high <= 0
+                        else 0
+                    )
                     if not sign:
                         continue
                     if atom.op == "mod":
@@ -388,7 +413,8 @@ class Arith:
         return self._from_facts(p, depth)
 
     def _refuted(self, p: Poly) -> bool:
-        """True when p < 0 at one of a few points inside the ranges: what is false needs no attempt at a
+        """True when p < 0 at one of a few points inside the ranges: what is false needs no attempt
+        at a
         proof, and attempts that fail are the expensive ones."""
         for k in range(_POINTS):
             if self._valid[k] is None:
@@ -438,7 +464,8 @@ class Arith:
         return value
 
     def _without_quotient(self, p: Poly) -> Poly | None:
-        """A polynomial that is >= 0 exactly when p is, with one quotient less; None when there is none.
+        """A polynomial that is >= 0 exactly when p is, with one quotient less; None when there is
+        none.
         g*(x // d) + r >= 0 is x + (r // g)*d >= 0, and r >= g*(x // d) is (r // g + 1)*d > x."""
         for m, c in p.items():
             if len(m) == 1 and type(m[0]) is Binary and m[0].op == "floordiv":
@@ -466,9 +493,14 @@ class Arith:
             for f in self.facts:
                 # As many times the fact as makes one of its terms vanish from p.
                 times = {p[m] // c for m, c in f.items() if m and m in p and p[m] % c == 0}
-                # ... or as often as a quotient in it divides by, so that x // d * d stands beside x.
-                times |= {a.b.value for m in f for a in m
-                          if type(a) is Binary and a.op == "floordiv" and type(a.b) is Const}  # fmt: skip
+                # ... or as often as a quotient in it divides by, so that x // d * d stands beside
+                # x.
+                times |= {
+                    a.b.value
+                    for m in f
+                    for a in m
+                    if type(a) is Binary and a.op == "floordiv" and type(a.b) is Const
+                }
                 for k in sorted(times):
                     if k > 0 and self.nonneg(_add(p, {m: -c * k for m, c in f.items()}), depth + 3):
                         return True
@@ -486,15 +518,14 @@ class Arith:
         names = {a for m in p for a in m if a in self.ranges}
         inner = []
         for v in names:
-            used = any(
-                v in free_vars(b) for w in names if w is not v for b in self.ranges[w]
-            )
+            used = any(v in free_vars(b) for w in names if w is not v for b in self.ranges[w])
             if not used:
                 inner.append(v)
         return sorted(inner, key=str)
 
     def _eliminate(self, p: Poly, v: Expr) -> Poly | None:
-        """`p` minimised over v, when v stands only as a plain factor with a sign-definite coefficient."""
+        """`p` minimised over v, when v stands only as a plain factor with a sign-definite
+        coefficient."""
         lo, hi = self.ranges[v]
         plo, phi = self.poly(lo), self.poly(hi)
         result: Poly = {}
@@ -525,7 +556,8 @@ class Arith:
         their ranges: an expression of the others, tight for affine `e`; None when not bounded."""
         over = frozenset(over)
         e = self.simplify(e)
-        # Innermost first: a variable whose range mentions another in `over` goes before it. Only those
+        # Innermost first: a variable whose range mentions another in `over` goes before it. Only
+        # those
         # that `e` reaches, through the ranges, take part.
         reached: set[Expr] = set()
         queue = [v for v in free_vars(e) if v in over]
@@ -537,10 +569,15 @@ class Arith:
         remaining = sorted(reached, key=str)
         while not over.isdisjoint(free_vars(e)):
             ready = [
-                v for v in remaining
-                if not any(v in free_vars(b) for w in remaining if w is not v and w in self.ranges
-                           for b in self.ranges[w])
-            ]  # fmt: skip
+                v
+                for v in remaining
+                if not any(
+                    v in free_vars(b)
+                    for w in remaining
+                    if w is not v and w in self.ranges
+                    for b in self.ranges[w]
+                )
+            ]
             if not ready:
                 return None
             for v in ready:
@@ -601,7 +638,7 @@ class Arith:
         side = most if sign > 0 else least
         return None if side is None else Const(side)
 
-    # ---- prove ------------------------------------------------------------------------------------
+    # ---- prove ----------------------------------------------------------------------------------
     def prove(self, cond: Expr) -> bool | None:
         """True: always holds in the ranges. False: never holds. None: not decided."""
         if type(cond) is Const:
@@ -642,7 +679,7 @@ class Arith:
         return None
 
 
-# ---- polynomial arithmetic ------------------------------------------------------------------------
+# ---- polynomial arithmetic ----------------------------------------------------------------------
 def _clean(p: Poly) -> Poly:
     return {m: c for m, c in p.items() if c}
 

@@ -97,26 +97,65 @@ class Expr:
         return f"{type(self).__name__}({self})"
 
     # `==` and hash stay object identity, which interning makes structural equality.
-    def __add__(self, o: Value) -> Expr: return binary("add", self, o)
-    def __radd__(self, o: Value) -> Expr: return binary("add", o, self)
-    def __sub__(self, o: Value) -> Expr: return binary("sub", self, o)
-    def __rsub__(self, o: Value) -> Expr: return binary("sub", o, self)
-    def __mul__(self, o: Value) -> Expr: return binary("mul", self, o)
-    def __rmul__(self, o: Value) -> Expr: return binary("mul", o, self)
-    def __truediv__(self, o: Value) -> Expr: return binary("div", self, o)
-    def __rtruediv__(self, o: Value) -> Expr: return binary("div", o, self)
-    def __floordiv__(self, o: Value) -> Expr: return binary("floordiv", self, o)
-    def __rfloordiv__(self, o: Value) -> Expr: return binary("floordiv", o, self)
-    def __mod__(self, o: Value) -> Expr: return binary("mod", self, o)
-    def __rmod__(self, o: Value) -> Expr: return binary("mod", o, self)
-    def __lt__(self, o: Value) -> Expr: return binary("lt", self, o)
-    def __le__(self, o: Value) -> Expr: return binary("le", self, o)
-    def __gt__(self, o: Value) -> Expr: return binary("lt", o, self)
-    def __ge__(self, o: Value) -> Expr: return binary("le", o, self)
-    def __neg__(self) -> Expr: return binary("sub", const(0, self.dtype), self)
-    def __and__(self, o: Value) -> Expr: return binary("and", self, o)
-    def __or__(self, o: Value) -> Expr: return binary("or", self, o)
-    def __invert__(self) -> Expr: return logical_not(self)
+    def __add__(self, o: Value) -> Expr:
+        return binary("add", self, o)
+
+    def __radd__(self, o: Value) -> Expr:
+        return binary("add", o, self)
+
+    def __sub__(self, o: Value) -> Expr:
+        return binary("sub", self, o)
+
+    def __rsub__(self, o: Value) -> Expr:
+        return binary("sub", o, self)
+
+    def __mul__(self, o: Value) -> Expr:
+        return binary("mul", self, o)
+
+    def __rmul__(self, o: Value) -> Expr:
+        return binary("mul", o, self)
+
+    def __truediv__(self, o: Value) -> Expr:
+        return binary("div", self, o)
+
+    def __rtruediv__(self, o: Value) -> Expr:
+        return binary("div", o, self)
+
+    def __floordiv__(self, o: Value) -> Expr:
+        return binary("floordiv", self, o)
+
+    def __rfloordiv__(self, o: Value) -> Expr:
+        return binary("floordiv", o, self)
+
+    def __mod__(self, o: Value) -> Expr:
+        return binary("mod", self, o)
+
+    def __rmod__(self, o: Value) -> Expr:
+        return binary("mod", o, self)
+
+    def __lt__(self, o: Value) -> Expr:
+        return binary("lt", self, o)
+
+    def __le__(self, o: Value) -> Expr:
+        return binary("le", self, o)
+
+    def __gt__(self, o: Value) -> Expr:
+        return binary("lt", o, self)
+
+    def __ge__(self, o: Value) -> Expr:
+        return binary("le", o, self)
+
+    def __neg__(self) -> Expr:
+        return binary("sub", const(0, self.dtype), self)
+
+    def __and__(self, o: Value) -> Expr:
+        return binary("and", self, o)
+
+    def __or__(self, o: Value) -> Expr:
+        return binary("or", self, o)
+
+    def __invert__(self) -> Expr:
+        return logical_not(self)
 
 
 class Const(Expr):
@@ -158,7 +197,8 @@ class Var(Expr):
 
 
 class Dim(Expr):
-    """A symbolic dimension, `lo <= name <= hi` (hi None: unbounded), a multiple of `multiple_of`."""
+    """A symbolic dimension, `lo <= name <= hi` (hi None: unbounded), a multiple of
+    `multiple_of`."""
 
     __slots__ = ("hi", "lo", "multiple_of", "name")
     names = ("name",)
@@ -230,7 +270,8 @@ class Select(Expr):
 
 
 class Call(Expr):
-    """A scalar function: exp log tanh erf sqrt floor ceil fma(a, b, c) bitcast ... Lanewise on vectors."""
+    """A scalar function: exp log tanh erf sqrt floor ceil fma(a, b, c) bitcast ... Lanewise on
+    vectors."""
 
     __slots__ = ("args", "fn")
     names = ("fn", "args")
@@ -295,7 +336,8 @@ class Splat(Expr):
 
 
 class Reduce(Expr):
-    """`combiner` of `body` over `axes` ((var, extent) pairs). Only in tensor expressions, at the top.
+    """`combiner` of `body` over `axes` ((var, extent) pairs). Only in tensor expressions, at the
+    top.
 
     combiner: sum prod max min and or. `acc_dtype` is the dtype the running value is kept in.
     """
@@ -525,7 +567,9 @@ def substitute(e: Expr, mapping: Mapping[Expr, Expr]) -> Expr:
     return go(e)
 
 
-def rewrite(e: Expr, f: Callable[[Expr], Expr | None], memo: dict[Expr, Expr] | None = None) -> Expr:
+def rewrite(
+    e: Expr, f: Callable[[Expr], Expr | None], memo: dict[Expr, Expr] | None = None
+) -> Expr:
     """Bottom-up: `f` sees each node after its children and returns a replacement or None."""
     memo = {} if memo is None else memo
 

@@ -43,7 +43,8 @@ class Input(Value):
 
 @node
 class Constant(Value):
-    """A tensor known while compiling. `data` is an ndarray (possibly a memory map), never copied."""
+    """A tensor known while compiling. `data` is an ndarray (possibly a memory map), never
+    copied."""
 
     data: np.ndarray
     name: str = ""
@@ -102,7 +103,7 @@ class Function(Node):
 AnyValue = Union[Input, Constant, Apply, Item]
 
 
-# ---- construction ---------------------------------------------------------------------------------
+# ---- construction -------------------------------------------------------------------------------
 def apply(
     op: Op,
     *args: Value | None,
@@ -169,7 +170,11 @@ def content_of(value: Value) -> np.ndarray | None:
         return value.contents[0]
     if isinstance(value, Item):
         return value.tuple.contents[value.index]
-    if isinstance(value, Constant) and value.data.size <= CONTENT_LIMIT and value.data.dtype.kind in "iub":
+    if (
+        isinstance(value, Constant)
+        and value.data.size <= CONTENT_LIMIT
+        and value.data.dtype.kind in "iub"
+    ):
         return _as_content(value.data, value.type)
     return None
 
@@ -193,7 +198,7 @@ def _as_content(items: Any, t: TensorType) -> np.ndarray:
     return out
 
 
-# ---- traversal -------------------------------------------------------------------------------------
+# ---- traversal ----------------------------------------------------------------------------------
 def operands(value: Value) -> tuple[Value, ...]:
     """The values a node reads, absent optional ones left out."""
     if isinstance(value, Apply):
@@ -240,7 +245,8 @@ def rebuild(
 ) -> Function:
     """A graph pass in one call: nodes in topological order, each with its new operands.
 
-    `change(old, new_args)` returns the replacement, or None to keep the node (with its new operands,
+    `change(old, new_args)` returns the replacement, or None to keep the node (with its new
+    operands,
     type inferred again where an operand's type changed).
     """
     new: dict[int, Value] = {}
@@ -249,7 +255,11 @@ def rebuild(
             args = tuple(None if a is None else new[id(a)] for a in v.args)
             made = change(v, args)
             if made is None:
-                made = v if all(a is b for a, b in zip(args, v.args, strict=True)) else with_args(v, args)
+                made = (
+                    v
+                    if all(a is b for a, b in zip(args, v.args, strict=True))
+                    else with_args(v, args)
+                )
         elif isinstance(v, Item):
             source = new[id(v.tuple)]
             made = change(v, (source,))
@@ -266,6 +276,7 @@ def rebuild(
 
 def with_args(old: Apply, args: tuple[Value | None, ...]) -> Apply:
     """`old` on other operands. The type is inferred again only when an operand's type differs."""
+
     def same(a: Value | None, b: Value | None) -> bool:
         return a is b or (
             a is not None and b is not None and type_of(a) == type_of(b) and _same_content(a, b)
@@ -292,7 +303,24 @@ def function_dims(fn: Function) -> list[Dim]:
 
 
 __all__ = [
-    "AnyValue", "Apply", "Constant", "Function", "Input", "Item", "NoAttrs", "Value", "applies", "apply",
-    "arg_of", "content_of", "function_dims", "layout_of", "operands", "rebuild", "topological", "type_of",
-    "users", "with_args",
-]  # fmt: skip
+    "AnyValue",
+    "Apply",
+    "Constant",
+    "Function",
+    "Input",
+    "Item",
+    "NoAttrs",
+    "Value",
+    "applies",
+    "apply",
+    "arg_of",
+    "content_of",
+    "function_dims",
+    "layout_of",
+    "operands",
+    "rebuild",
+    "topological",
+    "type_of",
+    "users",
+    "with_args",
+]

@@ -1,9 +1,11 @@
-"""The reference meaning of TIR: runs a PrimFunc by translating it to Python, statement by statement.
+"""The reference meaning of TIR: runs a PrimFunc by translating it to Python, statement by
+statement.
 
     run(func, [a, b], {"M": 5})   -> [c]      (results as fresh arrays of logical shape)
 
 Slow and strict, for tests at small sizes: every index is checked, uninitialised memory is NaN (or a
-wild integer), and parallel loops run in reverse order, so that a result cannot depend on their order.
+wild integer), and parallel loops run in reverse order, so that a result cannot depend on their
+order.
 """
 
 from __future__ import annotations
@@ -37,7 +39,6 @@ from .tir import (
     For,
     If,
     PrimFunc,
-    Scope,
     Seq,
     Stmt,
     Store,
@@ -45,7 +46,9 @@ from .tir import (
 from .types import DTYPE_NAMES, DType
 
 
-def run(func: PrimFunc, inputs: Sequence[np.ndarray], dims: Mapping[str, int] | None = None) -> list[np.ndarray]:
+def run(
+    func: PrimFunc, inputs: Sequence[np.ndarray], dims: Mapping[str, int] | None = None
+) -> list[np.ndarray]:
     """Interprets `func` on numpy inputs of logical shape; returns its results.
 
     Raises InternalError for an index outside of a buffer.
@@ -62,7 +65,9 @@ def run(func: PrimFunc, inputs: Sequence[np.ndarray], dims: Mapping[str, int] | 
     writer = _Writer(env)
     for phase in func.phases:
         writer.stmt(phase, 1)
-    source = f"def kernel({', '.join(['A', *func_dims(func)])}):\n" + "\n".join(writer.lines or ["    pass"])
+    source = f"def kernel({', '.join(['A', *func_dims(func)])}):\n" + "\n".join(
+        writer.lines or ["    pass"]
+    )
     scope: dict[str, Any] = dict(_LIBRARY, fresh=lambda b: _fresh(b, env), BUFFERS=writer.buffers)
     with np.errstate(all="ignore"):
         exec(compile(source, f"<interpreted {func.name}>", "exec"), scope)
@@ -99,7 +104,9 @@ class _Writer:
     def stmt(self, s: Stmt, d: int) -> None:
         if isinstance(s, For):
             order = f"range({self.expr(s.extent)})"
-            self.put(d, f"for {_name(s.var)} in {f'reversed({order})' if s.kind is PARALLEL else order}:")
+            self.put(
+                d, f"for {_name(s.var)} in {f'reversed({order})' if s.kind is PARALLEL else order}:"
+            )
             self.stmt(s.body, d + 1)
         elif isinstance(s, Seq):
             for x in s.stmts:
@@ -130,7 +137,9 @@ class _Writer:
             self.store(s, d)
 
     def store(self, s: Store, d: int) -> None:
-        self.put(d, f"put(A[{self.buffer(s.buffer)}], ({self.indices(s.indices)}), {self.expr(s.value)})")
+        self.put(
+            d, f"put(A[{self.buffer(s.buffer)}], ({self.indices(s.indices)}), {self.expr(s.value)})"
+        )
 
     def buffer(self, b: Buffer) -> str:
         if b not in self.buffers:
@@ -180,9 +189,20 @@ def _ctor(t: DType) -> str:
 
 
 _INFIX = {
-    "add": "+", "sub": "-", "mul": "*", "lt": "<", "le": "<=", "eq": "==", "ne": "!=",
-    "and": "and", "or": "or", "floordiv": "//", "mod": "%", "shl": "<<", "shr": ">>",
-}  # fmt: skip
+    "add": "+",
+    "sub": "-",
+    "mul": "*",
+    "lt": "<",
+    "le": "<=",
+    "eq": "==",
+    "ne": "!=",
+    "and": "and",
+    "or": "or",
+    "floordiv": "//",
+    "mod": "%",
+    "shl": "<<",
+    "shr": ">>",
+}
 _BINARY = {"min": "minimum", "max": "maximum", "div": "divide", "pow": "power"}
 
 
@@ -230,17 +250,49 @@ def _maximum(a: Any, b: Any) -> Any:
 
 
 _LIBRARY: dict[str, Any] = {
-    "get": _get, "put": _put, "cast": _cast, "bitcast": _bitcast, "divide": _divide, "minimum": _minimum, "maximum": _maximum,
-    "power": np.power, "and_": np.bitwise_and, "or_": np.bitwise_or, "xor_": np.bitwise_xor,
-    "f_erf": _erf, "f_rsqrt": lambda x: type(x)(1) / np.sqrt(x), "f_round": np.rint,
-    "f_sigmoid": lambda x: type(x)(1) / (type(x)(1) + np.exp(-x)), "f_not": lambda x: not x,
+    "get": _get,
+    "put": _put,
+    "cast": _cast,
+    "bitcast": _bitcast,
+    "divide": _divide,
+    "minimum": _minimum,
+    "maximum": _maximum,
+    "power": np.power,
+    "and_": np.bitwise_and,
+    "or_": np.bitwise_or,
+    "xor_": np.bitwise_xor,
+    "f_erf": _erf,
+    "f_rsqrt": lambda x: type(x)(1) / np.sqrt(x),
+    "f_round": np.rint,
+    "f_sigmoid": lambda x: type(x)(1) / (type(x)(1) + np.exp(-x)),
+    "f_not": lambda x: not x,
     "f_fma": lambda a, b, c: type(a)(float(a) * float(b) + float(c)),
-    "f_isnan": lambda x: bool(np.isnan(x)), "f_isinf": lambda x: bool(np.isinf(x)),
-    "f_asin": np.arcsin, "f_acos": np.arccos, "f_atan": np.arctan,
-    "f_asinh": np.arcsinh, "f_acosh": np.arccosh, "f_atanh": np.arctanh,
-}  # fmt: skip
-for _fn in ("exp", "log", "tanh", "sqrt", "floor", "ceil", "trunc", "abs", "sin", "cos", "tan", "sinh", "cosh",
-            "log1p", "expm1"):  # fmt: skip
+    "f_isnan": lambda x: bool(np.isnan(x)),
+    "f_isinf": lambda x: bool(np.isinf(x)),
+    "f_asin": np.arcsin,
+    "f_acos": np.arccos,
+    "f_atan": np.arctan,
+    "f_asinh": np.arcsinh,
+    "f_acosh": np.arccosh,
+    "f_atanh": np.arctanh,
+}
+for _fn in (
+    "exp",
+    "log",
+    "tanh",
+    "sqrt",
+    "floor",
+    "ceil",
+    "trunc",
+    "abs",
+    "sin",
+    "cos",
+    "tan",
+    "sinh",
+    "cosh",
+    "log1p",
+    "expm1",
+):
     _LIBRARY[f"f_{_fn}"] = getattr(np, _fn)
 for _t in DTYPE_NAMES:
     _LIBRARY[f"T_{_t}"] = DType(_t).numpy.type

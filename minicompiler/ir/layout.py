@@ -92,7 +92,8 @@ class IndexMap:
         return max(sizes, default=1)
 
     def splits(self) -> tuple[tuple[int, int, int], ...]:
-        """Per physical dimension: (logical axis, divisor, modulus or 0), as in axis // divisor % modulus.
+        """Per physical dimension: (logical axis, divisor, modulus or 0), as in axis // divisor %
+        modulus.
         Raises ValueError for a dimension that mixes axes."""
         d = axes(self.rank)
         result = []

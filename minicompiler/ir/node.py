@@ -1,6 +1,7 @@
 """How IR nodes behave, decided once.
 
-`@node` turns a class with annotated fields into a frozen, slotted dataclass with identity equality and
+`@node` turns a class with annotated fields into a frozen, slotted dataclass with identity equality
+and
 two derived traversals: `children()` yields the nodes held in fields (also inside tuples), `map(f)`
 rebuilds the node with `f` applied to each child and returns the node itself when nothing changed.
 """
@@ -31,7 +32,8 @@ class Node:
                 yield value
 
     def map(self: T, f: Callable[[Any], Any]) -> T:
-        """This node with `f` applied to every child; `self` when all results are the same objects."""
+        """This node with `f` applied to every child; `self` when all results are the same
+        objects."""
         changed: dict[str, Any] = {}
         for name in self.__dataclass_fields__:  # type: ignore[attr-defined]
             old = getattr(self, name)

@@ -20,13 +20,16 @@ from .types import TensorType
 
 
 class Kind(enum.IntEnum):
-    """Fusion kinds, from the most to the least willing to be fused (docs/schedules.md, ARCHITECTURE 8)."""
+    """Fusion kinds, from the most to the least willing to be fused (docs/schedules.md,
+    ARCHITECTURE 8)."""
 
     ELEMWISE = 0  # out[i] = f(a[i], b[i])
     BROADCAST = 1  # out[i, j] = f(a[i, j], b[j]): axes may be missing, order is kept
     INJECTIVE = 2  # out[i, j] = a[j, i]: each output reads one element of each input, anywhere
     REDUCTION = 3  # out[i] = sum over k of a[i, k]
-    OUT_FUSABLE = 4  # a contraction (convolution, matmul): elementwise work can be fused onto its output
+    OUT_FUSABLE = (
+        4  # a contraction (convolution, matmul): elementwise work can be fused onto its output
+    )
     OPAQUE = 5  # never fused
 
 
@@ -66,7 +69,9 @@ class Compute:
     applies: Callable[..., bool] | None = None  # (types, attrs) -> bool; None: always
     cost: Callable[..., float] | None = None  # (types, attrs) -> estimated time, to choose by
     constants: tuple[int, ...] = ()  # arguments that must be constants for it to pay
-    error: float = 0.0  # max |error| / max |result| beyond rounding (reduced-multiplication algorithms)
+    error: float = (
+        0.0  # max |error| / max |result| beyond rounding (reduced-multiplication algorithms)
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,7 +80,8 @@ class Op:
 
     infer(*args: Arg | None, attrs) -> TensorType or tuple of them; raises ShapeError.
     reference(*numpy arrays | None, attrs) -> array or tuple: the numpy meaning. For operators with
-      `shape_math` it must also work on object arrays of index expressions (that is how the values of
+      `shape_math` it must also work on object arrays of index expressions (that is how the values
+      of
       shape tensors are followed through Shape, Gather, Concat, ...); None says it cannot follow.
     samples(draw) -> (list of numpy inputs | None, attrs): a Hypothesis strategy body.
     kind: None derives the fusion kind from computes[0]; a given kind may only be more conservative.
@@ -104,7 +110,7 @@ class Op:
         return _lookup, (self.name,)
 
 
-# ---- what type rules take for granted ---------------------------------------------------------------
+# ---- what type rules take for granted -----------------------------------------------------------
 _assumed: list[list[tuple[Expr, Expr]]] = []
 
 

@@ -6,8 +6,10 @@
                 init C[m] = 0.0
                 C[m] = C[m] + A[m, k]
 
-A Block separates meaning from order: its iterators are what the definition ranges over, their `value`s
-say which loop indices they take. Schedules change loops and values, never the body. `PrimFunc.phases`
+A Block separates meaning from order: its iterators are what the definition ranges over, their
+`value`s
+say which loop indices they take. Schedules change loops and values, never the body.
+`PrimFunc.phases`
 run one after the other with a barrier of all threads between them.
 """
 
@@ -48,7 +50,8 @@ class Scope(enum.Enum):
 
 @node
 class Buffer(Node):
-    """Typed memory with a logical shape; `layout` maps logical to physical indices (None: row-major)."""
+    """Typed memory with a logical shape; `layout` maps logical to physical indices (None:
+    row-major)."""
 
     name: str
     dtype: DType
@@ -166,7 +169,7 @@ class PrimFunc(Node):
         return script(self)
 
 
-# ---- traversal --------------------------------------------------------------------------------------
+# ---- traversal ----------------------------------------------------------------------------------
 def seq(stmts: list[Stmt] | tuple[Stmt, ...]) -> Stmt:
     """A Seq, flattened; the statement itself when there is one."""
     flat: list[Stmt] = []
@@ -196,7 +199,8 @@ def statements(root: Stmt | PrimFunc) -> Iterator[Stmt]:
 
 
 def map_statements(s: Stmt, f: Callable[[Stmt], Stmt | None]) -> Stmt:
-    """Bottom-up: f sees each statement after its inner ones; None keeps it, an empty Seq drops it."""
+    """Bottom-up: f sees each statement after its inner ones; None keeps it, an empty Seq drops
+    it."""
     inner = sub_statements(s)
     if inner:
         new = [map_statements(x, f) for x in inner]
@@ -287,7 +291,7 @@ def written_buffers(s: Stmt | PrimFunc) -> set[Buffer]:
     return {x.buffer for x in stores(s)}
 
 
-# ---- text ---------------------------------------------------------------------------------------------
+# ---- text ---------------------------------------------------------------------------------------
 def script(func: PrimFunc | Stmt, mark: Node | None = None) -> str:
     """The text of a function or statement. The line of `mark` gets a '>' in front (for errors)."""
     lines: list[tuple[str, bool]] = []
@@ -318,7 +322,9 @@ def script(func: PrimFunc | Stmt, mark: Node | None = None) -> str:
             put(d, f"alloc {s.buffer}", s)
             go(s.body, d)
         elif isinstance(s, Block):
-            iters = ", ".join(f"{'reduce ' if i.reduce else ''}{i.var} = {i.value}" for i in s.iters)
+            iters = ", ".join(
+                f"{'reduce ' if i.reduce else ''}{i.var} = {i.value}" for i in s.iters
+            )
             where = "" if s.where is TRUE else f" where {s.where}"
             put(d, f"block {s.name}({iters}){where}:", s)
             if s.init is not None:
@@ -328,7 +334,10 @@ def script(func: PrimFunc | Stmt, mark: Node | None = None) -> str:
             put(d, assign(s), s)
 
     if isinstance(func, PrimFunc):
-        put(0, f"def {func.name}({', '.join([p.name for p in func.params] + [d.name for d in func.dims])}):")
+        put(
+            0,
+            f"def {func.name}({', '.join(x.name for x in (*func.params, *func.dims))}):",
+        )
         for b in (*func.params, *func.buffers):
             put(1, str(b))
         for k, phase in enumerate(func.phases):

@@ -1,14 +1,14 @@
 """Scalar types, tensor types and source locations.
 
-    DType("float32")            one scalar; DType("float32", 8) is a vector of eight lanes
-    TensorType((n, Const(3)), float32)     always the LOGICAL shape, whatever the layout
-    Loc("layer1/Conv", "net.onnx", 12, "Conv")
+DType("float32")            one scalar; DType("float32", 8) is a vector of eight lanes
+TensorType((n, Const(3)), float32)     always the LOGICAL shape, whatever the layout
+Loc("layer1/Conv", "net.onnx", 12, "Conv")
 """
 
 from __future__ import annotations
 
 import dataclasses
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING
 
 import ml_dtypes
@@ -72,7 +72,7 @@ class DType:
         return self.name if self.lanes == 1 else f"{self.name}x{self.lanes}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _dtype(name: str, lanes: int) -> DType:
     if name not in _BITS:
         raise TypeError(f"unknown dtype {name!r}; known: {', '.join(_BITS)}")

@@ -3,7 +3,8 @@
     block C(vi = i_o*8 + i_i) where i_o*8 + i_i < n:      ->    if i_o*8 + i_i < n:
         C[vi] = ...                                                 C[i_o*8 + i_i] = ...
 
-`lower_blocks` substitutes iterators by their values; `unswitch` asks once per tile whether all of it
+`lower_blocks` substitutes iterators by their values; `unswitch` asks once per tile whether all of
+it
 is inside, so that only the last tile pays for conditions.
 """
 
@@ -48,7 +49,8 @@ def _arith(func: PrimFunc) -> Arith:
 
 
 def lower_blocks(func: PrimFunc, ctx: object = None) -> PrimFunc:
-    """Blocks become stores under conditions; an init still inside a block runs at reduction index 0."""
+    """Blocks become stores under conditions; an init still inside a block runs at reduction index
+    0."""
     arith = _arith(func)
 
     def one(s: Stmt) -> Stmt | None:
@@ -65,7 +67,9 @@ def lower_blocks(func: PrimFunc, ctx: object = None) -> PrimFunc:
 
         body: Stmt = place(s.body)
         if s.init is not None:
-            first = arith.simplify(all_of(eq(arith.simplify(i.value), ZERO) for i in s.iters if i.reduce))
+            first = arith.simplify(
+                all_of(eq(arith.simplify(i.value), ZERO) for i in s.iters if i.reduce)
+            )
             init = place(s.init)
             body = seq([init if first is TRUE else If(first, init), body])
         # Conditions that concern fewer loops go outside, where they are cheaper to test.
@@ -78,7 +82,8 @@ def lower_blocks(func: PrimFunc, ctx: object = None) -> PrimFunc:
 
 
 def hoist_conditions(func: PrimFunc, ctx: object = None) -> PrimFunc:
-    """An If whose condition does not depend on the loop directly around it moves out of that loop."""
+    """An If whose condition does not depend on the loop directly around it moves out of that
+    loop."""
 
     def one(s: Stmt) -> Stmt | None:
         if isinstance(s, For) and isinstance(s.body, If) and s.body.orelse is None:
@@ -157,12 +162,17 @@ def _split_tile(nest: Stmt, arith: Arith) -> Stmt:
 
 def _for_all(cond: Expr, inner: set[Expr], arith: Arith) -> Expr | None:
     """The condition (without the inner variables) under which `cond` holds for all of them."""
-    if type(cond) is not Binary or cond.op not in ("lt", "le") or not cond.a.dtype.is_int or _loads(cond):
+    if (
+        type(cond) is not Binary
+        or cond.op not in ("lt", "le")
+        or not cond.a.dtype.is_int
+        or _loads(cond)
+    ):
         return None
     least = arith.bound(cond.b - cond.a, inner, -1)
     if least is None or free_vars(least) & inner:
         return None
-    return arith.simplify(ZERO < least if cond.op == "lt" else ZERO <= least)
+    return arith.simplify(least > ZERO if cond.op == "lt" else least >= ZERO)
 
 
 def _assume(nest: Stmt, known: set[Expr], arith: Arith) -> Stmt:

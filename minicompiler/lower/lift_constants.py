@@ -37,7 +37,8 @@ class Prepared:
 
 
 def lift_constants(func: PrimFunc) -> tuple[PrimFunc, tuple[Prepared, ...]]:
-    """The function without its compile-time phases, and these. Prepared buffers come first among the
+    """The function without its compile-time phases, and these. Prepared buffers come first among
+    the
     results' neighbours: params are (remaining inputs..., prepared..., results...)."""
     ready: set[Buffer] = {p for p in func.params if p.constant}
     prepared: list[Prepared] = []
@@ -48,13 +49,25 @@ def lift_constants(func: PrimFunc) -> tuple[PrimFunc, tuple[Prepared, ...]]:
         written, read = written_buffers(phase), read_buffers(phase)
         inputs = read - written
         alone = all(written.isdisjoint(w) for w in later[k + 1 :] + later[:k])
-        if inputs <= ready and inputs and alone and written <= set(func.buffers) and not _sizes(phase):
+        if (
+            inputs <= ready
+            and inputs
+            and alone
+            and written <= set(func.buffers)
+            and not _sizes(phase)
+        ):
             for b in written:
                 new = b.with_(scope=Scope.PARAM, constant=True)
                 body = _swap(phase, {b: new})
                 name = f"{func.name}_prepare_{len(prepared)}"
-                sources = tuple(p for p in (*func.params, *[x.buffer for x in prepared]) if p in read_buffers(body))
-                prepared.append(Prepared(new, PrimFunc(name, (*sources, new), 1, (), (), (body,), func.locs)))
+                sources = tuple(
+                    p
+                    for p in (*func.params, *[x.buffer for x in prepared])
+                    if p in read_buffers(body)
+                )
+                prepared.append(
+                    Prepared(new, PrimFunc(name, (*sources, new), 1, (), (), (body,), func.locs))
+                )
                 ready.add(new)
                 later = [({new if x is b else x for x in w}) for w in later]
                 func = func.with_(
@@ -76,7 +89,9 @@ def lift_constants(func: PrimFunc) -> tuple[PrimFunc, tuple[Prepared, ...]]:
 
 def _sizes(phase: Stmt) -> bool:
     """True when a phase depends on a size that is known only at run time."""
-    found: list[Expr] = [e for s in statements(phase) if isinstance(s, For) for e in free_vars(s.extent)]
+    found: list[Expr] = [
+        e for s in statements(phase) if isinstance(s, For) for e in free_vars(s.extent)
+    ]
     for s in stores(phase):
         found += [e for x in (*s.indices, s.value, *s.buffer.shape) for e in free_vars(x)]
     return any(isinstance(e, Dim) for e in found)

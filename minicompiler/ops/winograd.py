@@ -2,14 +2,16 @@
 
     F(m x m, 3 x 3): (m + 2)^2 products per m x m outputs and channel pair instead of 9 m^2.
 
-A. Lavin, S. Gray, Fast Algorithms for Convolutional Neural Networks (2015); matrices by the Toom-Cook
-construction. For m = 4 the points 0, +-5/8, +-3/2, infinity give a third of the error of 0, +-1, +-2.
+A. Lavin, S. Gray, Fast Algorithms for Convolutional Neural Networks (2015); matrices by the
+Toom-Cook
+construction. For m = 4 the points 0, +-5/8, +-3/2, infinity give a third of the error of 0, +-1,
++-2.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from .. import te
@@ -21,12 +23,13 @@ POINTS = {
     2: (Fraction(0), Fraction(1), Fraction(-1)),
     4: (Fraction(0), Fraction(5, 8), Fraction(-5, 8), Fraction(3, 2), Fraction(-3, 2)),
 }
-# max |error| / max |result| for up to 512 channels, against the direct sum's 3e-7 (tests/ops/test_winograd.py)
+# max |error| / max |result| for up to 512 channels, against the direct sum's 3e-7
+# (tests/ops/test_winograd.py)
 ERROR = {2: 2e-6, 4: 1e-5}
 Matrix = tuple[tuple[float, ...], ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def matrices(m: int) -> tuple[Matrix, Matrix, Matrix]:
     """(At [m, a], G [a, 3], Bt [a, a]) of F(m, 3), a = m + 2: Y = At ((G g) * (Bt d))."""
     points = POINTS[m]
@@ -85,7 +88,8 @@ def _is(row: Expr, value: int) -> Expr:
 
 
 def applies(types: list[TensorType | None], attrs: Any) -> bool:
-    """3x3, stride 1, no dilation, one group, float32, at least 16 channels, a spatial size that is known."""
+    """3x3, stride 1, no dilation, one group, float32, at least 16 channels, a spatial size that is
+    known."""
     x, w = types[0], types[1]
     if x is None or w is None or x.dtype is not float32 or x.rank != 4 or attrs.groups != 1:
         return False
@@ -95,11 +99,14 @@ def applies(types: list[TensorType | None], attrs: Any) -> bool:
         return False
     channels = [const_int(w.shape[0]), const_int(w.shape[1])]
     sizes = [const_int(s) for s in x.shape[2:]]
-    return all(c is not None and c % 16 == 0 for c in channels) and all(s is not None and s >= 6 for s in sizes)
+    return all(c is not None and c % 16 == 0 for c in channels) and all(
+        s is not None and s >= 6 for s in sizes
+    )
 
 
 def cost(m: int, types: list[TensorType | None], attrs: Any) -> float:
-    """Estimated microseconds per image on one thread: products at the FMA peak of a typical core, the
+    """Estimated microseconds per image on one thread: products at the FMA peak of a typical core,
+    the
     transforms, and the transformed filter read from memory once."""
     x, w = types[0], types[1]
     assert x is not None and w is not None
@@ -147,7 +154,9 @@ def build(m: int) -> Any:
             (a, 3, o, c), lambda p, j, f, k: _combine(p, g, lambda i: w[f, k, i, j]), "filter_rows"
         )
         filters = te.compute(
-            (a, a, o, c), lambda p, q, f, k: _combine(q, g, lambda j: filter_rows[p, j, f, k]), "filters"
+            (a, a, o, c),
+            lambda p, q, f, k: _combine(q, g, lambda j: filter_rows[p, j, f, k]),
+            "filters",
         )
         (k,) = te.reduce_vars(1)
         product = te.compute(

@@ -1,4 +1,5 @@
-"""Winograd convolution: the matrices are exact, the stated error holds, and it compiles at odd sizes."""
+"""Winograd convolution: the matrices are exact, the stated error holds, and it compiles at odd
+sizes."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from minicompiler.ir.expr import Const
 from minicompiler.ir.graph import Constant, Function, Input, apply
 from minicompiler.ir.types import TensorType, float32
 from minicompiler.ops import winograd
+from minicompiler.ops.activations import relu
 from minicompiler.ops.conv import conv
 from minicompiler.ops.elementwise import add
-from minicompiler.ops.activations import relu
 
 
 @pytest.mark.parametrize("m", [2, 4])
@@ -24,7 +25,9 @@ def test_matrices_compute_a_correlation(m: int) -> None:
     np.testing.assert_allclose(at @ ((g @ w) * (bt @ d)), want, rtol=1e-12)
 
 
-def _block(channels: int, size: tuple[int, int], batch: int, seed: int) -> tuple[Function, np.ndarray, np.ndarray]:
+def _block(
+    channels: int, size: tuple[int, int], batch: int, seed: int
+) -> tuple[Function, np.ndarray, np.ndarray]:
     """relu(conv(x) + bias + y) and its inputs."""
     rng = np.random.default_rng(seed)
     shape = (batch, channels, *size)
@@ -45,7 +48,9 @@ def test_compiled_agrees_with_direct(channels: int, size: tuple[int, int], batch
     fn, x, y = _block(channels, size, batch, 1)
     fast, exact = mc.compile(fn, threads=2), mc.compile(fn, threads=1, max_error=0.0)
     (a,), (b,) = fast(x, y), exact(x, y)
-    assert any("winograd" in s.text for s in fast.stages), "the cost estimate should choose Winograd here"
+    assert any("winograd" in s.text for s in fast.stages), (
+        "the cost estimate should choose Winograd here"
+    )
     assert not any("winograd" in s.text for s in exact.stages)
     error = np.abs(a - b).max() / np.abs(b).max()
     assert error <= max(winograd.ERROR.values()), error

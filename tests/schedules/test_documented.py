@@ -1,4 +1,5 @@
-"""docs/schedules.md shows what the rules really make: each generated block is built and compared."""
+"""docs/schedules.md shows what the rules really make: each generated block is built and
+compared."""
 
 from __future__ import annotations
 
