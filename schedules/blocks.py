@@ -248,7 +248,8 @@ def _as_consumer(
             if it is None:
                 if const_int(index) is None:
                     s.refuse(
-                        f"block {block.name} reads {load.buffer.name} at `{index}`, not at a plain iterator",
+                        f"block {block.name} reads {load.buffer.name} at `{index}`, "
+                        "not at a plain iterator",
                         block,
                     )
             elif bind.setdefault(it.var, box[d]) != box[d]:

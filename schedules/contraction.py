@@ -327,9 +327,9 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
         for n in depth if k_o is None else []:
             k_total *= const_int(s.loop(n)[0].extent) or 1024
         fit = max(4, t.caches[1] // 2 // (4 * k_total) // rows)
-        if not nest.outer or len(nest.rows) == 1 or k_o is not None or _plain_rows(nest):
-            if row_extent is None or row_extent > fit * rows * 3 // 2:
-                rows_outer, row_o = s.split(row_o, fit, "guard")
+        blockable = not nest.outer or len(nest.rows) == 1 or k_o is not None or _plain_rows(nest)
+        if blockable and (row_extent is None or row_extent > fit * rows * 3 // 2):
+            rows_outer, row_o = s.split(row_o, fit, "guard")
     # Parts of the reduction come outermost: then a block of rows and a panel both stay in cache,
     # and the
     # threads need no barrier between parts because each goes on with its own elements.

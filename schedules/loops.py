@@ -280,7 +280,8 @@ def mark(s: Schedule, name: str, kind: LoopKind) -> None:
         carried = [x for x in outside if any(analysis.spatial_loops(b, [x]) for b in below)]
         if carried or any(isinstance(x, Seq) for x in path):
             s.refuse(
-                f"a parallel loop must be the outermost of its phase but for reduction loops, {name} is not",
+                "a parallel loop must be the outermost of its phase but for reduction loops, "
+                f"{name} is not",
                 loop,
                 "reorder it outwards, or fuse it with the loops around it",
             )

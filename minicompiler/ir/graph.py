@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
@@ -100,7 +100,7 @@ class Function(Node):
     reasons: tuple[str, ...] = ()  # why neighbours were not fused, for the stage record
 
 
-AnyValue = Union[Input, Constant, Apply, Item]
+AnyValue = Input | Constant | Apply | Item
 
 
 # ---- construction -------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterator
-from typing import Union
 
 from .expr import TRUE, Dim, Expr, Load, Var, substitute, walk
 from .layout import IndexMap
@@ -146,7 +145,7 @@ class Alloc(Node):
     body: Stmt
 
 
-Stmt = Union[Block, For, Seq, If, Alloc, Store]
+Stmt = Block | For | Seq | If | Alloc | Store
 STATEMENTS = (Block, For, Seq, If, Alloc, Store)
 
 
