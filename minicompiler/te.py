@@ -334,11 +334,12 @@ def inputs(t: Tensor) -> list[Tensor]:
         return []
     found: list[Tensor] = []
 
-    def see(e: Expr) -> None:
+    def see(e: Expr) -> Expr | None:
         if type(e) is Load and e.buffer not in found:
             found.append(e.buffer)
+        return None
 
-    rewrite(t.body, see, {})  # type: ignore[arg-type, func-returns-value]
+    rewrite(t.body, see)
     return found
 
 

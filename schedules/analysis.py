@@ -58,12 +58,12 @@ class Access:
 
 def find_loop(func: PrimFunc, name: str) -> tuple[For, Path] | None:
     """The loop with this variable name and its ancestors (outermost first), or None."""
-    return _find(func, lambda s: isinstance(s, For) and s.var.name == name)  # type: ignore[return-value]
+    return _find(func, lambda s: isinstance(s, For) and s.var.name == name)
 
 
 def find_block(func: PrimFunc, name: str) -> tuple[Block, Path] | None:
     """The block with this name and its ancestors, or None."""
-    return _find(func, lambda s: isinstance(s, Block) and s.name == name)  # type: ignore[return-value]
+    return _find(func, lambda s: isinstance(s, Block) and s.name == name)
 
 
 def _find(func: PrimFunc, test):  # type: ignore[no-untyped-def]

@@ -69,7 +69,9 @@ def inline(s: Schedule, name: str) -> None:
 
     def one(e: Expr) -> Expr | None:
         if type(e) is Load and e.buffer is buffer:
-            mapping = {a.var: i for a, i in zip(axes, e.indices, strict=True) if a is not None}
+            mapping: dict[Expr, Expr] = {
+                a.var: i for a, i in zip(axes, e.indices, strict=True) if a is not None
+            }
             value = substitute(block.body.value, mapping)
             return value if e.mask is None else select(e.mask, value, const(0, value.dtype))
         return None
@@ -127,7 +129,7 @@ def compute_at(s: Schedule, name: str, loop_name: str) -> None:
         nest, place = _as_consumer(s, block, loop, path, arith)
     s.edit(lambda x: Seq(()) if x is block else None)
     target, _ = s.loop(loop_name)
-    parts = list(target.body.stmts) if isinstance(target.body, Seq) else [target.body]
+    parts: list[Stmt] = [*target.body.stmts] if isinstance(target.body, Seq) else [target.body]
     parts.insert(place, nest)
     s.swap(target, target.with_(body=seq(parts)))
 

@@ -8,7 +8,7 @@ Loops follow the order in which the result lies in memory; the innermost is cut 
 from __future__ import annotations
 
 from minicompiler.ir.arith import Arith
-from minicompiler.ir.expr import Const, Expr, Var, const_int, free_vars, substitute
+from minicompiler.ir.expr import Call, Const, Expr, Var, const_int, free_vars, substitute, walk
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, For, Scope
 
 from . import analysis
@@ -105,6 +105,8 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
         reduction_block(s, name)
         return
     lanes = s.target.vector_bytes // max(4, block.body.buffer.dtype.bytes)
+    if any(type(e) is Call for e in walk(block.body.value)):
+        lanes *= 2  # a second vector hides the latency of a long polynomial
     order = memory_order(s, name, below)
     if not order:
         return

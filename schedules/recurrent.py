@@ -132,6 +132,17 @@ def _loop(it: Iter) -> str:
     return it.value.name
 
 
+def _size(iters: list[Iter]) -> int | None:
+    """How many points some iterators have; None where that varies."""
+    total = 1
+    for i in iters:
+        extent = const_int(i.extent)
+        if extent is None:
+            return None
+        total *= extent
+    return total
+
+
 def _tile(s: Schedule, p: _Product, followers: list[str], t: str, number: str) -> None:
     """Register tiles of one contraction, with the work on its sums in the same place.
 
@@ -139,11 +150,16 @@ def _tile(s: Schedule, p: _Product, followers: list[str], t: str, number: str) -
     """
     name, buffer = p.block.name, p.block.body.buffer
     lanes = s.target.vector_bytes // max(4, buffer.dtype.bytes)
-    gates = 1
-    for i in p.sides:
-        gates *= const_int(i.extent) or 1
-    many = const_int(p.rows[0].extent) != 1 if p.rows else False
-    vectors = (1 if gates > 2 else 2) if many else (4 if gates == 1 else 2)
+    gates, count = _size(p.sides) or 1, _size(p.rows)
+    # Few rows: all gates in one tile. More: a tile of rows for one gate after the other, the sums of
+    # a block of units in cache.
+    apart = bool(p.sides) and (count is None or count > 2)
+    if apart:
+        vectors = 2
+    elif count == 1:
+        vectors = 4 if gates == 1 else 2
+    else:
+        vectors = 2 if gates <= 2 else 1
     extent = const_int(p.vector.extent)
     while vectors > 1 and extent is not None and extent <= vectors // 2 * lanes:
         vectors //= 2
@@ -154,38 +170,46 @@ def _tile(s: Schedule, p: _Product, followers: list[str], t: str, number: str) -
     shared = [_loop(i) for i in p.outer]
 
     # ---- loops: blocks of units, rows, reduction, tile ------------------------------------------
-    row_o, tile = None, []
+    row_o: list[str] = []
+    tile: list[str] = []
     if p.rows:
         s.reorder(*shared, *(_loop(i) for i in p.rows), *sides, _loop(p.vector), *depth)
         row = s.fuse(*(_loop(i) for i in p.rows)) if len(p.rows) > 1 else _loop(p.rows[0])
-        fit = contraction.tile_rows(
-            const_int(s.loop(row)[0].extent), gates * vectors, s.target.registers
-        )
-        row_o, row_i = s.split(row, s.choose(f"rows{number}", tuple(range(1, 17)), fit), "mask")
-        tile = [row_i]
+        wide = vectors if apart else gates * vectors
+        fit = contraction.tile_rows(count, wide, s.target.registers)
+        o, inner = s.split(row, s.choose(f"rows{number}", tuple(range(1, 17)), fit), "mask")
+        row_o, tile = [o], [inner]
     v_o, v_i = s.split(_loop(p.vector), width, "mask")
-    tile += [*sides, v_i]
     shared.append(v_o)
-    s.reorder(*shared, *([row_o] if row_o else []), *depth, *tile)
-    home = row_o or v_o
-    _pack(s, p, width)
+    if apart:
+        s.reorder(*shared, *sides, *row_o, *depth, *tile, v_i)
+    else:
+        tile += sides
+        s.reorder(*shared, *row_o, *depth, *tile, v_i)
+    around = (row_o or [v_o])[0]  # one register tile
+    home = v_o if apart else around  # what follows the sums
+    _pack(s, p, width, apart)
 
     # ---- what comes after, and the register tile ------------------------------------------------
     for b in followers:
         s.compute_at(b, home)
+    sums = s.stage(buffer.name, home, Scope.LOCAL) if apart else buffer.name
     init = s.decompose_reduction(name, depth[0])
-    staged = s.stage(buffer.name, home, Scope.REGISTER)
+    staged = s.stage(sums, around, Scope.REGISTER)
     size = const_int(s.loop(depth[-1])[0].extent)
     unroll = s.choose(f"unroll{number}", (1, 2, 4, 8), 4)
     if size is not None and size > unroll and size % unroll == 0 and unroll > 1:
         s.mark(s.split(depth[-1], unroll)[1], UNROLL)
-    for n in tile[:-1]:
+    for n in tile:
         s.mark(n, UNROLL)
     s.mark(v_i, VECTOR)
     alive = {b.name for b in analysis.blocks(s.func)}
-    for b in (init, f"{staged}_in", f"{staged}_out", *followers):
+    for b in (init, f"{staged}_in", f"{staged}_out"):
         if b in alive:
-            elementwise.vector_tile(s, b, home)
+            elementwise.vector_tile(s, b, around)
+    for b in (f"{sums}_out", *followers):
+        if b in alive and b != f"{staged}_out":
+            elementwise.vector_tile(s, b, home, unroll=not apart)
 
     # ---- threads --------------------------------------------------------------------------------
     work = 1
@@ -196,13 +220,17 @@ def _tile(s: Schedule, p: _Product, followers: list[str], t: str, number: str) -
         s.mark(s.fuse(*shared) if len(shared) > 1 else shared[0], PARALLEL)
 
 
-def _pack(s: Schedule, p: _Product, width: int) -> None:
-    """The weights in the order in which the tiles read them, where they do not change."""
+def _pack(s: Schedule, p: _Product, width: int, apart: bool) -> None:
+    """The weights in the order in which the tiles read them, where they do not change.
+
+    apart: the gates come one after the other, not side by side.
+    """
     load, buffer = p.weights, p.weights.buffer
     if buffer.scope is not Scope.PARAM or analysis.writers(s.func, buffer):
         return
     place = {i: k for k, i in reversed(list(enumerate(load.indices))) if isinstance(i, Var)}
-    wanted = [i.var for i in (*p.reduce, *p.sides, p.vector)]
+    inside = (*p.sides, *p.reduce) if apart else (*p.reduce, *p.sides)
+    wanted = [i.var for i in (*inside, p.vector)]
     if any(v not in place for v in wanted):
         return
     axis = place[p.vector.var]

@@ -144,14 +144,17 @@ def rfactor(s: Schedule, name: str, loop_name: str) -> tuple[str, str]:
         if x is not loop
     ]
     to_iters: dict[Expr, Expr] = {loop.var: lane.var, **{i.value: i.var for i in others}}
-    mapping = {i.var: substitute(i.value, to_iters) for i in block.iters if i.reduce}
+    mapping: dict[Expr, Expr] = {
+        i.var: substitute(i.value, to_iters) for i in block.iters if i.reduce
+    }
     value = substitute(operand, mapping)
-    keep, masks = [], []
+    keep: list[Expr] = []
+    masks: list[Expr] = []
     reduce_vars = {x.var for x in reducing}
     for part in analysis.where_parts(block):
         (masks if reduce_vars & free_vars(part) else keep).append(part)
     if masks:
-        spatial_of = {i.value: i.var for i in spatial if isinstance(i.value, Var)}
+        spatial_of: dict[Expr, Expr] = {i.value: i.var for i in spatial if isinstance(i.value, Var)}
         cond = substitute(all_of(masks), {**to_iters, **spatial_of})
         value = select(cond, value, identity)
     partial = Buffer(

@@ -5,7 +5,6 @@ tiles, thread-local memory), loaded if it is read before it is written, written 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 from minicompiler.ir.arith import Arith
@@ -172,15 +171,13 @@ def _stage_tile(
         def one(e: Expr) -> Expr | None:
             return Load(new, at, e.mask) if type(e) is Load and e.buffer is buffer else None
 
-        def store(st: Store | None) -> Store | None:
-            if st is None:
-                return None
+        def store(st: Store) -> Store:
             mine = st.buffer is buffer
             return Store(
                 new if mine else st.buffer, at if mine else st.indices, rewrite(st.value, one)
             )
 
-        made = dataclasses.replace(x, init=store(x.init), body=store(x.body))
+        made = x.with_(init=x.init and store(x.init), body=store(x.body))
         return _unconditional(made, new, arith) if x.body.buffer is buffer else made
 
     copy_in = _read_first(s, loop, path, buffer, arith, found, pointwise=True)
@@ -291,16 +288,14 @@ def _redirect(
             return Load(new, shift(e.indices), e.mask)
         return None
 
-    def store(x: Store | None) -> Store | None:
-        if x is None:
-            return None
+    def store(x: Store) -> Store:
         indices = shift(x.indices) if x.buffer is old else x.indices
         return Store(new if x.buffer is old else x.buffer, indices, rewrite(x.value, one))
 
     def go(x: Stmt) -> Stmt | None:
         if not isinstance(x, Block):
             return None
-        made = dataclasses.replace(x, init=store(x.init), body=store(x.body))
+        made = x.with_(init=x.init and store(x.init), body=store(x.body))
         if written and x.body.buffer is old:
             made = _unconditional(made, new, arith)
         return made
@@ -403,10 +398,10 @@ def _read_first(
         c for c in analysis.where_parts(first) if c not in tail and not reducing & free_vars(c)
     ]
     if first.init is not None:
-        inner = {x.var: ZERO for x in analysis.loops(loop.body)}
+        inner: dict[Expr, Expr] = {x.var: ZERO for x in analysis.loops(loop.body)}
         for i in first.iters:
             if i.reduce:
-                conditions.append(eq(arith.simplify(substitute(i.value, dict(inner))), ZERO))
+                conditions.append(eq(arith.simplify(substitute(i.value, inner)), ZERO))
     outer_vars = {x.var for x in around}
     if any(not free_vars(c) <= outer_vars for c in conditions if arith.prove(c) is not True):
         return TRUE

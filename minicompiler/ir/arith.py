@@ -246,7 +246,7 @@ class Arith:
             return e
         if isinstance(e, Var | Dim):
             return self.expr(self.poly(e)) if e.dtype.is_int else e
-        scalar_int = e.dtype.is_int and e.dtype.lanes == 1 and e.dtype.bits == 64
+        scalar_int = e.dtype is index  # other integers wrap around, and are data
         if type(e) is Binary:
             if scalar_int and e.op in ("add", "sub", "mul", "floordiv", "mod", "min", "max"):
                 return self.expr(self.poly(e))

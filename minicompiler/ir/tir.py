@@ -333,10 +333,8 @@ def script(func: PrimFunc | Stmt, mark: Node | None = None) -> str:
             put(d, assign(s), s)
 
     if isinstance(func, PrimFunc):
-        put(
-            0,
-            f"def {func.name}({', '.join(x.name for x in (*func.params, *func.dims))}):",
-        )
+        names = [p.name for p in func.params] + [d.name for d in func.dims]
+        put(0, f"def {func.name}({', '.join(names)}):")
         for b in (*func.params, *func.buffers):
             put(1, str(b))
         for k, phase in enumerate(func.phases):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -92,7 +92,8 @@ def dtype_of(value: object) -> DType:
         return value
     if isinstance(value, str):
         return DType(value)
-    return DType(np.dtype(getattr(value, "dtype", value)).name)
+    kind: Any = getattr(value, "dtype", value)
+    return DType(np.dtype(kind).name)
 
 
 bool_ = DType("bool")

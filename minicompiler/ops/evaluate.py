@@ -134,8 +134,8 @@ def _scan(
         for x in scan.stages:
             local[x] = _tensor(x, local, dims, {scan.t: np.asarray(t)})
         now = [local[x] for x in scan.next]
-        for history, x in zip(histories, now, strict=True):
-            history.append(x)
+        for history, value in zip(histories, now, strict=True):
+            history.append(value)
     return {h: np.stack(x) for h, x in zip(scan.outputs, histories, strict=True)}
 
 
