@@ -73,7 +73,8 @@ def main() -> None:
         middle, best = np.median(ours), max(ours)
         line = (
             f"{m}x{n}x{k}: median {middle:.1f}, best {best:.1f} GFLOP/s; peak {top:.1f}; fraction "
-            f"of the highest peak: median {middle / top:.3f}, best {best / top:.3f}; error {error:.1e}"
+            f"of the highest peak: median {middle / top:.3f}, best {best / top:.3f}; "
+            f"error {error:.1e}"
         )
         if theirs:
             line += f"; over OpenBLAS {middle / np.median(theirs):.3f}"

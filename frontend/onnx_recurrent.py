@@ -170,7 +170,7 @@ def _rnn(n: OnnxNode, d: _Direction, x: Value, lengths: Value | None) -> Value:
 def _recurrent(layer: Callable[..., Any], gates: int, defaults: Sequence[str]) -> Converter:
     """A converter: the layer in each direction, then the axis of directions."""
 
-    def convert(n: OnnxNode) -> tuple[Value, ...]:
+    def convert(n: OnnxNode) -> tuple[Value | None, ...]:
         swapped = bool(n.attr("layout", 0))
         x = n.arg(0)
         if swapped:
@@ -181,7 +181,7 @@ def _recurrent(layer: Callable[..., Any], gates: int, defaults: Sequence[str]) -
         for which in range(2 if both else 1):
             d = _Direction(n, which, gates, _attributes(n, which, defaults))
             made.append(items(layer(n, d, x, lengths)))
-        results = []
+        results: list[Value | None] = []
         for k, parts in enumerate(zip(*made, strict=True)):
             if not n.wants(k):
                 results.append(None)

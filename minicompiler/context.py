@@ -22,7 +22,8 @@ class Options:
         level: 0 (no optimisation) to 3.
         threads: threads of the module; 0: the usable cores.
         checked: verify the IR after every pass and schedule step.
-        max_error: algorithms that trade accuracy for fewer multiplications (Winograd convolution) may
+        max_error: algorithms that trade accuracy for fewer multiplications (Winograd convolution)
+        may
             be chosen when their stated error, relative to the largest result, is at most this.
         fold_bytes: how much larger a folded constant may be than what it is computed from.
         record: keep the text of every stage (a little slower on large models).

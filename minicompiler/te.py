@@ -121,8 +121,7 @@ def compute(
     """The tensor with element f(i, j, ...) at [i, j, ...].
 
     reduce: (combiner, {reduction variable: extent}) combines f over the variables; combiner is one
-    of
-    sum prod max min and or.
+    of sum prod max min and or.
     """
     axes = axis_vars(len(shape))
     body = f(*axes)

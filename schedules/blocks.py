@@ -136,8 +136,7 @@ def compute_at(s: Schedule, name: str, loop_name: str) -> None:
 
 def _can_move(s: Schedule, block: Block, to: analysis.Path) -> None:
     """Refuses unless all that the block mentions is there below `to`, and its conditions say no
-    more
-    than that its iterators are in range."""
+    more than that its iterators are in range."""
     missing = outer_vars(s, block) - {x.var for x in analysis.loops_in(to)}
     if missing:
         names = ", ".join(sorted(map(str, missing)))
@@ -268,8 +267,8 @@ def _same_points(
     s: Schedule, block: Block, mine: list[Load], loop: For, around: list[For], arith: Arith
 ) -> Stmt | None:
     """An elementwise consumer of one block takes over the loops of its maker, so that it runs at
-    exactly
-    the points just computed, whatever shape their set has. None when it is not of that kind."""
+    exactly the points just computed, whatever shape their set has. None when it is not of that
+    kind."""
     if len({x.buffer for x in mine}) > 1 or len(mine) > 1 or any(i.reduce for i in block.iters):
         return None
     makers = [w for w in analysis.writers(s.func, mine[0].buffer) if w.tag != "init"]

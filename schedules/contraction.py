@@ -5,8 +5,8 @@ depthwise convolutions, batched products), with elementwise work before and afte
 
 One tile of C, `rows` x `lanes`, stays in registers while k runs. The vector axis is the one that is
 contiguous in the result; rows are the axes that only the other operand has, fused while they lie
-next
-to each other in memory. What is not contiguous as the tile wants it is packed: once while compiling
+next to each other in memory. What is not contiguous as the tile wants it is packed: once while
+compiling
 if it is constant, otherwise in a phase of its own.
 """
 
@@ -76,9 +76,8 @@ def apply(s: Schedule) -> None:
 
 def _rows_conflict(s: Schedule, nest: _Nest) -> bool:
     """True when the rows of a tile lie a multiple of 4 KB apart: they would fight for the same
-    lines of
-    the first-level cache for as long as the tile walks along them. Worth a copy if it is read
-    often."""
+    lines of the first-level cache for as long as the tile walks along them. Worth a copy if it is
+    read often."""
     load = nest.broad
     if (
         load.buffer.scope is not Scope.PARAM
@@ -105,8 +104,7 @@ def _rows_conflict(s: Schedule, nest: _Nest) -> bool:
 
 def _block_rows(s: Schedule, nest: _Nest, name: str) -> _Nest:
     """Copies the broadcast operand tile by tile with the reduction axis in blocks of 16, so that
-    the rows
-    of a tile lie side by side."""
+    the rows of a tile lie side by side."""
     load = nest.broad
     axis = _axis_of(load, nest.reduce[0])
     row = _axis_of(load, nest.rows[-1])

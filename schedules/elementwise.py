@@ -171,8 +171,7 @@ def _same_everywhere(s: Schedule, name: str) -> bool:
 
 def reduction_block(s: Schedule, name: str) -> None:
     """A reduction that stands alone: vectors over an axis of the result where the input is
-    contiguous
-    along it, else over the reduced axis through partial results."""
+    contiguous along it, else over the reduced axis through partial results."""
     from . import rows
 
     if rows.schedule_reduction(s, name):

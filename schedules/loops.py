@@ -240,8 +240,7 @@ def reorder(s: Schedule, names: list[str]) -> None:
 
 def mark(s: Schedule, name: str, kind: LoopKind) -> None:
     """PARALLEL and VECTOR need iterations that do not touch each other's results; VECTOR and
-    UNROLL a
-    constant extent."""
+    UNROLL a constant extent."""
     loop, path = s.loop(name)
     _keep_order(s, loop)
     if kind in (VECTOR, UNROLL):

@@ -151,8 +151,8 @@ def _tile(s: Schedule, p: _Product, followers: list[str], t: str, number: str) -
     name, buffer = p.block.name, p.block.body.buffer
     lanes = s.target.vector_bytes // max(4, buffer.dtype.bytes)
     gates, count = _size(p.sides) or 1, _size(p.rows)
-    # Few rows: all gates in one tile. More: a tile of rows for one gate after the other, the sums of
-    # a block of units in cache.
+    # Few rows: all gates in one tile. More: a tile of rows for one gate after the other, and the
+    # sums of a block of units in cache.
     apart = bool(p.sides) and (count is None or count > 2)
     if apart:
         vectors = 2

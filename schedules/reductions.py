@@ -45,8 +45,7 @@ def decompose_reduction(s: Schedule, name: str, loop_name: str) -> str:
     """for k: block C (init, body)   ->   block C_init; for k: block C (body)
 
     The init runs just before `loop`, over the loops below it that choose the element, and only in
-    the
-    first iteration of reduction loops further out.
+    the first iteration of reduction loops further out.
     """
     block, path = s.block(name)
     loop, _ = s.loop(loop_name)
@@ -205,8 +204,7 @@ def rfactor(s: Schedule, name: str, loop_name: str) -> tuple[str, str]:
 
 def _can_rfactor(s: Schedule, block: Block, loop: For, top: For, path: analysis.Path) -> None:
     """The combining block comes after `top`, the outermost reducing loop: it must find all it
-    needs there,
-    and nothing inside may wait for it."""
+    needs there, and nothing inside may wait for it."""
     if len(analysis.writers(s.func, block.body.buffer)) > 1:
         s.refuse(f"several blocks write {block.body.buffer.name}", block)
     above = path[: path.index(top)]

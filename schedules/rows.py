@@ -4,10 +4,8 @@
     ...
 
 becomes one pass per row with everything of the row in registers or first-level cache: all blocks
-are
-computed at the row loop of the last one. A reduction along contiguous memory keeps a vector of
-partial
-results (rfactor); one across it keeps a vector of results.
+are computed at the row loop of the last one. A reduction along contiguous memory keeps a vector of
+partial results (rfactor); one across it keeps a vector of results.
 """
 
 from __future__ import annotations

@@ -63,8 +63,7 @@ class Choice:
 
 class Schedule:
     """See the module text. `decisions` answers `choose` calls by name (a record being replayed, or
-    a
-    draw of the tuner); what it does not name takes its default."""
+    a draw of the tuner); what it does not name takes its default."""
 
     def __init__(
         self,

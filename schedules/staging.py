@@ -61,9 +61,9 @@ def stage(s: Schedule, name: str, at: str | None, scope: Scope, layout: IndexMap
                                                           afterwards)
 
     The new buffer covers the whole box that is touched, masked iterations included: conditions on
-    the
-    element are dropped from blocks that write it (what lies beyond the original is never written
-    back; their other loads are clamped to memory), and what is loaded beyond the original is zero.
+    the element are dropped from blocks that write it (what lies beyond the original is never
+    written back; their other loads are clamped to memory), and what is loaded beyond the original
+    is zero.
     """
     buffer = s.buffer(name)
     arith = analysis.arith_of(s.func)
@@ -117,9 +117,8 @@ def _stage_tile(
     arith: Arith,
 ) -> str | None:
     """Staging when every access below runs through the same points: the new buffer has one axis
-    per loop,
-    whatever shape the set of points has (a row of pixels that wraps around). None where it does
-    not apply."""
+    per loop, whatever shape the set of points has (a row of pixels that wraps around). None where
+    it does not apply."""
     shape: tuple[Expr, ...] | None = None
     points: tuple[Expr, ...] | None = None
     chosen: dict[int, list[For]] = {}
@@ -305,8 +304,8 @@ def _redirect(
 
 def _unconditional(block: Block, tile: Buffer, arith: Arith) -> Block:
     """Drops the conditions on which element is computed: a tile has room for all, and nothing
-    beyond
-    the original is written back. Loads of other buffers that could then leave them are clamped."""
+    beyond the original is written back. Loads of other buffers that could then leave them are
+    clamped."""
     dropped = tail_conditions(block, arith)
     if not dropped:
         return block

@@ -1,6 +1,5 @@
 """The rule for transformed contractions (Winograd): a product whose operand is computed tile by
-tile from
-the input, and whose results are combined tile by tile into the output.
+tile from the input, and whose results are combined tile by tile into the output.
 
     data[p, q, t, c] = f(x);  products[p, q, t, o] = sum over c of data * filters;  r = g(products)
 

@@ -37,7 +37,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("driver",),
     ("lens",),
     ("",),
-    ("inputs", "bench", "demo"),
+    # A doorway for other programs, like the command line: it may use everything below.
+    ("inputs", "bench", "demo", "frontend.onnx_backend"),
     ("report",),
     ("cli", "__main__"),
 )

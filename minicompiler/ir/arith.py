@@ -414,8 +414,7 @@ class Arith:
 
     def _refuted(self, p: Poly) -> bool:
         """True when p < 0 at one of a few points inside the ranges: what is false needs no attempt
-        at a
-        proof, and attempts that fail are the expensive ones."""
+        at a proof, and attempts that fail are the expensive ones."""
         for k in range(_POINTS):
             if self._valid[k] is None:
                 self._valid[k] = all((self._poly_at(f, k) or 0) >= 0 for f in self.facts)
@@ -465,8 +464,8 @@ class Arith:
 
     def _without_quotient(self, p: Poly) -> Poly | None:
         """A polynomial that is >= 0 exactly when p is, with one quotient less; None when there is
-        none.
-        g*(x // d) + r >= 0 is x + (r // g)*d >= 0, and r >= g*(x // d) is (r // g + 1)*d > x."""
+        none. g*(x // d) + r >= 0 is x + (r // g)*d >= 0, and r >= g*(x // d) is (r // g + 1)*d >
+        x."""
         for m, c in p.items():
             if len(m) == 1 and type(m[0]) is Binary and m[0].op == "floordiv":
                 d = self.poly(m[0].b)
@@ -557,8 +556,7 @@ class Arith:
         over = frozenset(over)
         e = self.simplify(e)
         # Innermost first: a variable whose range mentions another in `over` goes before it. Only
-        # those
-        # that `e` reaches, through the ranges, take part.
+        # those that `e` reaches, through the ranges, take part.
         reached: set[Expr] = set()
         queue = [v for v in free_vars(e) if v in over]
         while queue:

@@ -246,8 +246,7 @@ def rebuild(
     """A graph pass in one call: nodes in topological order, each with its new operands.
 
     `change(old, new_args)` returns the replacement, or None to keep the node (with its new
-    operands,
-    type inferred again where an operand's type changed).
+    operands, type inferred again where an operand's type changed).
     """
     new: dict[int, Value] = {}
     for v in topological(fn.results):

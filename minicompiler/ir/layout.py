@@ -93,8 +93,7 @@ class IndexMap:
 
     def splits(self) -> tuple[tuple[int, int, int], ...]:
         """Per physical dimension: (logical axis, divisor, modulus or 0), as in axis // divisor %
-        modulus.
-        Raises ValueError for a dimension that mixes axes."""
+        modulus. Raises ValueError for a dimension that mixes axes."""
         d = axes(self.rank)
         result = []
         for e in self.exprs:

@@ -1,9 +1,9 @@
 """How IR nodes behave, decided once.
 
 `@node` turns a class with annotated fields into a frozen, slotted dataclass with identity equality
-and
-two derived traversals: `children()` yields the nodes held in fields (also inside tuples), `map(f)`
-rebuilds the node with `f` applied to each child and returns the node itself when nothing changed.
+and two derived traversals: `children()` yields the nodes held in fields (also inside tuples),
+`map(f)` rebuilds the node with `f` applied to each child and returns the node itself when nothing
+changed.
 """
 
 from __future__ import annotations

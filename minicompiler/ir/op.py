@@ -81,8 +81,7 @@ class Op:
     infer(*args: Arg | None, attrs) -> TensorType or tuple of them; raises ShapeError.
     reference(*numpy arrays | None, attrs) -> array or tuple: the numpy meaning. For operators with
       `shape_math` it must also work on object arrays of index expressions (that is how the values
-      of
-      shape tensors are followed through Shape, Gather, Concat, ...); None says it cannot follow.
+      of shape tensors are followed through Shape, Gather, Concat, ...); None says it cannot follow.
     samples(draw) -> (list of numpy inputs | None, attrs): a Hypothesis strategy body.
     kind: None derives the fusion kind from computes[0]; a given kind may only be more conservative.
     absorb(args, attrs) -> (number of leading arguments kept, attrs): moves the values of trailing

@@ -7,10 +7,8 @@
                 C[m] = C[m] + A[m, k]
 
 A Block separates meaning from order: its iterators are what the definition ranges over, their
-`value`s
-say which loop indices they take. Schedules change loops and values, never the body.
-`PrimFunc.phases`
-run one after the other with a barrier of all threads between them.
+`value`s say which loop indices they take. Schedules change loops and values, never the body.
+`PrimFunc.phases` run one after the other with a barrier of all threads between them.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
         C[vi] = ...                                                 C[i_o*8 + i_i] = ...
 
 `lower_blocks` substitutes iterators by their values; `unswitch` asks once per tile whether all of
-it
-is inside, so that only the last tile pays for conditions.
+it is inside, so that only the last tile pays for conditions.
 """
 
 from __future__ import annotations

@@ -38,8 +38,7 @@ class Prepared:
 
 def lift_constants(func: PrimFunc) -> tuple[PrimFunc, tuple[Prepared, ...]]:
     """The function without its compile-time phases, and these. Prepared buffers come first among
-    the
-    results' neighbours: params are (remaining inputs..., prepared..., results...)."""
+    the results' neighbours: params are (remaining inputs..., prepared..., results...)."""
     ready: set[Buffer] = {p for p in func.params if p.constant}
     prepared: list[Prepared] = []
     rest: list[Stmt] = []

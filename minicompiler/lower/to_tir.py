@@ -85,7 +85,9 @@ def from_tensors(
     dims = dims_of([s for t in (*params, *every) for s in t.shape])
     names.update(d.name for d in dims)
     for k, p in enumerate(params):
-        buffers[p] = Buffer(unique(f"p{k}"), p.dtype, p.shape, Scope.PARAM, layouts.get(p), p in constants)
+        buffers[p] = Buffer(
+            unique(f"p{k}"), p.dtype, p.shape, Scope.PARAM, layouts.get(p), p in constants
+        )
     for k, r in enumerate(results):
         if r in buffers:
             raise ValueError("a result must be computed, not a parameter")
@@ -110,15 +112,22 @@ def from_tensors(
             else:
                 phases.append(_extern(t.source, buffers, unique))
     outs = tuple(buffers[r] for r in results)
-    return PrimFunc(name, (*[buffers[p] for p in params], *outs), len(outs), tuple(dims), tuple(internal), tuple(phases), locs)
+    return PrimFunc(
+        name,
+        (*[buffers[p] for p in params], *outs),
+        len(outs),
+        tuple(dims),
+        tuple(internal),
+        tuple(phases),
+        locs,
+    )
 
 
-def lower_function(
-    fn: Function, constant: Sequence[bool] = (), max_error: float = 0.0
-) -> PrimFunc:
+def lower_function(fn: Function, constant: Sequence[bool] = (), max_error: float = 0.0) -> PrimFunc:
     """The PrimFunc of a fused Function.
 
-    constant: per parameter, whether the caller passes a constant (all are run-time values if empty).
+    constant: per parameter, whether the caller passes a constant (all are run-time values if
+    empty).
     max_error: which reduced-multiplication algorithms may be chosen, by their stated error.
     """
     made: dict[int, Any] = {}
@@ -151,13 +160,17 @@ def lower_function(
         results.append(t)
         layouts[t] = layout_of(r)
     known = [t for t, c in zip(placeholders, constant, strict=False) if c]
-    locs = tuple(dict.fromkeys(loc for v in topological(fn.results) if isinstance(v, Apply) for loc in v.locs))
+    locs = tuple(
+        dict.fromkeys(
+            loc for v in topological(fn.results) if isinstance(v, Apply) for loc in v.locs
+        )
+    )
     return from_tensors(fn.name, placeholders, results, known, layouts, locs)
 
 
 def choose_compute(v: Apply, constant: set[int], max_error: float) -> Compute:
-    """The cheapest way, by the operator's own estimate, to compute a node. Nothing that varies at run
-    time takes part in the choice, so equal sizes give equal bits."""
+    """The cheapest way, by the operator's own estimate, to compute a node. Nothing that varies at
+    run time takes part in the choice, so equal sizes give equal bits."""
     assert isinstance(v.op, Op)
     first, *others = v.op.computes
     types = [None if a is None else type_of(a) for a in v.args]
@@ -166,9 +179,7 @@ def choose_compute(v: Apply, constant: set[int], max_error: float) -> Compute:
     best, least = first, first.cost(types, v.attrs)
     for c in others:
         known = all(k < len(v.args) and id(v.args[k]) in constant for k in c.constants)
-        if known and c.error <= max_error and (
-            c.applies is None or c.applies(types, v.attrs)
-        ):
+        if known and c.error <= max_error and (c.applies is None or c.applies(types, v.attrs)):
             assert c.cost is not None
             time = c.cost(types, v.attrs)
             if time < least:
@@ -196,7 +207,7 @@ def _reductions_late(order: list[te.Tensor]) -> list[te.Tensor]:
     return [t for t in order if t not in after] + [t for t in order if t in after]
 
 
-# ---- inlining ----------------------------------------------------------------------------------------
+# ---- inlining -----------------------------------------------------------------------------------
 def _inline(order: list[te.Tensor], results: Sequence[te.Tensor]) -> list[te.Tensor]:
     """The tensors that stay stages, with the others substituted into their bodies."""
     uses: dict[te.Tensor, list[te.Tensor]] = {}
@@ -259,7 +270,10 @@ def _worth_inlining(t: te.Tensor, original: te.Tensor, consumers: list[te.Tensor
         if type(e) is Load and any(type(x) is Load for i in e.indices for x in walk(i)):
             gathers = True
     for c in consumers:
-        sites = sum(1 for e in walk(c.body) if type(e) is Load and e.buffer is original) if c.body is not None else 0
+        sites = (
+            sum(1 for e in walk(c.body) if type(e) is Load and e.buffer is original)
+            if c.body is not None else 0
+        )
         if sites > 1 and cost * sites > CHEAP:
             return False
         if c.body is not None and type(c.body) is Reduce:
@@ -293,7 +307,7 @@ def _linear(body: Reduce, operand: te.Tensor) -> bool:
     )  # fmt: skip
 
 
-# ---- one stage -----------------------------------------------------------------------------------------
+# ---- one stage ----------------------------------------------------------------------------------
 def identity_of(combiner: str, dtype: DType) -> Expr:
     """The neutral element of a combiner."""
     if combiner in ("max", "min"):
@@ -333,8 +347,9 @@ def _stage(  # type: ignore[no-untyped-def]
 
     for k, (a, extent) in enumerate(zip(t.axes, t.shape, strict=True)):
         if k == 0 and around is not None:
-            mapping[a] = Var(unique("v" + around.name))
-            iters.append(Iter(mapping[a], extent, False, around))
+            v = Var(unique("v" + around.name))
+            iters.append(Iter(v, extent, False, around))
+            mapping[a] = v
         else:
             iterate(a, extent, f"i{k}", False)
     body = t.body

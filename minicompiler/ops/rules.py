@@ -93,7 +93,8 @@ def same_size(a: Size, b: Size) -> bool | None:
 
 
 def unequal(a: Size, b: Size) -> bool:
-    """True when two sizes can never be equal. Undecided ones are taken to be equal from here on, and
+    """True when two sizes can never be equal. Undecided ones are taken to be equal from here on,
+    and
     checked at every call."""
     same = same_size(a, b)
     if same is None:

@@ -3,9 +3,8 @@
     F(m x m, 3 x 3): (m + 2)^2 products per m x m outputs and channel pair instead of 9 m^2.
 
 A. Lavin, S. Gray, Fast Algorithms for Convolutional Neural Networks (2015); matrices by the
-Toom-Cook
-construction. For m = 4 the points 0, +-5/8, +-3/2, infinity give a third of the error of 0, +-1,
-+-2.
+Toom-Cook construction. For m = 4 the points 0, +-5/8, +-3/2, infinity give a third of the error of
+0, +-1, +-2.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def _jit() -> llvm.LLJIT:
     if not _jits:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
-        machine = llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine(codemodel="small", reloc="pic")
+        machine = llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine(
+            codemodel="small", reloc="pic"
+        )
         _jits.append(llvm.create_lljit_compiler(machine, use_jit_link=False, suppress_errors=False))
     return _jits[0]
 

@@ -5,8 +5,7 @@ Out: the function has run on every thread when `region` returns; the caller is t
 
     pool = get_pool(2)
     pool.region(pool.handle, fn, arg, 2)   # raw ctypes pointer, the hot path; gives threads used
-    with pool.lease() as lease:            # several regions that nobody else may interleave
-        nthreads = lease.size if lease else 1
+    with pool.lease() as lease: ...        # several regions that nobody else may interleave
 
 Workers are Python daemon threads that stay inside one native loop without the GIL: they spin for
 about 50 us after a region and then sleep. A busy pool never queues: the other caller runs alone.
