@@ -101,6 +101,8 @@ def _attributes(n: OnnxNode, which: int, defaults: Sequence[str]) -> rc.Recurren
     count = len(defaults)
     if len(names) == count:
         names *= 2
+    if len(names) != 2 * count:
+        n.fail(f"{n.op_type} takes {count} activations per direction, got {len(names)}")
     constants = []
     for name in names:
         known = rc.ACTIVATIONS.get(name)

@@ -193,8 +193,8 @@ def _tile(s: Schedule, p: _Product, followers: list[str], t: str, number: str) -
     # ---- what comes after, and the register tile ------------------------------------------------
     for b in followers:
         s.compute_at(b, home)
-    sums = s.stage(buffer.name, home, Scope.LOCAL) if apart else buffer.name
     init = s.decompose_reduction(name, depth[0])
+    sums = s.stage(buffer.name, home, Scope.LOCAL) if apart else buffer.name
     staged = s.stage(sums, around, Scope.REGISTER)
     size = const_int(s.loop(depth[-1])[0].extent)
     unroll = s.choose(f"unroll{number}", (1, 2, 4, 8), 4)
@@ -221,13 +221,11 @@ def _tile(s: Schedule, p: _Product, followers: list[str], t: str, number: str) -
 
 
 def _pack(s: Schedule, p: _Product, width: int, apart: bool) -> None:
-    """The weights in the order in which the tiles read them, where they do not change.
+    """Puts the weights in the order in which the tiles read them.
 
     apart: the gates come one after the other, not side by side.
     """
     load, buffer = p.weights, p.weights.buffer
-    if buffer.scope is not Scope.PARAM or analysis.writers(s.func, buffer):
-        return
     place = {i: k for k, i in reversed(list(enumerate(load.indices))) if isinstance(i, Var)}
     inside = (*p.sides, *p.reduce) if apart else (*p.reduce, *p.sides)
     wanted = [i.var for i in (*inside, p.vector)]
@@ -237,7 +235,10 @@ def _pack(s: Schedule, p: _Product, width: int, apart: bool) -> None:
     inner = [place[v] for v in wanted[:-1]]
     parts = [[k, 1, 0] for k in range(len(load.indices)) if k not in (*inner, axis)]
     parts += [[axis, width, 0], *([k, 1, 0] for k in inner), [axis, 1, width]]
-    s.stage(buffer.name, None, Scope.GLOBAL, parts)
+    if buffer in s.func.buffers and buffer.layout is None:  # converted weights, say
+        s.relayout(buffer.name, parts)
+    elif buffer in s.func.params and not analysis.writers(s.func, buffer):
+        s.stage(buffer.name, None, Scope.GLOBAL, parts)
 
 
 __all__ = ["applies", "apply"]

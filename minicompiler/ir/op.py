@@ -47,6 +47,18 @@ class NoAttrs:
 
 
 @dataclasses.dataclass(frozen=True)
+class Counted:
+    """Attributes of a node with a size that only the data tells.
+
+    dim: that size (a Dim of its own); the node's last argument holds its value, int64[].
+    most: no count is larger; memory is reserved for it.
+    """
+
+    dim: Any = 0
+    most: Any = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Arg:
     """What a type rule sees of an argument: its type and, for small integer tensors, its value.
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from minicompiler.errors import InternalError
 from minicompiler.ir.arith import Arith, dims_of, evaluate_int
-from minicompiler.ir.expr import ZERO, Binary, Const, Dim, Expr, Var, ceildiv, maximum, walk, wrap
+from minicompiler.ir.expr import ZERO, Binary, Const, Dim, Expr, Var, ceildiv, maximum, substitute, walk, wrap
 from minicompiler.ir.graph import Constant, Function, Input, Item, Value, layout_of, type_of
 from minicompiler.ir.types import TensorType
 from minicompiler.runtime import plan as rt
@@ -60,6 +60,15 @@ class Alias:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Count:
+    """A dimension that is the value of an int64 tensor, and never larger than `most`."""
+
+    dim: Dim
+    value: Value
+    most: Expr
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Lifetime:
     """A buffer of `size` bytes, alive from call `start` to call `end`, both included."""
 
@@ -84,14 +93,16 @@ def plan_memory(
     fn: Function,
     steps: Sequence[KernelCall | Alias],
     guards: Sequence[tuple[Expr, str]] = (),
+    counts: Sequence[Count] = (),
 ) -> tuple[rt.Plan, list[np.ndarray]]:
     """The plan of a function whose work is `steps`, and the constants it refers to.
 
     guards: comparisons of dimensions that hold or the call is refused, each with its origin.
+    counts: dimensions that no input tells.
     Raises InternalError for steps that do not fit the function: a value read before it is made, a
     result that nothing makes, an input that becomes an output by an Alias alone.
     """
-    return _Planner(fn, steps).run(guards)
+    return _Planner(fn, steps, counts).run(guards)
 
 
 # ---- placement ----------------------------------------------------------------------------------
@@ -224,9 +235,16 @@ class _Group:
 
 
 class _Planner:
-    def __init__(self, fn: Function, steps: Sequence[KernelCall | Alias]) -> None:
+    def __init__(
+        self, fn: Function, steps: Sequence[KernelCall | Alias], counts: Sequence[Count]
+    ) -> None:
         self.fn, self.steps = fn, steps
         self.calls = [s for s in steps if isinstance(s, KernelCall)]
+        self.counts = counts
+        # Memory is reserved for the largest counts.
+        self.most: dict[Expr, Expr] = {}
+        for c in counts:
+            self.most[c.dim] = substitute(c.most, self.most)
         self.groups: dict[Key, _Group] = {}
         self.constants: list[np.ndarray] = []
         self.constant_at: dict[int, int] = {}
@@ -245,12 +263,17 @@ class _Planner:
         for c in self.calls:
             args = [self.location(a) for a in (*c.args, *c.results)]
             calls.append(rt.Call(c.kernel, tuple(args), tuple(d.name for d in c.dims)))
-        shared = _largest([c.shared for c in self.calls])
-        local = _largest([c.local for c in self.calls])
+        shared = _largest([substitute(c.shared, self.most) for c in self.calls])
+        local = _largest([substitute(c.local, self.most) for c in self.calls])
+        for condition, text in guards:
+            if not self.most.keys().isdisjoint(free_vars(condition)):
+                raise ShapeError(
+                    f"{text}: one of them depends on data, so this cannot be checked before a call"
+                )
         needed = [s for t in outputs for s in t.shape] + [g for g, _ in guards]
         needed += [placement.total, shared, local, *[s for g in placed for s in g.sizes]]
         needed += [d for c in self.calls for d in c.dims]
-        dims, binds = self.bind(needed)
+        dims, binds = self.bind([substitute(e, self.most) for e in needed])
         plan = rt.Plan(
             inputs=tuple(_tensor(p.name, p.type) for p in self.fn.params),
             outputs=tuple(
@@ -266,8 +289,18 @@ class _Planner:
             arena=to_size(placement.total),
             shared=to_size(shared),
             local=to_size(local),
+            counts=tuple(
+                rt.Count(
+                    c.dim.name, self.location(c.value), to_size(self.most[c.dim]), self.first(c.dim)
+                )
+                for c in self.counts
+            ),
         )
         return plan, self.constants
+
+    def first(self, dim: Dim) -> int:
+        """The first call that takes a dimension."""
+        return next((k for k, c in enumerate(self.calls) if dim in c.dims), len(self.calls))
 
     # ---- liveness -------------------------------------------------------------------------------
     def live(self) -> None:
@@ -280,7 +313,7 @@ class _Planner:
                     raise self.error(f"{_name(step.result)} is made twice")
                 if type_of(step.source).dtype is not type_of(step.result).dtype:
                     raise self.error(f"{_name(step.result)} is an alias of another dtype")
-                group.sizes.append(_bytes(step.result))
+                group.sizes.append(self.bytes_of(step.result))
                 self.groups[_key(step.result)] = group
                 continue
             now += 1
@@ -290,7 +323,10 @@ class _Planner:
             for r in step.results:
                 if _key(r) in self.groups:
                     raise self.error(f"{_name(r)} is made twice")
-                self.groups[_key(r)] = _Group([_bytes(r)], start=now, end=now)
+                self.groups[_key(r)] = _Group([self.bytes_of(r)], start=now, end=now)
+
+    def bytes_of(self, v: Value) -> Expr:
+        return substitute(_bytes(v), self.most)
 
     def group(self, v: Value) -> _Group:
         found = self.groups.get(_key(v))

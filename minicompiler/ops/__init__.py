@@ -9,6 +9,7 @@ from . import (
     codes,
     contract,
     conv,
+    count,
     elementwise,
     evaluate,
     index,
@@ -27,7 +28,7 @@ from . import (
 )
 
 __all__ = [
-    "activations", "codes", "contract", "conv", "elementwise", "evaluate", "index", "linalg",
+    "activations", "codes", "contract", "conv", "count", "elementwise", "evaluate", "index", "linalg",
     "norm", "order", "pieces", "pool", "quant", "recurrent", "reduce", "resize", "sample",
     "scatter", "shape",
 ]  # fmt: skip

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from .rules import Size, axis_of, direct, fail, need_dtype, need_rank, result, s
 from .scatter import Fresh, over
 
 Array = np.ndarray
+_ONLY = (Const(0),)
 _LEVELS = 40  # a run doubles at each level: enough for any tensor
 
 
@@ -33,57 +35,71 @@ class OrderAttrs:
     k: Size = 1
 
 
+def merge_sort(
+    n: Expr,
+    order: Buffer,
+    spare: Buffer,
+    at: Callable[[Expr], tuple[Expr, ...]],
+    before: Callable[[Expr, Expr], Expr],
+    fresh: Fresh,
+) -> Stmt:
+    """Sorts the n positions order[at(k)]; equal ones keep their order. `spare` is scratch memory.
+
+    before(a, b): position a has to stand before position b.
+    """
+    known = const_int(n)
+    levels = _LEVELS if known is None else max(known - 1, 0).bit_length()
+    p, start, t, c = (fresh(s) for s in ("p", "s", "t", "c"))
+    width = binary("shl", ONE, p)
+    left, right = local("left", fresh), local("right", fresh)
+    low = start * width * 2
+    middle, high = minimum(low + width, n), minimum(low + width * 2, n)
+    i, j = Load(left, _ONLY), Load(right, _ONLY)
+    # Both candidates are looked at even where a run is used up, hence the bounds.
+    a = Load(order, at(minimum(i, n - 1)))
+    b = Load(order, at(minimum(j, n - 1)))
+    keep = binary("and", i < middle, binary("or", high <= j, ~before(b, a)))
+    merge = If(
+        keep,
+        seq([Store(spare, at(low + t), a), Store(left, _ONLY, i + 1)]),
+        seq([Store(spare, at(low + t), b), Store(right, _ONLY, j + 1)]),
+    )
+    loop = For(t, high - low, SERIAL, merge)
+    run = seq([Store(left, _ONLY, low), Store(right, _ONLY, middle), loop])
+    level = seq(
+        [
+            For(start, ceildiv(n, width * 2), SERIAL, run),
+            For(c, n, SERIAL, Store(order, at(c), Load(spare, at(c)))),
+        ]
+    )
+    passes = For(p, wrap(levels), SERIAL, If(width < n, level))
+    return Alloc(left, Alloc(right, passes))
+
+
+def local(stem: str, fresh: Fresh) -> Buffer:
+    """One int64 of a thread's own."""
+    return Buffer(fresh(stem).name, index, (ONE,), Scope.LOCAL)
+
+
 def sorting(
     x: Buffer, order: Buffer, spare: Buffer, axis: int, largest: bool, fresh: Fresh
 ) -> Stmt:
     """Fills `order` (int64, like x) with the sorted positions along an axis; `spare` is scratch."""
     n = x.shape[axis]
-    rows = (*x.shape[:axis], *x.shape[axis + 1 :])
 
     def row(*outer: Expr) -> Stmt:
         def at(k: Expr) -> tuple[Expr, ...]:
             return (*outer[:axis], k, *outer[axis:])
 
         def before(a: Expr, b: Expr) -> Expr:
-            """Element a has to stand before element b, which comes first in x."""
             p, q = Load(x, at(a)), Load(x, at(b))
             return q < p if largest else p < q
 
-        known = const_int(n)
-        levels = _LEVELS if known is None else max(known - 1, 0).bit_length()
-        k, p, start, t, c = (fresh(s) for s in ("k", "p", "s", "t", "c"))
-        width = binary("shl", ONE, p)
-        left = Buffer(fresh("left").name, index, (ONE,), Scope.LOCAL)
-        right = Buffer(fresh("right").name, index, (ONE,), Scope.LOCAL)
-        low = start * width * 2
-        middle, high = minimum(low + width, n), minimum(low + width * 2, n)
-        i, j = Load(left, (Const(0),)), Load(right, (Const(0),))
-        # Both candidates are looked at even where a run is used up, hence the bounds.
-        a = Load(order, at(minimum(i, n - 1)))
-        b = Load(order, at(minimum(j, n - 1)))
-        keep = binary("and", i < middle, binary("or", high <= j, ~before(b, a)))
-        merge = If(
-            keep,
-            seq([Store(spare, at(low + t), a), Store(left, (Const(0),), i + 1)]),
-            seq([Store(spare, at(low + t), b), Store(right, (Const(0),), j + 1)]),
-        )
-        run = seq(
-            [
-                Store(left, (Const(0),), low),
-                Store(right, (Const(0),), middle),
-                For(t, high - low, SERIAL, merge),
-            ]
-        )
-        level = seq(
-            [
-                For(start, ceildiv(n, width * 2), SERIAL, run),
-                For(c, n, SERIAL, Store(order, at(c), Load(spare, at(c)))),
-            ]
-        )
-        passes = For(p, wrap(levels), SERIAL, If(width < n, level))
-        return seq([For(k, n, SERIAL, Store(order, at(k), k)), Alloc(left, Alloc(right, passes))])
+        k = fresh("k")
+        start = For(k, n, SERIAL, Store(order, at(k), k))
+        return seq([start, merge_sort(n, order, spare, at, before, fresh)])
 
-    return over(rows, fresh, row)
+    return over((*x.shape[:axis], *x.shape[axis + 1 :]), fresh, row)
 
 
 def order_of(x: te.Tensor, axis: int, largest: bool) -> te.Tensor:

@@ -243,7 +243,7 @@ def _maybe(draw: Draw, of: Sequence[int], dtype: str) -> Array | None:
 def _draw_inputs(draw: Draw, gates: int) -> tuple[tuple[int, int, int], str, Array, Array | None]:
     """(steps, batch, hidden size), dtype, x, lengths."""
     steps, batch, hidden = integer(draw, 1, 4), integer(draw, 1, 3), integer(draw, 1, 5)
-    dtype = choice(draw, ("float32", "float32", "float64"))
+    dtype = choice(draw, ("float32", "float32", "float64", "float16"))
     x = array(draw, (steps, batch, gates * hidden), dtype, -1, 1)
     lengths = array(draw, (batch,), "int32", 1, steps) if flag(draw) else None
     return (steps, batch, hidden), dtype, x, lengths

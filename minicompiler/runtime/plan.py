@@ -139,6 +139,19 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Count:
+    """A dimension that a kernel counts: call number `before` is the first that needs it.
+
+    place: where its int64 lies once the earlier calls are done. most: it is never larger.
+    """
+
+    dim: str
+    place: Location
+    most: Size
+    before: int
+
+
+@dataclass(frozen=True)
 class Table:
     """Slots of the table of 64-bit words that the native main reads; each names the first slot."""
 
@@ -163,6 +176,8 @@ class Plan:
             itself; anything else is copied (an input or constant that is also an output, or a value
             that is several outputs).
         constants: their number.
+        counts: dimensions that become known while the calls run. The shapes of outputs may use
+            them; memory sizes do not.
         arena: bytes for intermediate values, offsets are multiples of 64.
         shared, local: bytes of workspace a kernel needs: shared + threads * local.
     """
@@ -179,6 +194,7 @@ class Plan:
     arena: Size
     shared: Size
     local: Size
+    counts: tuple[Count, ...] = ()
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -190,7 +206,7 @@ class Plan:
         outputs = len(self.inputs)
         arena = outputs + len(self.outputs)
         dims = arena + 2
-        constants = dims + len(self.dims)
+        constants = dims + len(self.dims) + len(self.counts)
         first = constants + self.constants
         kernels = {name: first + k for k, name in enumerate(self.kernels)}
         return Table(0, outputs, arena, arena + 1, dims, constants, kernels, first + len(kernels))
@@ -210,6 +226,7 @@ class Plan:
             "arena": self.arena,
             "shared": self.shared,
             "local": self.local,
+            "counts": [[c.dim, c.place, c.most, c.before] for c in self.counts],
         }
 
     @classmethod
@@ -232,6 +249,10 @@ class Plan:
                 arena=_size(data["arena"]),
                 shared=_size(data["shared"]),
                 local=_size(data["local"]),
+                counts=tuple(
+                    Count(dim, _location(place), _size(most), int(before))
+                    for dim, place, most, before in data["counts"]
+                ),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"not a plan of a compiled model: {error!r}") from None
@@ -244,6 +265,8 @@ class Plan:
         counts["constant"] = self.constants
         known = {d.name for d in self.dims}
         wrong: list[str] = []
+        places = [*self.results, *[a for c in self.calls for a in c.args]]
+        places += [c.place for c in self.counts]
         if [b.dim for b in self.binds] != [d.name for d in self.dims]:
             wrong.append("the dimensions and what binds them differ")
         for b in self.binds:
@@ -254,19 +277,20 @@ class Plan:
         for name, size in self.named:
             wrong += _unknown_names(size, known)
             known.add(name)
-        sizes = [s for t in (*self.inputs, *self.outputs) for s in t.shape]
-        sizes += [self.arena, self.shared, self.local]
+        # Known before the first call; sizes of outputs and of kernels may also be counted.
+        sizes = [s for t in self.inputs for s in t.shape] + [c.most for c in self.counts]
+        sizes += [self.arena, self.shared, self.local, *[at for p, at in places if p == "arena"]]
         for g in self.guards:
             sizes += [g.left, g.right]
             if g.relation not in RELATIONS:
                 wrong.append(f"relation {g.relation}")
-        for place, at in (*self.results, *[a for c in self.calls for a in c.args]):
-            if place == "arena":
-                sizes.append(at)
-            elif not (isinstance(at, int) and 0 <= at < counts[place]):
-                wrong.append(f"{place} {at}")
-        sizes += [d for c in self.calls for d in c.dims]
         wrong += [name for s in sizes for name in _unknown_names(s, known)]
+        known |= {c.dim for c in self.counts}
+        for place, at in places:
+            if place != "arena" and not (isinstance(at, int) and 0 <= at < counts[place]):
+                wrong.append(f"{place} {at}")
+        late = [s for t in self.outputs for s in t.shape] + [d for c in self.calls for d in c.dims]
+        wrong += [name for s in late for name in _unknown_names(s, known)]
         if len(self.results) != len(self.outputs):
             wrong.append("the outputs and where they are differ")
         if wrong:

@@ -101,12 +101,9 @@ def sequence_input() -> onnx.ModelProto:
     return m
 
 
-def training_batch_norm() -> onnx.ModelProto:
-    x = numbers(2, 3, 4, 4)
-    constants = {k: numbers(3, low=0.5) for k in "sbmv"}
-    return model(
-        [node("BatchNormalization", "x s b m v", "y", training_mode=1)], {"x": x}, ["y"], constants
-    )
+def training_dropout() -> onnx.ModelProto:
+    constants = {"ratio": np.float32(0.5), "training": np.array(True)}
+    return model([node("Dropout", "x ratio training", "y")], {"x": numbers(2, 3)}, ["y"], constants)
 
 
 def missing_attribute() -> onnx.ModelProto:
@@ -127,7 +124,7 @@ MISTAKES = [
     unsupported, two_definitions, cycle, missing_value, missing_output, wrong_shapes,
     wrong_channels,
     data_dependent_shape, no_opset, text_input, shapeless_input, sequence_input,
-    training_batch_norm, missing_attribute, short_weight,
+    training_dropout, missing_attribute, short_weight,
 ]  # fmt: skip
 
 

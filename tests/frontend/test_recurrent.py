@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from minicompiler.driver import compile
+from minicompiler.errors import ImportModelError
 
 Array = np.ndarray
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
@@ -28,7 +29,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def model_of(
     op: str,
     extra: tuple[str, ...] = (),
-    batch: int = BATCH,
+    batch: int | str = BATCH,
     hidden: int = HIDDEN,
     steps: int | str = STEPS,
     **attrs: Any,
@@ -66,31 +67,35 @@ def model_of(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
 
 
-def feeds_of(model: onnx.ModelProto, steps: int = STEPS) -> dict[str, Array]:
+def feeds_of(model: onnx.ModelProto, steps: int = STEPS, batch: int = BATCH) -> dict[str, Array]:
+    """Inputs; steps and batch are for the dimensions of these names."""
     rng = np.random.default_rng(1)
+    sizes = {"steps": steps, "batch": batch}
     feeds = {}
     for v in model.graph.input:
-        t = v.type.tensor_type
-        shape = [d.dim_value or steps for d in t.shape.dim]
+        dims = v.type.tensor_type.shape.dim
+        shape = [d.dim_value or sizes[d.dim_param] for d in dims]
         if v.name == "lengths":
-            feeds[v.name] = np.array([steps, 2, 3][: shape[0]], np.int32)
+            feeds[v.name] = rng.integers(1, steps + 1, shape).astype(np.int32)
         else:
             feeds[v.name] = rng.uniform(-1, 1, shape).astype(np.float32)
     return feeds
 
 
-def close(model: onnx.ModelProto, want: Any, threads: int = 1, steps: int = STEPS) -> None:
-    module = compile(model, threads=threads, record=False)
-    got = module(*feeds_of(model, steps).values())
+def close(got: Any, want: Any) -> None:
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=2e-5, atol=2e-6)
 
 
-def check(model: onnx.ModelProto, threads: int = 1, steps: int = STEPS) -> None:
+def check(model: onnx.ModelProto, threads: int = 1, sizes: Any = ((STEPS, BATCH),)) -> None:
+    """Agrees with onnxruntime, for all of some (steps, batch)."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-    close(model, session.run(None, feeds_of(model, steps)), threads, steps)
+    module = compile(model, threads=threads, record=False, checked=True)
+    for steps, batch in sizes:
+        feeds = feeds_of(model, steps, batch)
+        close(module(*feeds.values()), session.run(None, feeds))
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
@@ -134,7 +139,9 @@ def test_each_function_takes_the_constants_it_has() -> None:
 @pytest.mark.parametrize("op", GATES)
 def test_batch_first(op: str) -> None:
     model = model_of(op, ("B", "h0", "c0"), layout=1)
-    close(model, ReferenceEvaluator(model).run(None, feeds_of(model)))
+    feeds = feeds_of(model)
+    got = compile(model, threads=1, record=False)(*feeds.values())
+    close(got, ReferenceEvaluator(model).run(None, feeds))
 
 
 def test_batch_first_in_both_directions() -> None:
@@ -148,10 +155,20 @@ def test_batch_first_in_both_directions() -> None:
         np.testing.assert_allclose(g, w.swapaxes(0, 1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("op", GATES)
-def test_any_number_of_steps(op: str) -> None:
-    for steps in (1, 7):
-        check(model_of(op, ("B",), steps="steps"), steps=steps)
+def test_any_number_of_steps_and_rows(op: str, direction: str) -> None:
+    sizes = [(1, 1), (7, 3), (4, 9)]
+    some = model_of(op, ("B",), steps="steps", batch="batch", direction=direction)
+    check(some, sizes=sizes)
+    every = ("B", "h0", "lengths")
+    check(model_of(op, every, "batch", 20, "steps", direction=direction), sizes=sizes)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("op", GATES)
+def test_tiles_of_rows(op: str, batch: int) -> None:
+    check(model_of(op, ("B", "h0"), batch, 37))
 
 
 @pytest.mark.parametrize(
@@ -168,6 +185,18 @@ def test_threads_share_each_step(op: str, attrs: dict[str, Any]) -> None:
         for a, b in zip(one, other, strict=True):
             np.testing.assert_array_equal(a, b)
     check(model, threads=2)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["Gelu", "Tanh"], "activation 'gelu' is not supported"),
+        (["Tanh"] * 3, "takes 2 activations"),
+    ],
+)
+def test_refusals(names: list[str], message: str) -> None:
+    with pytest.raises(ImportModelError, match=message):
+        compile(model_of("GRU", activations=names))
 
 
 def test_lengths_that_are_all_steps_cost_nothing() -> None:
