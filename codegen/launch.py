@@ -12,7 +12,7 @@ calls; between two of them all threads meet at the barrier. A kernel is called a
 from __future__ import annotations
 
 from minicompiler.errors import CodegenError
-from minicompiler.runtime.plan import MAIN, Call, Location, Plan, Size
+from minicompiler.runtime.plan import MAIN, Call, Count, Location, Plan, Size
 
 _FLOOR = """
 define internal i64 @mc_floordiv(i64 %a, i64 %b) #0 {
@@ -69,6 +69,7 @@ class _Main:
             self.sizes[name] = self.size(size)
         if self.plan.calls:
             self.put("%several = icmp sgt i32 %nthreads, 1")
+        counts = self.plan.counts
         for k, call in enumerate(self.plan.calls):
             if k:
                 self.lines.append(f"  br i1 %several, label %meet{k}, label %call{k}")
@@ -76,10 +77,24 @@ class _Main:
                 self.put("call void @mc_barrier(ptr %barrier, i32 %nthreads)")
                 self.put(f"br label %call{k}")
                 self.lines.append(f"call{k}:")
+            for at, c in enumerate(counts):
+                if c.before == k:
+                    self.counted(c, self.table.dims + len(self.plan.dims) + at)
             self.call(call)
         self.put("ret void")
         head = f"define void @{MAIN}(i32 %tid, i32 %nthreads, ptr %table, ptr %barrier) #0 {{\n"
         return _FLOOR + head + "\n".join(["entry:", *self.lines, "}", ""])
+
+    def counted(self, c: Count, slot: int) -> None:
+        """A dimension that an earlier kernel has counted; the caller finds it in the table.
+
+        Every thread stores the same number there.
+        """
+        size = self.op(f"load i64, ptr {self.pointer(c.place)}, align 8")
+        most = self.op(_FORMATS["min"].format(size, self.size(c.most)))
+        size = self.sizes[c.dim] = self.op(_FORMATS["max"].format(most, 0))
+        at = self.op(f"getelementptr i64, ptr %table, i64 {slot}")
+        self.put(f"store i64 {size}, ptr {at}, align 8")
 
     def call(self, call: Call) -> None:
         args = ["i32 %tid", "i32 %nthreads", "ptr %barrier"]

@@ -43,12 +43,12 @@ from .ir.graph import (
     topological,
 )
 from .ir.layout import IndexMap
-from .ir.op import assumptions
+from .ir.op import Counted, assumptions
 from .ir.tir import Buffer, PrimFunc, script
 from .ir.verify_tir import verify_tir
 from .lower.cost import flops, moved
 from .lower.lift_constants import lift_constants
-from .lower.memory import KernelCall, plan_memory, to_size
+from .lower.memory import Count, KernelCall, plan_memory, to_size
 from .lower.to_tir import lower_function
 from .runtime.diskcache import DiskCache
 from .runtime.loader import Library
@@ -140,7 +140,8 @@ def run_time_guards(fn: Function) -> list[tuple[Expr, str]]:
     """The equalities of sizes that type rules took for granted, each with the node that needs
     it."""
     found: dict[Expr, str] = {}
-    if not function_dims(fn):
+    counted = any(isinstance(v.attrs, Counted) for v in applies(fn))
+    if not function_dims(fn) and not counted:
         return []
     for v in applies(fn):
         if isinstance(v.op, Function):
@@ -192,7 +193,7 @@ def assemble(fn: Function, built: Built, ctx: Context) -> Module:
     """The module of an optimised graph and its kernels: memory plan and native main."""
     assert ctx.target is not None
     start = time.perf_counter()
-    plan, constants = plan_memory(fn, built.calls, ctx.guards)
+    plan, constants = plan_memory(fn, built.calls, ctx.guards, _counts(fn))
     ctx.stages.append(Stage(fn.name, "plan", "plan_memory", "", time.perf_counter() - start))
     start = time.perf_counter()
     text = emit_main(plan)
@@ -429,6 +430,20 @@ def _call(
         _expr(kernel.shared, dims),
         _expr(kernel.local, dims),
     )
+
+
+def _counts(fn: Function) -> list[Count]:
+    """The dimensions that kernels count, and where: the last argument of a node like `head`."""
+    found: dict[Any, Count] = {}
+    for v in applies(fn):
+        assert isinstance(v.op, Function)
+        outer = {id(p): a for p, a in zip(v.op.params, v.args, strict=True)}
+        for x in applies(v.op):
+            if isinstance(x.attrs, Counted) and isinstance(x.attrs.dim, Dim):
+                value = outer.get(id(x.args[-1]), x.args[-1])
+                assert value is not None
+                found.setdefault(x.attrs.dim, Count(x.attrs.dim, value, wrap(x.attrs.most)))
+    return list(found.values())
 
 
 def _dims(v: Apply) -> list[Any]:

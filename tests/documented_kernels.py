@@ -12,6 +12,7 @@ from minicompiler.ir.types import float32
 from minicompiler.lower.to_tir import from_tensors
 from minicompiler.ops.conv import conv
 from minicompiler.ops.norm import layer_norm
+from minicompiler.ops.recurrent import lstm
 
 
 def gemm() -> PrimFunc:
@@ -57,9 +58,33 @@ def layer_norm_rows() -> PrimFunc:
     return from_tensors("layer_norm", [x, scale, offset], [y], [scale, offset])
 
 
+def winograd() -> PrimFunc:
+    """3x3 convolution by F(4x4, 3x3), bias, ReLU; activations in NCHW16c."""
+    x = te.placeholder("x", (1, 64, 28, 28), float32)
+    w = te.placeholder("w", (64, 64, 3, 3), float32)
+    b = te.placeholder("b", (64,), float32)
+    compute = next(c for c in conv.computes if c.name == "winograd4")
+    attrs = conv.attrs(pads_begin=(1, 1), pads_end=(1, 1))
+    y = te.map_elements(lambda v: maximum(v, 0.0), compute.build(x, w, b, attrs), name="relu")
+    blocked = IndexMap.blocked(4, 1, 16)
+    return from_tensors("winograd", [x, w, b], [y], [w, b], {x: blocked, y: blocked})
+
+
+def lstm_loop() -> PrimFunc:
+    """The time loop of an LSTM layer over given pre-activations; R are weights."""
+    steps, hidden = 50, 256
+    x = te.placeholder("x", (steps, 1, 4 * hidden), float32)
+    r = te.placeholder("r", (4, hidden, hidden), float32)
+    attrs = lstm.attrs(("sigmoid", "tanh", "tanh"), (0.0,) * 3, (0.0,) * 3)
+    made = lstm.computes[0].build(x, r, *[None] * 4, attrs)
+    return from_tensors("lstm", [x, r], made, [r])
+
+
 KERNELS: dict[str, Callable[[], PrimFunc]] = {
     "gemm": gemm,
     "conv3x3": conv3x3,
     "depthwise": depthwise,
+    "winograd": winograd,
     "layer_norm": layer_norm_rows,
+    "lstm": lstm_loop,
 }

@@ -17,9 +17,22 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from minicompiler.errors import InternalError
+from minicompiler.errors import InternalError, ShapeError
 from minicompiler.ir.arith import Arith, dims_of, evaluate_int
-from minicompiler.ir.expr import ZERO, Binary, Const, Dim, Expr, Var, ceildiv, maximum, substitute, walk, wrap
+from minicompiler.ir.expr import (
+    ZERO,
+    Binary,
+    Const,
+    Dim,
+    Expr,
+    Var,
+    ceildiv,
+    free_vars,
+    maximum,
+    substitute,
+    walk,
+    wrap,
+)
 from minicompiler.ir.graph import Constant, Function, Input, Item, Value, layout_of, type_of
 from minicompiler.ir.types import TensorType
 from minicompiler.runtime import plan as rt
@@ -102,7 +115,43 @@ def plan_memory(
     Raises InternalError for steps that do not fit the function: a value read before it is made, a
     result that nothing makes, an input that becomes an output by an Alias alone.
     """
-    return _Planner(fn, steps, counts).run(guards)
+    return _Planner(fn, _after_counts(steps, counts), counts).run(guards)
+
+
+def _after_counts(
+    steps: Sequence[KernelCall | Alias], counts: Sequence[Count]
+) -> Sequence[KernelCall | Alias]:
+    """The steps in an order in which a dimension is counted before a kernel takes it."""
+    missing = {c.dim: _key(c.value) for c in counts if not isinstance(c.value, Input | Constant)}
+    if not missing:
+        return steps
+    unmade = {_key(r) for s in steps for r in _results(s)}
+    done: list[KernelCall | Alias] = []
+    rest = list(steps)
+    while rest:
+        waiting: list[KernelCall | Alias] = []
+        for s in rest:
+            needs = {_key(a) for a in _operands(s)}
+            if isinstance(s, KernelCall):
+                needs |= {missing[d] for d in s.dims if d in missing}
+            if needs & unmade:
+                waiting.append(s)
+            else:
+                done.append(s)
+                unmade -= {_key(r) for r in _results(s)}
+        if len(waiting) == len(rest):
+            raise InternalError("kernels wait for each other's sizes")
+        rest = waiting
+    return done
+
+
+def _results(s: KernelCall | Alias) -> tuple[Value, ...]:
+    return (s.result,) if isinstance(s, Alias) else s.results
+
+
+def _operands(s: KernelCall | Alias) -> list[Value]:
+    every = (s.source,) if isinstance(s, Alias) else s.args
+    return [a for a in every if isinstance(a, Value)]
 
 
 # ---- placement ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import mmap
 import os
 import struct
@@ -94,6 +95,13 @@ class Module:
         self._copied = [
             (i, place) for i, place in enumerate(plan.results) if place != ("output", i)
         ]
+        # Outputs whose size is known only after a call: they get room for the most.
+        counted = {c.dim for c in plan.counts}
+        self._trimmed = [
+            i
+            for i, t in enumerate(plan.outputs)
+            if any(not counted.isdisjoint(_names(s)) for s in t.shape)
+        ]
         self._layout = plan.table()
         # Inputs and outputs lie at the start of the table.
         self._pack = struct.Struct(f"{self._layout.arena}q").pack_into
@@ -147,6 +155,8 @@ class Module:
                 context.prepare(sizes, self._layout.arena)
             self._pack(context.table, 0, *addresses)
             pool.region(pool.handle, self._main, context.address, self.threads)
+            if self._trimmed:
+                self._trim(results, sizes, context)
         finally:
             self._free.append(context)
         if self._copied:
@@ -219,12 +229,24 @@ class Module:
             # An output may hold the same elements under another shape.
             np.copyto(results[i], sources[place][at].reshape(results[i].shape))
 
+    def _trim(self, results: list[Any], sizes: _Sizes, context: _Context) -> None:
+        """Give outputs their shapes, now that the kernels have counted."""
+        first = self._layout.dims + len(self.plan.dims)
+        dims = dict(sizes.known)
+        dims.update((c.dim, context.table[first + k]) for k, c in enumerate(self.plan.counts))
+        for i in self._trimmed:
+            shape = tuple(evaluate(s, dims) for s in self.outputs[i].shape)
+            # Elements lie without gaps, so those that count come first.
+            results[i] = results[i].reshape(-1)[: math.prod(shape)].reshape(shape)
+
     # ---- shapes ---------------------------------------------------------------------------------
     def _measure(self, shapes: tuple[tuple[int, ...], ...]) -> _Sizes:
         """Check the shapes of a call and compute all sizes that follow from them."""
         dims = self._bind(shapes)
         for name, size in self.plan.named:
             dims[name] = evaluate(size, dims)
+        for c in self.plan.counts:
+            dims[c.dim] = evaluate(c.most, dims)
         outputs = []
         for t, dtype in zip(self.outputs, self._out_dtypes, strict=True):
             shape = tuple(evaluate(s, dims) for s in t.shape)
@@ -238,7 +260,7 @@ class Module:
         shared, local = evaluate(plan.shared, dims), evaluate(plan.local, dims)
         arena = -(-evaluate(plan.arena, dims) // _CACHE_LINE) * _CACHE_LINE
         values = [dims[d.name] for d in plan.dims]
-        sizes = _Sizes(values, outputs, arena, arena + shared + self.threads * local)
+        sizes = _Sizes(values, outputs, arena, arena + shared + self.threads * local, dims)
         if len(self._shapes) >= _SHAPES_KEPT:
             self._shapes.clear()
         self._shapes[shapes] = sizes
@@ -296,6 +318,8 @@ class Module:
             if array is None:
                 results.append(_new(*spec))
                 continue
+            if len(results) in self._trimmed:
+                raise RunError(f'out= for output "{t.name}", whose size is known only afterwards')
             _check_out(t, array, spec[0], spec[1])
             for what, other in taken:
                 if np.may_share_memory(array, other):
@@ -347,7 +371,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Module:
 class _Sizes:
     """What follows from the shapes of a call's inputs."""
 
-    __slots__ = ("arena", "dims", "memory", "outputs")
+    __slots__ = ("arena", "dims", "known", "memory", "outputs")
 
     def __init__(
         self,
@@ -355,8 +379,10 @@ class _Sizes:
         outputs: list[tuple[tuple[int, ...], np.dtype[Any], int]],
         arena: int,
         memory: int,
+        known: dict[str, int],
     ) -> None:
         self.dims, self.outputs, self.arena, self.memory = dims, outputs, arena, memory
+        self.known = known  # every size with a name; counted ones at their largest
 
 
 class _Context:

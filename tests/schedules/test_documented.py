@@ -12,13 +12,16 @@ from documented_kernels import KERNELS
 from minicompiler.schedules.cpu import schedule
 from minicompiler.target import Target
 
+WIDEST = 240  # a transform matrix written out makes longer lines than anyone reads
 PAGE = Path(__file__).parents[2] / "docs" / "schedules.md"
 
 
 def _generated(name: str) -> str:
     s = schedule(KERNELS[name](), Target.parse("cpu:avx2"))
     steps = "\n".join(str(step) for step in s.steps)
-    return f"<!-- generated {name} -->\n```\n{steps}\n\n{s.func}```\n<!-- end -->\n"
+    lines = [x if len(x) <= WIDEST else x[: WIDEST - 4] + " ..." for x in str(s.func).splitlines()]
+    nest = "\n".join(lines)
+    return f"<!-- generated {name} -->\n```\n{steps}\n\n{nest}\n```\n<!-- end -->\n"
 
 
 @pytest.mark.parametrize("name", KERNELS)
