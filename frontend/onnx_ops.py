@@ -9,6 +9,7 @@ Operators without a row are expanded where the ONNX specification defines them t
 from __future__ import annotations
 
 from .onnx_control import CONTROL
+from .onnx_count import COUNT
 from .onnx_image import IMAGE
 from .onnx_index import INDEX
 from .onnx_math import MATH, Converter
@@ -19,5 +20,5 @@ from .onnx_shape import SHAPE
 from .onnx_train import TRAIN
 
 CONVERTERS: dict[str, Converter] = {
-    **MATH, **NN, **SHAPE, **INDEX, **IMAGE, **QUANT, **RECURRENT, **CONTROL, **TRAIN,
+    **MATH, **NN, **SHAPE, **INDEX, **IMAGE, **QUANT, **RECURRENT, **CONTROL, **TRAIN, **COUNT,
 }  # fmt: skip

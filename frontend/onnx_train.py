@@ -31,14 +31,29 @@ class _Number:
         values = [x.value if isinstance(x, _Number) else self.n.constant(x, dtype) for x in (a, b)]
         return _Number(self.n, self.n.apply(op, *values, name=""))
 
-    def __add__(self, o: Any) -> _Number: return self._do(el.add, self, o)
-    def __radd__(self, o: Any) -> _Number: return self._do(el.add, o, self)
-    def __sub__(self, o: Any) -> _Number: return self._do(el.sub, self, o)
-    def __rsub__(self, o: Any) -> _Number: return self._do(el.sub, o, self)
-    def __mul__(self, o: Any) -> _Number: return self._do(el.mul, self, o)
-    def __rmul__(self, o: Any) -> _Number: return self._do(el.mul, o, self)
-    def __truediv__(self, o: Any) -> _Number: return self._do(el.div, self, o)
-    def __rpow__(self, o: Any) -> _Number: return self._do(el.power, o, self)
+    def __add__(self, o: Any) -> _Number:
+        return self._do(el.add, self, o)
+
+    def __radd__(self, o: Any) -> _Number:
+        return self._do(el.add, o, self)
+
+    def __sub__(self, o: Any) -> _Number:
+        return self._do(el.sub, self, o)
+
+    def __rsub__(self, o: Any) -> _Number:
+        return self._do(el.sub, o, self)
+
+    def __mul__(self, o: Any) -> _Number:
+        return self._do(el.mul, self, o)
+
+    def __rmul__(self, o: Any) -> _Number:
+        return self._do(el.mul, o, self)
+
+    def __truediv__(self, o: Any) -> _Number:
+        return self._do(el.div, self, o)
+
+    def __rpow__(self, o: Any) -> _Number:
+        return self._do(el.power, o, self)
 
     def sqrt(self) -> _Number:
         return _Number(self.n, self.n.apply(el.sqrt, self.value, name=""))

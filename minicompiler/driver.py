@@ -15,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from .errors import InternalError, MinicompilerError
 from .frontend import onnx as onnx_frontend
 from .ir.arith import evaluate_int
 from .ir.equal import structural_key
-from .ir.expr import Expr, eq
+from .ir.expr import Dim, Expr, binary, eq, wrap
 from .ir.graph import (
     Apply,
     Constant,
@@ -171,22 +172,28 @@ def build_kernels(fn: Function, ctx: Context) -> Built:
     """The kernels of an optimised graph, each compiled once or taken from the cache."""
     assert ctx.target is not None
     cache = DiskCache()
+    started: dict[str, Future[tuple[Kernel, Stage]]] = {}
+    wanted: list[tuple[Apply, str]] = []
+    # LLVM works on one kernel (without the interpreter lock) while the next is being scheduled.
+    with ThreadPoolExecutor(1, "minicompiler-llvm") as worker:
+        for v in topological(fn.results):
+            if not isinstance(v, Apply):
+                continue
+            if not isinstance(v.op, Function):
+                raise InternalError(f"operator {v.op.name} was not put into a kernel", v.locs)
+            constant = tuple(isinstance(a, Constant) for a in v.args)
+            key = kernel_key(v.op, constant, ctx)
+            if key not in started:
+                started[key] = _start_kernel(key, v.op, constant, ctx, cache, worker)
+            wanted.append((v, key))
     kernels: dict[str, Kernel] = {}
+    for key, future in started.items():
+        kernels[key], stage = future.result()
+        ctx.stages.append(stage)
     libraries: dict[str, Library] = {}
     made: dict[tuple[Any, ...], np.ndarray] = {}
-    calls = []
-    for v in topological(fn.results):
-        if not isinstance(v, Apply):
-            continue
-        if not isinstance(v.op, Function):
-            raise InternalError(f"operator {v.op.name} was not put into a kernel", v.locs)
-        constant = tuple(isinstance(a, Constant) for a in v.args)
-        key = kernel_key(v.op, constant, ctx)
-        kernel = kernels.get(key)
-        if kernel is None:
-            kernel = kernels[key] = _cached_kernel(key, v.op, constant, ctx, cache)
-        calls.append(_call(v, kernel, libraries, made))
-    return Built({k.name: k for k in kernels.values()}, tuple(calls))
+    calls = tuple(_call(v, kernels[key], libraries, made) for v, key in wanted)
+    return Built({k.name: k for k in kernels.values()}, calls)
 
 
 def assemble(fn: Function, built: Built, ctx: Context) -> Module:
@@ -236,19 +243,41 @@ def _stamp(target: Target) -> str:
     return f"{VERSION} {_fingerprint[0]} {json.dumps(target.to_json(), sort_keys=True)}"
 
 
-def _cached_kernel(
-    key: str, fn: Function, constant: tuple[bool, ...], ctx: Context, cache: DiskCache
-) -> Kernel:
+def _start_kernel(
+    key: str,
+    fn: Function,
+    constant: tuple[bool, ...],
+    ctx: Context,
+    cache: DiskCache,
+    worker: ThreadPoolExecutor,
+) -> Future[tuple[Kernel, Stage]]:
+    """The kernel and the record of its last step: from the cache, or as soon as LLVM is done."""
     raw = key.encode()
     start = time.perf_counter()
     entry = cache.get(raw)
     if entry is not None:
-        ctx.stages.append(Stage(fn.name, "code", "cached", "", time.perf_counter() - start))
-        return _kernel_from(entry.metadata, entry.value)
-    kernel = build_kernel(fn, constant, ctx, "_" + hashlib.blake2b(raw, digest_size=6).hexdigest())
-    data = {f.name: getattr(kernel, f.name) for f in dataclasses.fields(kernel) if f.name != "code"}
-    cache.put(raw, kernel.code, data)
-    return kernel
+        ready: Future[tuple[Kernel, Stage]] = Future()
+        stage = Stage(fn.name, "code", "cached", "", time.perf_counter() - start)
+        ready.set_result((_kernel_from(entry.metadata, entry.value), stage))
+        return ready
+    suffix = "_" + hashlib.blake2b(raw, digest_size=6).hexdigest()
+    kernel, text = write_kernel(fn, constant, ctx, suffix)
+
+    def finish() -> tuple[Kernel, Stage]:
+        made, stage = _compiled(kernel, text, ctx)
+        fields = [f.name for f in dataclasses.fields(made) if f.name != "code"]
+        cache.put(raw, made.code, {name: getattr(made, name) for name in fields})
+        return made, stage
+
+    return worker.submit(finish)
+
+
+def _compiled(kernel: Kernel, text: str, ctx: Context) -> tuple[Kernel, Stage]:
+    assert ctx.target is not None
+    start = time.perf_counter()
+    code = compile_object(text, ctx.target)
+    stage = Stage(kernel.name, "code", "object", "", time.perf_counter() - start)
+    return dataclasses.replace(kernel, code=code), stage
 
 
 def _kernel_from(data: Mapping[str, Any], code: bytes) -> Kernel:
@@ -277,6 +306,15 @@ def build_kernel(
 ) -> Kernel:
     """One fused function, lowered, scheduled and compiled. `constant`: which arguments are
     constants."""
+    kernel, stage = _compiled(*write_kernel(fn, constant, ctx, suffix), ctx)
+    ctx.stages.append(stage)
+    return kernel
+
+
+def write_kernel(
+    fn: Function, constant: tuple[bool, ...], ctx: Context, suffix: str = ""
+) -> tuple[Kernel, str]:
+    """`build_kernel` up to LLVM IR: the kernel still without code, and the text to compile."""
     target = ctx.target
     assert target is not None
     lowered = _timed(
@@ -323,9 +361,6 @@ def build_kernel(
         emitted = emitted or e
         parts.append(e.text)
     assert emitted is not None
-    code = _timed(
-        ctx, name, "code", "object", lambda: compile_object(_merge(parts), target), lambda r: ""
-    )
     ready = [p.buffer for p in prepared]
 
     def place(b: Buffer, f: PrimFunc) -> tuple[str, int]:
@@ -350,7 +385,7 @@ def build_kernel(
     meaning = lower_function(fn, constant)
     final = func.params
     params = tuple(("prepared", ready.index(b)) if b in ready else place(b, func) for b in final)
-    return Kernel(
+    kernel = Kernel(
         name,
         params,
         tuple(made),
@@ -359,8 +394,9 @@ def build_kernel(
         to_size(emitted.local),
         to_size(flops(meaning)),
         to_size(moved(meaning)),
-        code,
+        b"",
     )
+    return kernel, _merge(parts)
 
 
 def _timed(ctx: Context, subject: str, level: str, name: str, run: Any, text: Any) -> Any:
@@ -460,8 +496,6 @@ def _dims(v: Apply) -> list[Any]:
 
 
 def _expr(size: Size, dims: Mapping[str, Expr]) -> Expr:
-    from .ir.expr import binary, wrap
-
     if isinstance(size, tuple):
         return binary(size[0], _expr(size[1], dims), _expr(size[2], dims))
     return dims[size] if isinstance(size, str) else wrap(size)

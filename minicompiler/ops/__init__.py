@@ -28,7 +28,7 @@ from . import (
 )
 
 __all__ = [
-    "activations", "codes", "contract", "conv", "count", "elementwise", "evaluate", "index", "linalg",
-    "norm", "order", "pieces", "pool", "quant", "recurrent", "reduce", "resize", "sample",
+    "activations", "codes", "contract", "conv", "count", "elementwise", "evaluate", "index",
+    "linalg", "norm", "order", "pieces", "pool", "quant", "recurrent", "reduce", "resize", "sample",
     "scatter", "shape",
 ]  # fmt: skip

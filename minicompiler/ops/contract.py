@@ -1,7 +1,7 @@
 """Sums of products by index letters, and windows laid back over an image.
 
-    einsum(a, b; "ij,jk->ik")          a letter twice in one operand reads its diagonal
-    col2im(x; image, kernel)           columns of patches -> image, overlaps are added
+einsum(a, b; "ij,jk->ik")          a letter twice in one operand reads its diagonal
+col2im(x; image, kernel)           columns of patches -> image, overlaps are added
 """
 
 from __future__ import annotations

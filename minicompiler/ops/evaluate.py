@@ -277,7 +277,7 @@ def _run(fn: Function, arrays: Sequence[Array], outer: Mapping[str, int]) -> lis
         elif isinstance(v, Apply):
             args = [None if a is None else values[id(a)] for a in v.args]
             if isinstance(v.attrs, Counted) and isinstance(v.attrs.dim, Dim):
-                dims[v.attrs.dim.name] = int(args[-1])
+                dims[v.attrs.dim.name] = int(values[id(v.args[-1])])
             if isinstance(v.op, Function):
                 got = _run(v.op, [a for a in args if a is not None], dims)
                 values[id(v)] = got[0] if len(got) == 1 else tuple(got)

@@ -1,8 +1,8 @@
 """Operators that sort.
 
-    argsort(x; axis, largest)    positions of the elements from the largest to the smallest;
-                                 equal ones keep their order (a merge sort)
-    topk(x; k, axis, largest)    (values, positions) of the first k of them
+argsort(x; axis, largest)    positions of the elements from the largest to the smallest;
+                             equal ones keep their order (a merge sort)
+topk(x; k, axis, largest)    (values, positions) of the first k of them
 """
 
 from __future__ import annotations
@@ -199,4 +199,3 @@ topk = register(
         _topk_samples,
     )
 )
-

@@ -1,0 +1,118 @@
+"""Sizes that only the data tells, from the importer to the running module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx_models import Array, model, node, numbers
+
+import minicompiler as mc
+from minicompiler.errors import RunError, ShapeError
+from minicompiler.frontend.onnx import load
+from minicompiler.ops.evaluate import run_reference
+
+X = np.array([[0, 3, 0, 5], [7, 0, 0, 0], [1, 1, 0, 2]], np.float32)
+NOTHING = np.zeros_like(X)
+
+
+def positions() -> onnx.ModelProto:
+    """The places of what is not zero, and the sum of the rows they lie in."""
+    return model(
+        [
+            node("NonZero", "x", "places"),
+            node("Gather", "places zero", "rows", axis=0),
+            node("Gather", "x rows", "chosen", axis=0),
+            node("MatMul", "chosen w", "product"),
+            node("ReduceSum", "product", "y", keepdims=0),
+        ],
+        {"x": X},
+        ["places", "product", "y"],
+        {"zero": np.array(0, np.int64), "w": numbers(4, 8)},
+    )
+
+
+def expected(x: Array) -> list[Array]:
+    places = np.array(np.nonzero(x))
+    product = x[places[0]] @ numbers(4, 8)
+    return [places, product, product.sum()]
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("x", (X, NOTHING, X + 1), ids=("some", "none", "all"))
+def test_what_follows_a_count_has_its_size(x: Array, threads: int) -> None:
+    module = mc.compile(positions(), threads=threads)
+    for got, want in zip(module(x), expected(x), strict=True):
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_one_module_serves_all_counts_and_survives_saving(tmp_path: Path) -> None:
+    mc.compile(positions(), threads=1).save(tmp_path / "m.mc")
+    module = mc.load(tmp_path / "m.mc", threads=1)
+    for x in (X, NOTHING, X + 1, X):
+        for got, want in zip(module(x), expected(x), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_interpreted_graph_agrees() -> None:
+    fn = load(positions())
+    for got, want in zip(run_reference(fn, {"x": X}), expected(X), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_symbolic_input_may_be_counted() -> None:
+    m = model([node("NonZero", "x", "y")], {"x": X}, ["y"])
+    m.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "n"
+    module = mc.compile(m, threads=1)
+    for x in (X, X[:1], np.concatenate([X, X, X])):
+        np.testing.assert_array_equal(module(x)[0], np.array(np.nonzero(x)))
+
+
+def test_a_size_may_be_used_without_its_tensor() -> None:
+    """The kernel that makes the range reads no tensor, but has to wait for the count."""
+    nodes = [
+        node("NonZero", "x", "places"),
+        node("Shape", "places", "shape"),
+        node("Gather", "shape one", "count", axis=0),
+        node("Range", "zero count one", "y"),
+    ]
+    constants = {"zero": np.array(0, np.int64), "one": np.array(1, np.int64)}
+    m = model(nodes, {"x": X}, ["y", "places"], constants)
+    y, places = mc.compile(m, threads=1)(X)
+    np.testing.assert_array_equal(y, np.arange(6))
+    assert places.shape == (2, 6)
+
+
+def test_sizes_that_must_agree_but_are_both_counted_are_refused() -> None:
+    nodes = [node("NonZero", "x", "a"), node("NonZero", "z", "b"), node("Add", "a b", "y")]
+    with pytest.raises(ShapeError, match="depends on data"):
+        mc.compile(model(nodes, {"x": X, "z": X}, ["y"]))
+
+
+def test_an_output_array_cannot_be_given() -> None:
+    module = mc.compile(model([node("NonZero", "x", "y")], {"x": X}, ["y"]), threads=1)
+    with pytest.raises(RunError, match="known only afterwards"):
+        module(X, out=[np.empty((2, 6), np.int64)])
+
+
+def test_detections() -> None:
+    """Boxes are suppressed, and the rest of the model works on those that stay."""
+    boxes = np.array([[[0, 0, 2, 2], [0, 0, 2, 2.1], [4, 4, 5, 5], [9, 9, 10, 10]]], np.float32)
+    scores = np.array([[[0.7, 0.9, 0.8, 0.1]]], np.float32)
+    nodes = [
+        node("NonMaxSuppression", "boxes scores most overlap least", "found"),
+        node("Gather", "found two", "which", axis=1),
+        node("Squeeze", "boxes first", "flat"),
+        node("Gather", "flat which", "y", axis=0),
+    ]
+    constants = {
+        "most": np.array([3], np.int64), "overlap": np.array([0.5], np.float32),
+        "least": np.array([0.3], np.float32), "two": np.array(2, np.int64),
+        "first": np.array([0], np.int64),
+    }  # fmt: skip
+    m = model(nodes, {"boxes": boxes, "scores": scores}, ["y"], constants)
+    (y,) = mc.compile(m, threads=1)(boxes, scores)
+    np.testing.assert_array_equal(y, boxes[0, [1, 2]])
