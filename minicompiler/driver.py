@@ -31,7 +31,7 @@ from .errors import InternalError, MinicompilerError
 from .frontend import onnx as onnx_frontend
 from .ir.arith import evaluate_int
 from .ir.equal import structural_key
-from .ir.expr import Dim, Expr, binary, eq, wrap
+from .ir.expr import ZERO, Dim, Expr, binary, eq, wrap
 from .ir.graph import (
     Apply,
     Constant,
@@ -359,6 +359,8 @@ def write_kernel(
             )
         e = _timed(ctx, f.name, "code", "llvm", lambda f=f: emit(f), lambda r: r.text)
         emitted = emitted or e
+        if k and (e.shared is not ZERO or e.local is not ZERO):
+            raise InternalError(f"{f.name} needs workspace while compiling", lowered.locs)
         parts.append(e.text)
     assert emitted is not None
     ready = [p.buffer for p in prepared]

@@ -176,10 +176,10 @@ def test_inspect_tells_operators_work_and_memory(call: Cli, tmp_path: Path) -> N
 
 
 def test_inspect_lists_what_is_not_supported(call: Cli, tmp_path: Path) -> None:
-    nodes = [node("StringNormalizer", "x", "y"), node("Unique", "x", "z")]
+    nodes = [node("StringNormalizer", "x", "y"), node("RegexFullMatch", "x", "z")]
     path = saved(model(nodes, {"x": numbers(3)}, ["y", "z"]), tmp_path)
     result = call("inspect", path, code=1)
-    assert "StringNormalizer" in result.stderr and "Unique" in result.stderr
+    assert "StringNormalizer" in result.stderr and "RegexFullMatch" in result.stderr
 
 
 def test_the_cache_can_be_seen_and_cleared(

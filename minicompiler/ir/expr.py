@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Union
@@ -20,7 +21,23 @@ from typing import Any, ClassVar, Union
 from .types import DType, bool_, index, int64
 
 Value = Union["Expr", int, float, bool]
+_lock = threading.RLock()
 _table: weakref.WeakValueDictionary[tuple[Any, ...], Expr] = weakref.WeakValueDictionary()
+
+
+def _made(cls: type[Expr], key: tuple[Any, ...], fields: tuple[Any, ...]) -> Any:
+    """Interns a new expression. Only this takes a lock: two threads that compile at the same time
+    must
+    not make two objects of one expression, because identity is equality."""
+    with _lock:
+        found = _table.get(key)
+        if found is None:
+            found = object.__new__(cls)
+            found._fields = fields
+            found._free = found._text = None
+            found._init(*fields)
+            _table[key] = found
+        return found
 
 
 class Expr:
@@ -37,13 +54,7 @@ class Expr:
     def __new__(cls, *fields: Any) -> Any:
         key = (cls, *fields)
         found = _table.get(key)
-        if found is None:
-            found = object.__new__(cls)
-            found._fields = fields
-            found._free = found._text = None
-            found._init(*fields)
-            _table[key] = found
-        return found
+        return _made(cls, key, fields) if found is None else found
 
     def _init(self, *fields: Any) -> None:
         raise NotImplementedError
@@ -173,13 +184,10 @@ class Const(Expr):
             value = bool(value) if dtype.is_bool else int(value)
             key = (cls, value, dtype)
         found = _table.get(key)
-        if found is None:
-            found = object.__new__(cls)
-            found._fields = (value, dtype)
-            found._free = found._text = None
-            found.value, found.dtype = value, dtype
-            _table[key] = found
-        return found
+        return _made(cls, key, (value, dtype)) if found is None else found
+
+    def _init(self, *fields: Any) -> None:
+        self.value, self.dtype = fields
 
 
 class Var(Expr):

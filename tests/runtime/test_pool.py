@@ -308,12 +308,16 @@ def test_idle_workers_take_no_processor_time(kernels: Kernels) -> None:
     assert pool.run(kernels.tally, words.address) == 2
 
 
+# Workers go on counting while their pool is shut down, so this must outlive every test.
+SYSTEM_CALLS = ctypes.c_int64()
+
+
 @pytest.mark.skipif(CPUS < 2 or sys.platform != "linux", reason="needs two processors and futex")
 def test_hot_regions_and_barriers_make_no_system_call(
     monkeypatch: pytest.MonkeyPatch, make_pool: Callable[[int], Pool]
 ) -> None:
     # System calls are counted, not timed: other processes may slow this one down at any time.
-    counter = ctypes.c_int64()
+    counter = SYSTEM_CALLS
     at = f"inttoptr (i64 {ctypes.addressof(counter)} to ptr)"
     number = itertools.count()
 
