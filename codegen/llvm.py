@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 
 from minicompiler.errors import CodegenError
-from minicompiler.ir.expr import ZERO, Const, Expr, ceildiv, const_int, wrap
+from minicompiler.ir.expr import ZERO, Const, Expr, Var, ceildiv, const_int, wrap
 from minicompiler.ir.tir import (
     PARALLEL,
     SCAN,
@@ -31,12 +31,15 @@ from minicompiler.ir.tir import (
     statements,
     written_buffers,
 )
+from minicompiler.runtime.spmd import LAYOUT
 
 from .llvm_memory import Memory
 from .llvm_text import Lines, Operand
 
 STACK_LIMIT = 16384  # bytes; larger thread-local buffers come from the workspace
 ALIGN = 64
+CLAIMED = LAYOUT["BAR_CLAIMED"]  # in the barrier block: iterations that threads have taken
+SHARES = 8  # parts that a parallel loop is cut into for each thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,15 +161,52 @@ class _Emitter(Memory):
         del self.env[s.var]
 
     def parallel(self, s: For) -> None:
-        """This thread's part of the iterations."""
-        tid = self.op("sext i32 %tid to i64")
-        count = self.op("sext i32 %nthreads to i64")
+        """This thread's part of the iterations. Threads take a few at a time, so that one that is
+        held up does not hold up the rest; inside other loops, where no barrier separates the
+        rounds, each has a fixed share."""
         extent = self.index(s.extent)
-        a = self.op(f"mul i64 {tid}, {extent}")
-        low = self.op(f"sdiv i64 {a}, {count}")
-        b = self.op(f"add i64 {a}, {extent}")
-        high = self.op(f"sdiv i64 {b}, {count}")
-        self.loop(s, low, high, certain=False)
+        count = self.op("sext i32 %nthreads to i64")
+        if any(isinstance(v, Var) for v in self.level):
+            tid = self.op("sext i32 %tid to i64")
+            a = self.op(f"mul i64 {tid}, {extent}")
+            low = self.op(f"sdiv i64 {a}, {count}")
+            b = self.op(f"add i64 {a}, {extent}")
+            high = self.op(f"sdiv i64 {b}, {count}")
+            self.loop(s, low, high, certain=False)
+            return
+        self.count += 1
+        head, work, done = (f"{x}{self.count}" for x in ("claim", "work", "claimed"))
+        own = self.fresh("own")
+        self.allocas.append(f"{own} = alloca i64, align 8")
+        self.put(f"store i64 0, ptr {own}, align 8")
+        many = self.op("icmp sgt i32 %nthreads, 1")
+        shared = self.op(f"getelementptr i8, ptr %barrier, i64 {CLAIMED}")
+        where = self.op(f"select i1 {many}, ptr {shared}, ptr {own}")
+        parts = self.op(f"mul i64 {count}, {SHARES}")
+        few = self.op(f"sdiv i64 {extent}, {parts}")
+        size = self.op(f"select i1 {many}, i64 {few}, i64 {extent}")
+        size = self.intrinsic("smax", "i64", size, "1")
+        outer = self.scopes[-1]
+        self.scopes.append(Lines([]))
+        self.label = work
+        start = self.fresh("start")
+        end = self.op(f"add i64 {start}, {size}")
+        high = self.intrinsic("smin", "i64", end, extent)
+        self.loop(s, start, high, certain=True)
+        inner = self.scopes.pop()
+        more = self.fresh("more")
+        outer.lines += [
+            f"  br label %{head}",
+            f"{head}:",
+            f"  {start} = atomicrmw add ptr {where}, i64 {size} monotonic, align 8",
+            f"  {more} = icmp slt i64 {start}, {extent}",
+            f"  br i1 {more}, label %{work}, label %{done}",
+            f"{work}:",
+            *inner.lines,
+            f"  br label %{head}",
+            f"{done}:",
+        ]
+        self.label = done
 
     def loop(self, s: For, low: str, high: str, certain: bool) -> None:
         """A counted loop. certain: there is at least one iteration."""

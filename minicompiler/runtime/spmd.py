@@ -54,6 +54,7 @@ LAYOUT = {
     "BAR_GENERATION": 4,  # i32: barriers passed so far
     "BAR_SLEEPERS": 8,  # i32
     "BAR_POOL": 16,  # ptr: the pool whose barrier this is, null for any other block
+    "BAR_CLAIMED": 24,  # i64: iterations of a parallel loop that threads have taken
     "BARRIER_SPINS": 2000,
     # Spins, some 5 us, after which a waiting caller looks whether it is in a worker's way.
     "PATIENCE": 128,
@@ -286,6 +287,9 @@ arrive:
   br i1 %last, label %open, label %spin
 open:
   store atomic i32 0, ptr %count monotonic, align 4
+  ; the next phase starts with all of its iterations
+  %claimed = getelementptr i8, ptr %b, i64 $BAR_CLAIMED
+  store atomic i64 0, ptr %claimed monotonic, align 8
   %next = add i32 %g, 1
   %old = atomicrmw xchg ptr %word, i32 %next seq_cst
   %s = load atomic i32, ptr %sleepers seq_cst, align 4
@@ -405,6 +409,8 @@ fork:
   %p_spins = getelementptr i8, ptr %pool, i64 $SPINS
   %spins = load i32, ptr %p_spins, align 4
   call void @enter(ptr %pool)
+  %claimed = getelementptr i8, ptr %barrier, i64 $BAR_CLAIMED
+  store atomic i64 0, ptr %claimed monotonic, align 8
   %target = call i32 @post(ptr %pool, ptr %fn, ptr %arg, i32 %k)
   call void %fn(i32 0, i32 %k, ptr %arg, ptr %barrier)
   br label %spin
