@@ -27,7 +27,7 @@ from minicompiler.ir.types import TensorType, float32
 from minicompiler.ops.linalg import matmul
 
 
-def product(m: int, n: int, k: int, constant: bool = False) -> Function:
+def product(m: int, n: int, k: int) -> Function:
     """The graph of one matrix product."""
     a = Input("a", TensorType((Const(m), Const(k)), float32))
     b = Input("b", TensorType((Const(k), Const(n)), float32))
