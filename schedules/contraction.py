@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from minicompiler.ir.expr import Binary, Cast, Const, Expr, Load, Var, const_int, free_vars
+from minicompiler.ir.expr import Binary, Cast, Expr, Load, Var, const_int, free_vars
 from minicompiler.ir.layout import IndexMap
-from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, For, Iter, Scope
+from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Iter, Scope
 
 from . import analysis, elementwise
 from .schedule import Schedule
@@ -342,8 +342,7 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
     )
 
     # ---- packing --------------------------------------------------------------------------------
-    wide = _pack(s, nest, name, width, packed_depth)
-    del wide
+    _pack(s, nest, name, width, packed_depth)
     # ---- what comes after, and the register tile ------------------------------------------------
     home = row_o if row_o is not None else v_o
     for b in _followers(s, name):
@@ -491,6 +490,3 @@ def _pack(
 def _axis_is_reduced(nest: _Nest, load: Load, axis: int) -> bool:
     reduce = {i.var for i in nest.reduce}
     return bool(free_vars(load.indices[axis]) & reduce)
-
-
-__all__ = ["Const", "For", "applies", "apply", "depth_block", "product_loads", "tile_rows"]

@@ -14,14 +14,13 @@ from typing import Any
 
 from minicompiler import te
 from minicompiler.errors import InternalError
-from minicompiler.ir.arith import Arith, dims_of
+from minicompiler.ir.arith import dims_of
 from minicompiler.ir.expr import (
     ONE,
     TRUE,
     ZERO,
     Binary,
     Call,
-    Const,
     Expr,
     Load,
     Reduce,
@@ -214,7 +213,6 @@ def _inline(order: list[te.Tensor], results: Sequence[te.Tensor]) -> list[te.Ten
     for t in order:
         for i in te.inputs(t):
             uses.setdefault(i, []).append(t)
-    arith = Arith()
     bodies: dict[te.Tensor, te.Tensor] = {}
     inlined: dict[te.Tensor, te.Tensor] = {}
 
@@ -243,7 +241,6 @@ def _inline(order: list[te.Tensor], results: Sequence[te.Tensor]) -> list[te.Ten
             if t not in named:
                 bodies[t] = new
             stay.append((t, new))
-    del arith
     # Results, and what externs read, keep their identity: their new bodies are put in place.
     final = []
     for t, new in stay:
@@ -272,7 +269,8 @@ def _worth_inlining(t: te.Tensor, original: te.Tensor, consumers: list[te.Tensor
     for c in consumers:
         sites = (
             sum(1 for e in walk(c.body) if type(e) is Load and e.buffer is original)
-            if c.body is not None else 0
+            if c.body is not None
+            else 0
         )
         if sites > 1 and cost * sites > CHEAP:
             return False
@@ -430,6 +428,3 @@ def _extern(source: te.Extern, buffers: Mapping[te.Tensor, Buffer], unique) -> S
     """The statement that an extern stands for."""
     ins, outs = ([buffers[t] for t in ts] for ts in (source.inputs, source.outputs))
     return source.build(ins, outs, lambda stem: Var(unique(stem)))
-
-
-__all__ = ["COMBINE", "Const", "from_tensors", "identity_of"]

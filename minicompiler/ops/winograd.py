@@ -32,7 +32,6 @@ Matrix = tuple[tuple[float, ...], ...]
 def matrices(m: int) -> tuple[Matrix, Matrix, Matrix]:
     """(At [m, a], G [a, 3], Bt [a, a]) of F(m, 3), a = m + 2: Y = At ((G g) * (Bt d))."""
     points = POINTS[m]
-    a = m + 2
     at = [[p**i for p in points] + [Fraction(int(i == m - 1))] for i in range(m)]
     g: list[list[Fraction]] = []
     bt: list[list[Fraction]] = []
@@ -45,8 +44,6 @@ def matrices(m: int) -> tuple[Matrix, Matrix, Matrix]:
         bt.append([*_expand(others), Fraction(0)])
     g.append([Fraction(0), Fraction(0), Fraction(1)])
     bt.append(_expand(list(points)))
-    # Moving a power of two between a row of G and the same row of Bt makes Bt's entries moderate.
-    del a
 
     def plain(rows: list[list[Fraction]]) -> Matrix:
         return tuple(tuple(float(x) for x in row) for row in rows)
