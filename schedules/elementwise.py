@@ -132,13 +132,11 @@ def threads_over(s: Schedule, outer: list[str], block: str) -> None:
     """Fuses outer loops into one that is shared by the threads, where there is enough work."""
     if not outer:
         return
-    nest, _ = s.loop(outer[0])
     work = 1
     for x in analysis.loops_in(s.block(block)[1]):
         work *= const_int(x.extent) or 64
     if work < WORTH_A_THREAD:
         return
-    del nest
     # Only as many loops as it takes to share the work evenly: the inner ones keep plain indices.
     count, take = 1, 0
     for name in outer:

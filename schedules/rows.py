@@ -227,8 +227,7 @@ def _along(
         order = [n for n in reducing if n != along] + [along]
         s.reorder(*order)
     width = lanes * ACCUMULATORS if extent is None or extent >= 4 * lanes * ACCUMULATORS else lanes
-    k_o, k_i = s.split(along, width, "mask")
-    del k_o
+    _, k_i = s.split(along, width, "mask")
     partial, buffer = s.rfactor(name, k_i)
     home = outer[-1] if outer else top
     reduce = [

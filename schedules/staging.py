@@ -85,14 +85,13 @@ def stage(s: Schedule, name: str, at: str | None, scope: Scope, layout: IndexMap
             return tiled
     box = analysis.region(loop.body, buffer, arith, found)
     outer = {x.var for x in analysis.loops_in(path)} | {loop.var}
-    for low, extent in box:
+    for _, extent in box:
         if scope is Scope.REGISTER and const_int(extent) is None:
             s.refuse(
                 f"a register buffer needs constant extents; {at} touches {extent} of {name}", loop
             )
         if any(v in outer for v in free_vars(extent)):
             s.refuse(f"what {at} touches of {name} varies in size: {extent}", loop)
-        del low
     new = Buffer(s.fresh(buffer.name + "_s"), buffer.dtype, tuple(x for _, x in box), scope, layout)
     writing = [a for a in found if a.is_store]
     body = _redirect(s, loop.body, buffer, new, [low for low, _ in box], arith, bool(writing))

@@ -153,10 +153,10 @@ def _split_tile(nest: Stmt, arith: Arith) -> Stmt:
         return nest
     asked = list(dict.fromkeys(c for c in whole.values() if c is not TRUE))
     if not asked:
-        return _assume(nest, set(whole), arith)
+        return _assume(nest, set(whole))
     if len(asked) > 8:
         return nest
-    return If(all_of(asked), _assume(nest, set(whole), arith), nest)
+    return If(all_of(asked), _assume(nest, set(whole)), nest)
 
 
 def _for_all(cond: Expr, inner: set[Expr], arith: Arith) -> Expr | None:
@@ -174,7 +174,7 @@ def _for_all(cond: Expr, inner: set[Expr], arith: Arith) -> Expr | None:
     return arith.simplify(least > ZERO if cond.op == "lt" else least >= ZERO)
 
 
-def _assume(nest: Stmt, known: set[Expr], arith: Arith) -> Stmt:
+def _assume(nest: Stmt, known: set[Expr]) -> Stmt:
     """The nest with some conditions known to hold."""
 
     def without(cond: Expr) -> Expr:
@@ -197,5 +197,4 @@ def _assume(nest: Stmt, known: set[Expr], arith: Arith) -> Stmt:
             return None if made is s.value else s.with_(value=made)
         return None
 
-    del arith
     return map_statements(nest, one)
