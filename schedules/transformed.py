@@ -152,10 +152,11 @@ def apply(s: Schedule) -> None:
     s.relayout(wide.buffer.name, _filter_layout(main, wide, width))
     for name in after:
         _hold(s, name, tv)
-    _products(s, main.name, channels, vectors, width)
-    _pixels(s, final.name, tv, [mh, mv], vector)
+    _products(s, main.name, channels, vectors)
+    for n, kind in ((mh, UNROLL), (mv, UNROLL), (vector, VECTOR)):
+        s.mark(n, kind)
     for name in after:
-        _small(s, name, tv, width)
+        elementwise.vector_tile(s, name, tv)
     shared = [*batch, t_o] if local else [*batch, t_o, channels]
     top = s.fuse(*shared) if len(shared) > 1 else shared[0]
     s.mark(top, PARALLEL)
@@ -224,7 +225,7 @@ def _hold(s: Schedule, name: str, at: str) -> None:
     s.stage(buffer.name, at, Scope.LOCAL, buffer.layout)
 
 
-def _products(s: Schedule, name: str, at: str, vectors: int, width: int) -> None:
+def _products(s: Schedule, name: str, at: str, vectors: int) -> None:
     """The products of one block of tiles and one vector block: register tiles of several tiles."""
     _hold(s, name, at)
     names = s.loops_of(name)
@@ -247,17 +248,3 @@ def _products(s: Schedule, name: str, at: str, vectors: int, width: int) -> None
         s.mark(n, kind)
     for b in (init, f"{staged}_out"):
         elementwise.vector_tile(s, b, t_o)
-    del width
-
-
-def _pixels(s: Schedule, name: str, at: str, unrolled: list[str], vector: str) -> None:
-    for n in unrolled:
-        s.mark(n, UNROLL)
-    s.mark(vector, VECTOR)
-    del name, at
-
-
-def _small(s: Schedule, name: str, at: str, width: int) -> None:
-    """A block over one tile: everything unrolled but the vector axis."""
-    elementwise.vector_tile(s, name, at)
-    del width
