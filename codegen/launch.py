@@ -12,7 +12,7 @@ calls; between two of them all threads meet at the barrier. A kernel is called a
 from __future__ import annotations
 
 from minicompiler.errors import CodegenError
-from minicompiler.runtime.plan import MAIN, Call, Count, Location, Plan, Size
+from minicompiler.runtime.plan import MAIN, Call, Count, Location, Plan, Region, Size
 
 _FLOOR = """
 define internal i64 @mc_floordiv(i64 %a, i64 %b) #0 {
@@ -59,31 +59,75 @@ class _Main:
         self.table = plan.table()
         self.lines: list[str] = []
         self.count = 0
+        self.blocks = 0
         self.sizes: dict[Size, str] = {}
+        # The open regions: each with the name of its blocks and the sizes known before.
+        self.regions: list[tuple[Region, str, dict[Size, str]]] = []
 
     def run(self) -> str:
-        # All blocks lie in one chain, so a value is known in every block after its own.
+        # A value is known in every block after its own, up to the end of the region it is in.
         for k, dim in enumerate(self.plan.dims):
             self.sizes[dim.name] = self.load("i64", self.table.dims + k)
         for name, size in self.plan.named:
             self.sizes[name] = self.size(size)
         if self.plan.calls:
             self.put("%several = icmp sgt i32 %nthreads, 1")
-        counts = self.plan.counts
+        ahead = list(self.plan.regions)
         for k, call in enumerate(self.plan.calls):
             if k:
-                self.lines.append(f"  br i1 %several, label %meet{k}, label %call{k}")
-                self.lines.append(f"meet{k}:")
-                self.put("call void @mc_barrier(ptr %barrier, i32 %nthreads)")
-                self.put(f"br label %call{k}")
-                self.lines.append(f"call{k}:")
-            for at, c in enumerate(counts):
-                if c.before == k:
-                    self.counted(c, self.table.dims + len(self.plan.dims) + at)
+                self.meet()
+            self.counts(k)
+            while ahead and ahead[0].start == k:
+                self.open(ahead.pop(0))
+                self.counts(k)
             self.call(call)
+            while self.regions and self.regions[-1][0].end == k + 1:
+                self.close()
+        if any(c.before == len(self.plan.calls) for c in self.plan.counts):
+            self.meet()
+            self.counts(len(self.plan.calls))
         self.put("ret void")
         head = f"define void @{MAIN}(i32 %tid, i32 %nthreads, ptr %table, ptr %barrier) #0 {{\n"
         return _FLOOR + head + "\n".join(["entry:", *self.lines, "}", ""])
+
+    def meet(self) -> None:
+        """A barrier of all threads."""
+        self.blocks += 1
+        self.put(f"br i1 %several, label %meet{self.blocks}, label %met{self.blocks}")
+        self.lines.append(f"meet{self.blocks}:")
+        self.put("call void @mc_barrier(ptr %barrier, i32 %nthreads)")
+        self.put(f"br label %met{self.blocks}")
+        self.lines.append(f"met{self.blocks}:")
+
+    def open(self, r: Region) -> None:
+        """The head of a region. Nobody may write the flag before all threads have read it."""
+        self.blocks += 1
+        name = str(self.blocks)
+        self.put(f"br label %head{name}")
+        self.lines.append(f"head{name}:")
+        flag = self.op(f"load i8, ptr {self.pointer(r.flag)}, align 1")
+        test = self.op(f"icmp {'ne' if r.wanted else 'eq'} i8 {flag}, 0")
+        self.put(f"br i1 {test}, label %body{name}, label %done{name}")
+        self.lines.append(f"body{name}:")
+        self.regions.append((r, name, dict(self.sizes)))
+        self.meet()
+
+    def close(self) -> None:
+        """The end of a region: the next look at the flag of a loop comes after all calls."""
+        r, name, self.sizes = self.regions.pop()
+        if r.repeat:
+            self.meet()
+            self.put(f"br label %head{name}")
+        else:
+            self.put(f"br label %done{name}")
+        self.lines.append(f"done{name}:")
+
+    def counts(self, k: int) -> None:
+        """The dimensions that are counted before call k, in the regions that are open now."""
+        first = self.table.dims + len(self.plan.dims)
+        for at, c in enumerate(self.plan.counts):
+            if c.before == k and c.depth == len(self.regions):
+                self.counted(c, first + at)
 
     def counted(self, c: Count, slot: int) -> None:
         """A dimension that an earlier kernel has counted; the caller finds it in the table.

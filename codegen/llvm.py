@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 
 from minicompiler.errors import CodegenError
-from minicompiler.ir.expr import ZERO, Const, Expr, Var, ceildiv, const_int, wrap
+from minicompiler.ir.expr import FALSE, ZERO, Const, Expr, Var, ceildiv, const_int, wrap
 from minicompiler.ir.tir import (
     PARALLEL,
     SCAN,
@@ -23,6 +23,7 @@ from minicompiler.ir.tir import (
     Buffer,
     For,
     If,
+    Prefetch,
     PrimFunc,
     Scope,
     Seq,
@@ -31,15 +32,12 @@ from minicompiler.ir.tir import (
     statements,
     written_buffers,
 )
-from minicompiler.runtime.spmd import LAYOUT
 
 from .llvm_memory import Memory
 from .llvm_text import Lines, Operand
 
 STACK_LIMIT = 16384  # bytes; larger thread-local buffers come from the workspace
 ALIGN = 64
-CLAIMED = LAYOUT["BAR_CLAIMED"]  # in the barrier block: iterations that threads have taken
-SHARES = 8  # parts that a parallel loop is cut into for each thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +73,12 @@ class _Emitter(Memory):
         for b in f.params:
             self.pointers[b] = f"%{b.name}"
             args.append(f"ptr noalias %{b.name}")
-        for d in f.dims:
-            self.names[d], self.level[d] = f"%{d.name}", 0
-            args.append(f"i64 %{d.name}")
+        # Dimensions keep the names that the model gives them, which LLVM may not be able to read.
+        for k, d in enumerate(f.dims):
+            self.names[d], self.level[d] = f"%dim.{k}", 0
+            args.append(f"i64 %dim.{k}")
+        for d, size in f.sizes:
+            self.names[d], self.level[d] = self.index(size), 0
         args.append("ptr noalias %workspace")
         for b in f.buffers:
             offset = self.shared
@@ -105,9 +106,11 @@ class _Emitter(Memory):
         """A root statement: its parallel loop is divided, what has none is done by thread 0."""
         if _divided(s):
             self.stmt(s)
-            return
-        first = self.op("icmp eq i32 %tid, 0")
-        self.branch(first, lambda: self.stmt(s))
+        else:
+            first = self.op("icmp eq i32 %tid, 0")
+            self.branch(first, lambda: self.stmt(s))
+        if any(isinstance(x, Store) and x.stream is not FALSE for x in statements(s)):
+            self.put("fence seq_cst")  # streamed stores keep no order with what tells others
 
     # ---- statements -----------------------------------------------------------------------------
     def stmt(self, s: Stmt) -> None:
@@ -125,6 +128,8 @@ class _Emitter(Memory):
         elif isinstance(s, Alloc):
             self.alloc(s.buffer)
             self.stmt(s.body)
+        elif isinstance(s, Prefetch):
+            self.prefetch(s)
         else:
             message = f"the LLVM backend does not know the statement {type(s).__name__}"
             raise CodegenError(message, self.func.locs)
@@ -161,12 +166,11 @@ class _Emitter(Memory):
         del self.env[s.var]
 
     def parallel(self, s: For) -> None:
-        """This thread's part of the iterations. Threads take a few at a time, so that one that is
-        held up does not hold up the rest; inside other loops, where no barrier separates the
-        rounds, each has a fixed share."""
+        """This thread's part of the iterations. Threads take a few at a time (see `mc_claim`);
+        inside other loops, where no barrier separates the rounds, each has a fixed share."""
         extent = self.index(s.extent)
-        count = self.op("sext i32 %nthreads to i64")
         if any(isinstance(v, Var) for v in self.level):
+            count = self.op("sext i32 %nthreads to i64")
             tid = self.op("sext i32 %tid to i64")
             a = self.op(f"mul i64 {tid}, {extent}")
             low = self.op(f"sdiv i64 {a}, {count}")
@@ -179,27 +183,21 @@ class _Emitter(Memory):
         own = self.fresh("own")
         self.allocas.append(f"{own} = alloca i64, align 8")
         self.put(f"store i64 0, ptr {own}, align 8")
-        many = self.op("icmp sgt i32 %nthreads, 1")
-        shared = self.op(f"getelementptr i8, ptr %barrier, i64 {CLAIMED}")
-        where = self.op(f"select i1 {many}, ptr {shared}, ptr {own}")
-        parts = self.op(f"mul i64 {count}, {SHARES}")
-        few = self.op(f"sdiv i64 {extent}, {parts}")
-        size = self.op(f"select i1 {many}, i64 {few}, i64 {extent}")
-        size = self.intrinsic("smax", "i64", size, "1")
+        claim = self.declare("mc_claim", "{ i64, i64 } @mc_claim(ptr, i32, i32, i64, ptr)")
         outer = self.scopes[-1]
         self.scopes.append(Lines([]))
         self.label = work
-        start = self.fresh("start")
-        end = self.op(f"add i64 {start}, {size}")
-        high = self.intrinsic("smin", "i64", end, extent)
-        self.loop(s, start, high, certain=True)
+        part, start, end, more = (self.fresh(x) for x in ("part", "start", "end", "more"))
+        self.loop(s, start, end, certain=True)
         inner = self.scopes.pop()
-        more = self.fresh("more")
+        taken = f"ptr %barrier, i32 %tid, i32 %nthreads, i64 {extent}, ptr {own}"
         outer.lines += [
             f"  br label %{head}",
             f"{head}:",
-            f"  {start} = atomicrmw add ptr {where}, i64 {size} monotonic, align 8",
-            f"  {more} = icmp slt i64 {start}, {extent}",
+            f"  {part} = call {{ i64, i64 }} {claim}({taken})",
+            f"  {start} = extractvalue {{ i64, i64 }} {part}, 0",
+            f"  {end} = extractvalue {{ i64, i64 }} {part}, 1",
+            f"  {more} = icmp slt i64 {start}, {end}",
             f"  br i1 {more}, label %{work}, label %{done}",
             f"{work}:",
             *inner.lines,

@@ -4,7 +4,7 @@
 
 LLVM has no vector exp, tanh, erf, and we call no C library. Largest errors in ulp (units in the
 last place; float32: of all inputs, tests/codegen/test_llvm_math.py), on processors with fma:
-    float32: exp, log 1, sigmoid 2.5, tanh 2, erf 1.5, rsqrt 1.5, all others 0.51
+    float32: exp, log 1, rsqrt 1.5, sigmoid 2.5, tanh 4.5, erf 5.5, all others 0.51
     float64: exp, log 1, log1p, expm1, erf 2, sigmoid, tanh 3, rsqrt, power 1.5; see llvm_trig.py
 Method: Cody-Waite range reduction (Software Manual for the Elementary Functions, 1980).
 """
@@ -150,27 +150,33 @@ def fast_sum(a: Expr, b: Expr) -> tuple[Expr, Expr]:
 
 # ---- exp ----------------------------------------------------------------------------------------
 def exp(x: Expr, negative: bool = False) -> Expr:
-    """e**x. 1 ulp. negative: x is known not to be above 0.
+    """e**x. 1 ulp. negative: x is never above 0, which is cheaper; so is min(.., 0).
 
-    x = n*ln2 + r with |r| <= ln2/2, a polynomial of r, times 2**n in two factors, so that subnormal
-    results are rounded once and large ones become inf.
+    x = n*ln2 + r with |r| <= ln2/2, a polynomial of r, times 2**n. The exponents of all results
+    do not fit one factor of 8 bits, so there are two; those of negative x fit if the polynomial is
+    made smaller. Subnormal results are rounded once and large ones become inf.
     """
     if x.dtype is float64:
         return _exp64(x)
-    # Adding 1.5 * 2**23 rounds to an integer that then is the low end of the bits. With 254 in it
-    # too they hold the sum of the exponent fields of both factors.
-    shift = 12582912.0 + 254.0
-    y = x if negative else minimum(x, 89.0)
-    y = maximum(y, -104.0)
+    # Adding 1.5 * 2**23 rounds to an integer that then is the low end of the bits, where it is the
+    # exponent field of a factor, or the sum of both fields.
+    if type(x) is Binary and x.op == "min" and type(x.b) is Const and x.b.value <= 0:
+        negative = True
+    smaller = 30 if negative else 0
+    shift = 12582912.0 + (127.0 + smaller if negative else 254.0)
+    y = maximum(x if negative else minimum(x, 89.0), -104.0)
     t = fma(y, const(1.4426950408889634, float32), shift)
     n = t - shift
     r = fma(n, const(-0.693145751953125, float32), y)
     r = fma(n, const(-1.428606765330187e-06, float32), r)
     # Minimax, with an error of 0.03 ulp.
-    p = horner(
-        r, 1.38637854e-3, 8.36747698e-3, 4.16672379e-2, 1.66665345e-1, 0.5, 1.0, 1.0
+    minimax = (
+        1.38637854e-3, 8.36747698e-3, 4.16672379e-2, 1.66665345e-1, 0.5, 1.0, 1.0,
     )  # fmt: skip
+    p = horner(r, *[c * 2.0**-smaller for c in minimax])
     i = bits(t, DType("uint32"))
+    if negative:
+        return p * bits(binary("shl", i, 23), float32)
     half = binary("shr", i, 1)
     a, b = bits(binary("shl", half, 23), float32), bits(binary("shl", i - half, 23), float32)
     return p * a * b
@@ -283,44 +289,40 @@ def sigmoid(x: Expr) -> Expr:
 
 
 def tanh(x: Expr) -> Expr:
-    """An odd polynomial near 0, elsewhere 1 - 2 / (e**2|x| + 1) with the sign of x."""
+    """With t = tanh(x/2) = p/q the result is 2t / (1 + t*t) = 2pq / (q*q + p*p): errors of p and q
+    cancel where t is near 1. Least squares with weights after C. Lawson (1961)."""
     f = x.dtype
-    a = absolute(x)
     if f is float64:
+        a = absolute(x)
         t = expm1(minimum(a + a, 64.0))
         return with_sign(t / (t + 2.0), x)
-    big = 1.0 - const(2.0, f) / (exp(a + a) + 1.0)
-    z = x * x
-    p = horner(
-        z, -5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1,
-        -3.33332819422e-1,
-    )  # fmt: skip
-    return with_sign(select(a < 0.625, fma(p * z, a, a), big), x)
+    y = maximum(minimum(x, 9.02), -9.02)
+    z = y * y
+    p = fma(y * z, horner(z, 8.60918102e-08, 1.59991134e-04, 3.14963088e-02), y)  # twice the p
+    q = horner(z, 2.73967410e-06, 1.39581445e-03, 1.14829599e-01, 1.0)
+    return _at_most_one(p * q / fma(p * 0.25, p, q * q))
+
+
+def _at_most_one(x: Expr) -> Expr:
+    return maximum(minimum(x, 1.0), -1.0)
 
 
 # ---- erf ----------------------------------------------------------------------------------------
 def erf(x: Expr) -> Expr:
-    """Two polynomial pieces after N. Juffa's minimax fit (2016): in x**2 for |x| < 0.93, elsewhere
-    1 - exp(p(|x|)). float64: the five intervals of fdlibm's s_erf.c (Sun, 1993)."""
-    a = absolute(x)
+    """A quotient of polynomials in x**2, times x. float64: the five intervals of fdlibm's s_erf.c
+    (Sun, 1993)."""
     if x.dtype is float64:
-        return _erf64(x, a)
-    f = x.dtype
-    s = x * x
-    r = fma(const(-1.72853470e-5, f), a, 3.83197126e-4)
-    u = fma(const(-3.88396438e-3, f), a, 2.42546219e-2)
-    r = fma(r, s, u)
-    r = fma(r, a, -1.06777877e-1)
-    r = fma(r, a, -6.34846687e-1)
-    r = fma(r, a, -1.28717512e-1)
-    r = fma(r, a, const(0.0, f) - a)
-    far = 1.0 - exp(select(a < 4.0, r, const(-20.0, f)), negative=True)
-    far = select(ne(a, a), a, far)
-    near = horner(
-        s, -5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1,
-        1.28379166e-1,
+        return _erf64(x, absolute(x))
+    y = maximum(minimum(x, 3.93), -3.93)
+    z = y * y
+    p = horner(
+        z, 2.045721712e-06, 2.842385892e-04, 3.756175960e-03, 5.271883466e-02, 1.902431594e-01,
+        1.128379167,
     )  # fmt: skip
-    return select(a < 0.927734375, fma(near, x, x), with_sign(far, x))
+    q = horner(
+        z, 3.801277665e-05, 1.159427652e-03, 1.495093338e-02, 1.140339105e-01, 5.019315392e-01, 1.0,
+    )  # fmt: skip
+    return _at_most_one(y * p / q)
 
 
 def _erf64(x: Expr, a: Expr) -> Expr:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from minicompiler.errors import CodegenError
 from minicompiler.ir.arith import Poly
-from minicompiler.ir.expr import ZERO, Const, Expr, Load, Var, free_vars
-from minicompiler.ir.tir import Buffer, PrimFunc, Scope, Store
+from minicompiler.ir.expr import FALSE, TRUE, ZERO, Binary, Const, Expr, Load, Var, free_vars
+from minicompiler.ir.tir import Buffer, Prefetch, PrimFunc, Scope, Store
 from minicompiler.ir.types import DType
 
 from .llvm_text import Operand, mangle, memory_type, value_type, vector
 from .llvm_values import Values
 
 Indices = tuple[Expr, ...]
+STREAMED = 16  # bytes: the alignment that stores past the caches need
 
 
 class Memory(Values):
@@ -28,6 +29,7 @@ class Memory(Values):
         self.pointers: dict[Buffer, str] = {}
         self.offsets: dict[tuple[Buffer, Indices], Poly] = {}
         self.texts: dict[tuple[Expr, ...], str] = {}  # of the terms of offsets, to sort them by
+        self.turned_tiles: set[Buffer] = set()  # those with columns among the known values
 
     # ---- addresses ------------------------------------------------------------------------------
     def offset(self, buffer: Buffer, indices: Indices) -> Poly:
@@ -69,6 +71,16 @@ class Memory(Values):
             text = f"getelementptr {memory_type(buffer.dtype)}, ptr {base}, i64 {constant}"
             known = self.scopes[-1].values[key] = Operand(self.op(text, -1, "at"))
         return known.name
+
+    def prefetch(self, s: Prefetch) -> None:
+        """A hint for the second-level cache: what is read next must not push out what is in use."""
+        at = self.at_env(self.offset(s.place.buffer, s.place.indices))
+        base = self.address(s.place.buffer, at)
+        ahead = self.index(s.ahead)
+        ty = memory_type(s.place.buffer.dtype)
+        p = self.op(f"getelementptr {ty}, ptr {base}, i64 {ahead}", hint="at")
+        target = self.declare("llvm.prefetch.p0", "void @llvm.prefetch.p0(ptr, i32, i32, i32)")
+        self.put(f"call void {target}(ptr {p}, i32 0, i32 2, i32 1)")
 
     def variable_part(self, buffer: Buffer, poly: Poly) -> str:
         """The pointer without the constant part of the offset."""
@@ -143,7 +155,8 @@ class Memory(Values):
         if buffer.scope is Scope.REGISTER and e.mask is None:
             mask = None  # always there; a masked access would keep it from being a register
         if kind == "any":
-            return self.gather(e, mask)
+            column = self.column(buffer, indices) if mask is None else None
+            return self.gather(e, mask) if column is None else column
         scalar, align = memory_type(buffer.dtype), buffer.dtype.bytes
         lanes = self.vector[1] if kind == "next" and self.vector is not None else 1
         p = self.address(buffer, poly)
@@ -160,6 +173,86 @@ class Memory(Values):
             where = f"ptr align {align} {p}, <{lanes} x i1> {flags}, {t} zeroinitializer"
             name = self.op(f"call {t} {f}({where})")
         return self.from_memory(Operand(name, lanes), buffer.dtype)
+
+    def column(self, buffer: Buffer, indices: Indices) -> Operand | None:
+        """A column of a tile in registers whose rows are vectors; None for other accesses. The
+        columns beside it come at the same time: each step swaps the off-diagonal quarters of ever
+        smaller squares."""
+        assert self.vector is not None
+        if buffer.scope is not Scope.REGISTER:
+            return None
+        v, lanes = self.vector
+        poly = self.at_env(self.offset(buffer, indices))
+        step, first = poly.get((v,), 0), poly.get((), 0)
+        if not poly.keys() <= {(v,), ()}:
+            return None
+        if step < 2 or step & (step - 1) or lanes % step or buffer.dtype.is_bool:
+            return None
+        for scope in reversed(self.scopes):
+            found = scope.values.get(("column", buffer, first, lanes))
+            if found is not None:
+                return found
+        scalar = memory_type(buffer.dtype)
+        ty, start = vector(scalar, step), first // step * step
+        squares = []
+        for top in range(0, lanes, step):
+            rows = []
+            for k in range(top, top + step):
+                p = self.address(buffer, {(): start + k * step} if start + k else {})
+                rows.append(self.op(f"load {ty}, ptr {p}, align {buffer.dtype.bytes}"))
+            squares.append(self.turned(rows, ty))
+        self.turned_tiles.add(buffer)
+        for k in range(step):
+            parts, size = [square[k] for square in squares], step
+            while len(parts) > 1:
+                everything = ", ".join([f"i32 {j}" for j in range(2 * size)])
+                half = vector(scalar, size)
+                parts = [
+                    self.op(
+                        f"shufflevector {half} {a}, {half} {b}, <{2 * size} x i32> <{everything}>"
+                    )
+                    for a, b in zip(parts[::2], parts[1::2], strict=True)
+                ]
+                size *= 2
+            key = ("column", buffer, start + k, lanes)
+            self.scopes[-1].values[key] = Operand(parts[0], lanes)
+        return self.scopes[-1].values["column", buffer, first, lanes]
+
+    def turned(self, rows: list[str], ty: str) -> list[str]:
+        """The columns of a square of vectors."""
+        n = len(rows)
+        rows = list(rows)
+
+        def exchange(distance: int, low: list[int], high: list[int]) -> None:
+            for i in range(n):
+                j = i + distance
+                if not i & distance:
+                    rows[i], rows[j] = [
+                        self.op(
+                            f"shufflevector {ty} {rows[i]}, {ty} {rows[j]}, <{n} x i32> <"
+                            + ", ".join([f"i32 {k}" for k in order])
+                            + ">"
+                        )
+                        for order in (low, high)
+                    ]
+
+        distance = 1
+        if n >= 4 and mangle(ty).endswith("32"):
+            # Within 128 bits there are instructions that interleave halves, and none that swap
+            # single elements; the columns then come out as 0, 2, 1, 3.
+            fours = range(0, n, 4)
+            low = [k for f in fours for k in (f, n + f, f + 1, n + f + 1)]
+            exchange(1, low, [k + 2 for k in low])
+            low = [k for f in fours for k in (f, f + 1, n + f, n + f + 1)]
+            exchange(2, low, [k + 2 for k in low])
+            rows = [rows[f + k] for f in fours for k in (0, 2, 1, 3)]
+            distance = 4
+        while distance < n:
+            low = [k if not k & distance else n + k - distance for k in range(n)]
+            high = [k + distance if not k & distance else n + k for k in range(n)]
+            exchange(distance, low, high)
+            distance *= 2
+        return rows
 
     def any_lane(self, mask: Operand) -> str:
         """Whether any lane is set: one element for all lanes is loaded if one of them wants it."""
@@ -200,6 +293,14 @@ class Memory(Values):
 
     # ---- stores ---------------------------------------------------------------------------------
     def store(self, s: Store) -> None:
+        if s.buffer in self.turned_tiles:
+            self.turned_tiles.remove(s.buffer)
+            for scope in self.scopes:
+                for key in [k for k in scope.values if isinstance(k, tuple) and s.buffer in k]:
+                    if key[0] == "column":
+                        del scope.values[key]
+        if self.combines_lanes(s):
+            s = s.with_(value=self.combined(s))
         buffer, indices = s.buffer, s.indices
         value = self.value(s.value)
         mask = self.masks[-1] if self.masks else None
@@ -232,12 +333,72 @@ class Memory(Values):
             name = self.op(f"select {flags} {which}, {t} {value.name}, {t} {old}")
             value, mask = Operand(name, lanes), None
         if mask is None:
-            self.put(f"store {t} {value.name}, ptr {p}, align {align}")
+            plain = f"store {t} {value.name}, ptr {p}, align {align}"
+            past = self.past_caches(s, poly, p, lanes)
+            if past is None:
+                self.put(plain)
+                return
+            streamed = f"store {t} {value.name}, ptr {p}, align {STREAMED}, !nontemporal !0"
+            self.branch(past, lambda: self.put(streamed), lambda: self.put(plain))
             return
         which = self.splat(mask, "i1", lanes).name
         f = f"llvm.masked.store.{mangle(t)}.p0"
         f = self.declare(f, f"void @{f}({t}, ptr, {flags})")
         self.put(f"call void {f}({t} {value.name}, ptr align {align} {p}, {flags} {which})")
+
+    def past_caches(self, s: Store, poly: Poly, p: str, lanes: int) -> str | None:
+        """Whether this vector is written past the caches, an i1; None: never. The instructions for
+        that need aligned addresses."""
+        size = s.buffer.dtype.bytes
+        if s.stream is FALSE or lanes * size % STREAMED:
+            return None
+        # Where all steps are aligned, it is the start of the buffer that matters.
+        whole = all(c * size % STREAMED == 0 for c in poly.values())
+        level = 0 if whole else len(self.scopes) - 1
+        key = ("streamed", s.buffer, s.stream, None if whole else p)
+        found = self.scopes[level].values.get(key)
+        if found is None:
+            start = self.pointers[s.buffer] if whole else p
+            number = self.op(f"ptrtoint ptr {start} to i64", level)
+            rest = self.op(f"and i64 {number}, {STREAMED - 1}", level)
+            flag = self.op(f"icmp eq i64 {rest}, 0", level)
+            if s.stream is not TRUE:
+                flag = self.op(f"and i1 {flag}, {self.condition(s.stream, 0)}", level)
+            found = self.scopes[level].values[key] = Operand(flag)
+        return found.name
+
+    # ---- all lanes into one element -------------------------------------------------------------
+    def combines_lanes(self, s: Store) -> bool:
+        """C = combine(C, x) where only x has lanes."""
+        if self.vector is None or type(s.value) is not Binary or type(s.value.a) is not Load:
+            return False
+        own, v = s.value.a, self.vector[0]
+        same = own.buffer is s.buffer and own.indices == s.indices
+        return same and v not in free_vars(own) and v in free_vars(s.value.b)
+
+    def combined(self, s: Store) -> Expr:
+        """The value of such a store with x combined pairwise: halves, then halves of those."""
+        assert isinstance(s.value, Binary)
+        t = s.value.dtype
+        x = self.value(s.value.b)
+        scalar, lanes = value_type(t), x.lanes
+        name = x.name
+        while lanes > 1:
+            ty, lanes = vector(scalar, lanes), lanes // 2
+            low, high = [
+                ", ".join([f"i32 {k}" for k in range(start, start + lanes)]) for start in (0, lanes)
+            ]
+            half = [
+                self.op(f"shufflevector {ty} {name}, {ty} poison, <{lanes} x i32> <{part}>")
+                for part in (low, high)
+            ]
+            if lanes == 1:
+                half = [self.op(f"extractelement <1 x {scalar}> {h}, i64 0") for h in half]
+            name = self.operation(s.value.op, *half, t, lanes, vector(scalar, lanes))
+        self.count += 1
+        made = Var(f"lanes{self.count}", t)
+        self.names[made], self.level[made] = name, len(self.scopes) - 1
+        return Binary(s.value.op, s.value.a, made)
 
     def scatter(self, s: Store, value: Operand) -> None:
         """Lane by lane, in order: of several lanes that store to one element the last one wins."""

@@ -257,6 +257,10 @@ class Values(Conversions):
             in_vector = self.vector[0] in free_vars(e)
         if not in_vector and self.is_index(e):
             return Operand(self.index(e))
+        if self.env and e.dtype.is_bool and self.is_condition(e):
+            decided = self.resolve(e)
+            if type(decided) is Const:
+                return Operand(literal(decided))
         buffers = self.reads(e)
         active = None
         if not buffers:
@@ -519,16 +523,26 @@ class Values(Conversions):
 
     def elementary(self, e: Call | Binary, mask: Operand | None) -> Operand | None:
         """A function that is an expression of its arguments; None for others. The arguments are
-        evaluated once: the expression, with its many selects, holds no loads."""
+        evaluated once: the expression, with its many selects, holds no loads. That one is at most
+        a constant is left to see: it may make the function cheaper."""
         parts = e.args if isinstance(e, Call) else (e.a, e.b)
         shape: list[Expr] = []
+        outside: list[tuple[Expr, Expr]] = []
         for k, a in enumerate(parts):
-            shape.append(a if type(a) is Const else Var(f"argument{k}", a.dtype))
+            var = Var(f"argument{k}", a.dtype)
+            if type(a) is Const:
+                shape.append(a)
+            elif type(a) is Binary and a.op == "min" and type(a.b) is Const:
+                shape.append(Binary("min", var, a.b))
+                outside.append((var, a.a))
+            else:
+                shape.append(var)
+                outside.append((var, a))
         what = Call(e.fn, tuple(shape)) if isinstance(e, Call) else Binary("pow", *shape)
         expression = _expanded(what)
         if expression is None:
             return None
-        bound = {v: self.value(a, mask) for v, a in zip(shape, parts, strict=True) if v is not a}
+        bound = {v: self.value(a, mask) for v, a in outside}
         outer, self.arguments = self.arguments, bound
         result = self.value(expression)
         self.arguments = outer

@@ -45,7 +45,7 @@ def module_text(functions: str, target: Target) -> str:
         f'"tune-cpu"="{target.cpu_name}" "prefer-vector-width"="{width}" '
         f'"min-legal-vector-width"="{width}" "no-trapping-math"="true" }}\n'
     )
-    return functions + attributes
+    return functions + attributes + "!0 = !{i32 1}\n"  # what !nontemporal refers to
 
 
 def _module(text: str, target: Target, machine: llvm.TargetMachine) -> llvm.ModuleRef:

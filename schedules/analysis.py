@@ -16,6 +16,7 @@ from minicompiler.ir.expr import (
     Binary,
     Expr,
     Load,
+    Select,
     conjuncts,
     const_int,
     free_vars,
@@ -48,12 +49,15 @@ Box = list[tuple[Expr, Expr]]  # (lowest index, extent) per dimension
 
 @dataclass(frozen=True)
 class Access:
-    """One load or store of a buffer inside a block, its indices in terms of loop variables."""
+    """One load or store of a buffer inside a block, its indices in terms of loop variables.
+
+    chosen: conditions `a < b` of the selects around a load; it is wanted only where they hold."""
 
     block: Block
     buffer: Buffer
     indices: tuple[Expr, ...]
     is_store: bool
+    chosen: tuple[Expr, ...] = ()
 
 
 def find_loop(func: PrimFunc, name: str) -> tuple[For, Path] | None:
@@ -120,17 +124,37 @@ def accesses(s: Stmt | PrimFunc, arith: Arith, buffer: Buffer | None = None) -> 
         for store in (block.init, block.body):
             if store is None:
                 continue
-            for load in [
-                x for e in (store.value, *store.indices) for x in walk(e) if type(x) is Load
-            ]:
-                if buffer is None or load.buffer is buffer:
-                    found.append(
-                        Access(block, load.buffer, _resolve(load.indices, mapping, arith), False)
-                    )
+            for e in (store.value, *store.indices):
+                for load, conditions in _chosen_loads(e):
+                    if buffer is None or load.buffer is buffer:
+                        at = _resolve(load.indices, mapping, arith)
+                        chosen = _resolve(conditions, mapping, arith)
+                        found.append(Access(block, load.buffer, at, False, chosen))
             if buffer is None or store.buffer is buffer:
                 found.append(
                     Access(block, store.buffer, _resolve(store.indices, mapping, arith), True)
                 )
+    return found
+
+
+def _chosen_loads(e: Expr) -> list[tuple[Load, tuple[Expr, ...]]]:
+    """Every load in an expression, with the conditions `a < b` of the selects that choose it."""
+    found = []
+    stack: list[tuple[Expr, tuple[Expr, ...]]] = [(e, ())]
+    seen: set[tuple[Expr, tuple[Expr, ...]]] = set()
+    while stack:
+        here = stack.pop()
+        if here in seen:
+            continue
+        seen.add(here)
+        x, conditions = here
+        if type(x) is Load:
+            found.append((x, conditions))
+        if type(x) is Select:
+            limits = [c for c in conjuncts(x.cond) if type(c) is Binary and c.op == "lt"]
+            stack += [(x.cond, conditions), (x.b, conditions), (x.a, (*conditions, *limits))]
+        else:
+            stack += [(c, conditions) for c in x.children()]
     return found
 
 
@@ -149,6 +173,9 @@ def region(body: Stmt, buffer: Buffer, arith: Arith, found: Sequence[Access] | N
         high: Expr | None = None
         for a in found:
             lo, hi = arith.bound(a.indices[d], inner, -1), arith.bound(a.indices[d], inner, +1)
+            limit = _limit(a, d, inner)
+            if limit is not None and (hi is None or arith.prove(limit <= hi) is True):
+                hi = limit
             if lo is None or hi is None or any(type(x) is Load for e in (lo, hi) for x in walk(e)):
                 low, high = ZERO, extent - 1
                 break
@@ -158,6 +185,15 @@ def region(body: Stmt, buffer: Buffer, arith: Arith, found: Sequence[Access] | N
             low, high = ZERO, extent - 1
         box.append((low, arith.simplify(high - low + 1)))
     return box
+
+
+def _limit(access: Access, d: int, inner: Sequence[Expr]) -> Expr | None:
+    """The highest index along axis d where a select says it: select(i < n, C[i], 0)."""
+    for c in access.chosen:
+        assert isinstance(c, Binary)
+        if c.a is access.indices[d] and free_vars(c.b).isdisjoint(inner):
+            return c.b - 1
+    return None
 
 
 def dense(body: Stmt, access: Access, arith: Arith) -> bool:

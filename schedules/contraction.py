@@ -13,8 +13,9 @@ if it is constant, otherwise in a phase of its own.
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from minicompiler.ir.expr import Binary, Cast, Expr, Load, Var, const_int, free_vars
+from minicompiler.ir.expr import Binary, Cast, Expr, Load, Var, const_int, free_vars, substitute
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Iter, Scope
 
@@ -307,17 +308,12 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
     if row is not None:
         row_o, row_i = s.split(row, rows, "mask")
         tile = [row_i, v_i]
-    # One long reduction is cut so that its part of the packed operand stays in the first-level
-    # cache.
     k_o, limit = None, 0
-    if len(nest.reduce) == 1:
-        extent = const_int(nest.reduce[0].extent)
-        limit = s.choose("depth", (256, 320, 384, 512, 768, 1024), 768)
-        size = depth_block(extent, limit)
-        if size is not None and not outer and (row_extent is None or row_extent > rows):
-            # The axis may be cut into blocks of the operand's layout already.
-            k_o, k_i = s.split(depth[0], max(1, size // (16 if len(depth) > 1 else 1)), "guard")
-            depth = [k_i, *depth[1:]]
+    part = _part_of_depth(s, nest, depth, width, row_extent)
+    if part is not None and not outer and (row_extent is None or row_extent > rows):
+        limit, size = part
+        k_o, k_i = s.split(depth[0], size, "guard")
+        depth = [k_i, *depth[1:]]
     # Rows that fit the second-level cache are done for all vector blocks before the next ones.
     rows_outer = None
     if row_o is not None and (row_extent is None or row_extent > 4 * rows):
@@ -327,6 +323,9 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
         fit = max(4, t.caches[1] // 2 // (4 * k_total) // rows)
         blockable = not nest.outer or len(nest.rows) == 1 or k_o is not None or _plain_rows(nest)
         if blockable and (row_extent is None or row_extent > fit * rows * 3 // 2):
+            if row_extent is not None:  # blocks of equal size, for the threads' sake
+                tiles = -(-row_extent // rows)
+                fit = -(-tiles // -(-tiles // fit))
             rows_outer, row_o = s.split(row_o, fit, "guard")
     # Parts of the reduction come outermost: then a block of rows and a panel both stay in cache,
     # and the
@@ -342,7 +341,7 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
     )
 
     # ---- packing --------------------------------------------------------------------------------
-    _pack(s, nest, name, width, packed_depth)
+    packed = _pack(s, nest, name, width, packed_depth)
     # ---- what comes after, and the register tile ------------------------------------------------
     home = row_o if row_o is not None else v_o
     for b in _followers(s, name):
@@ -356,8 +355,10 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
         if extent <= unroll:
             s.mark(last, UNROLL)
         elif extent % unroll == 0:
-            _, inner = s.split(last, unroll)
+            last, inner = s.split(last, unroll)
             s.mark(inner, UNROLL)
+            if packed is not None and nest.wide.buffer.constant and row_o is not None:
+                fetch_ahead(s, name, packed, last, row_o, v_o)
     if tile[0] != v_i:
         s.mark(tile[0], UNROLL)
     s.mark(v_i, VECTOR)
@@ -370,6 +371,62 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
     for b in [x.name for x in analysis.blocks(s.func)]:
         if b in alive and _is_root_preparation(s, b, name):
             elementwise.one_block(s, b)
+
+
+def _part_of_depth(
+    s: Schedule, nest: _Nest, depth: list[str], width: int, row_extent: int | None
+) -> tuple[int, int] | None:
+    """How a long reduction is cut into parts, so that what a tile reads of the packed operand stays
+    in a cache: (depth of a part, iterations of the outermost reduction loop); None: not at all."""
+    t = s.target
+    # Every part is a pass over the result: cheap if that stays in the second-level cache.
+    columns = const_int(nest.vector.extent)
+    small = (
+        row_extent is not None and columns is not None and 4 * row_extent * columns <= t.caches[1]
+    )
+    extents = [const_int(s.loop(n)[0].extent) for n in depth]
+    if len(nest.reduce) == 1:
+        options = (128, 192, 256, 320, 384, 512, 768, 1024)
+        limit = s.choose("depth", options, 256 if small else 768)
+        size = depth_block(const_int(nest.reduce[0].extent), limit)
+        # The axis may be cut into blocks of the operand's layout already.
+        inner = 1 if len(depth) == 1 else extents[-1]
+        return None if size is None or inner is None else (limit, max(1, size // inner))
+    if not small or None in extents:
+        return None
+    inner = math.prod(e for e in extents[1:] if e is not None)
+    most = t.caches[1] // 4 // (4 * width * inner)
+    whole = extents[0] or 1
+    if whole <= most:
+        return None
+    size = max(d for d in range(1, whole + 1) if whole % d == 0 and d <= max(most, 1))
+    return size * inner, size
+
+
+def fetch_ahead(s: Schedule, name: str, operand: str, loop: str, turns: str, panels: str) -> None:
+    """While all tiles of `turns` go through one panel of an operand that comes from memory, the
+    next one is fetched."""
+    buffer, (block, path) = s.buffer(operand), s.block(name)
+    size = buffer.dtype.bytes
+    for n in buffer.physical_shape:
+        size *= const_int(n) or 1
+    arith = analysis.arith_of(s.func)
+    load = next(x for x in analysis.operand_loads(block) if x.buffer is buffer)
+    values = analysis.values_of(block)
+    at = tuple(substitute(i, values) for i in load.indices)
+    panel = elementwise.strides(buffer, at, s.loop(panels)[0].var, arith)
+    around = s.loop(turns)[0]
+    passes = const_int(around.extent)
+    if panel is None or panel <= 0 or (passes is not None and passes < 2):
+        return
+    part = buffer.dtype.bytes  # of the panel that one pass reads
+    used = frozenset().union(*[free_vars(i) for i in at])
+    for x in analysis.loops_in(path):
+        if x is not around and analysis.contains(around, x) and x.var in used:
+            part *= const_int(x.extent) or 64
+    # Both parts stay in the second-level cache, and what it holds already need not be fetched.
+    if size > s.target.caches[1] and 4 * part <= s.target.caches[1]:
+        s.prefetch(operand, loop, panel, turns)
 
 
 def _plain_rows(nest: _Nest) -> bool:

@@ -9,13 +9,13 @@ is contiguous in memory. It never asks for an operator's name. docs/schedules.md
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from minicompiler.ir.tir import PrimFunc
 from minicompiler.target import Target
 
-from . import analysis, contraction, elementwise, recurrent, rows, transformed
+from . import analysis, attention, contraction, depthwise, elementwise, recurrent, rows, transformed
 from .schedule import Schedule
 
 
@@ -31,6 +31,8 @@ class Rule:
 RULES: tuple[Rule, ...] = (
     Rule("recurrent", recurrent.applies, recurrent.apply),
     Rule("transformed", transformed.applies, transformed.apply),
+    Rule("attention", attention.applies, attention.apply),
+    Rule("depthwise", depthwise.applies, depthwise.apply),
     Rule("contraction", contraction.applies, contraction.apply),
     Rule("rows", rows.applies, rows.apply),
     Rule("elementwise", lambda s: True, elementwise.apply),
@@ -42,12 +44,13 @@ def schedule(
     target: Target,
     decisions: Mapping[str, Any] | None = None,
     after_step: Callable[[PrimFunc], None] | None = None,
+    rules: Sequence[Rule] = RULES,
 ) -> Schedule:
     """The schedule of the first rule that applies. `decisions` replaces its default choices."""
     s = Schedule(func, target, decisions, after_step)
     # The statements of an extern have no blocks: what other phases compute stays where it is.
     plain = all(next(analysis.blocks(p), None) is not None for p in func.phases)
-    for rule in RULES if plain else RULES[-1:]:
+    for rule in rules if plain else rules[-1:]:
         if rule.applies(s):
             s.rule = rule.name
             rule.apply(s)

@@ -7,13 +7,18 @@ Loops follow the order in which the result lies in memory; the innermost is cut 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import Call, Const, Expr, Var, const_int, free_vars, substitute, walk
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, For, Scope
 
-from . import analysis
-from .schedule import Schedule
+from . import analysis, streaming, transposed
 
+if TYPE_CHECKING:
+    from .schedule import Schedule
+
+LONG_VECTORS = 4  # side by side they hide the latency of a polynomial
 WORTH_A_THREAD = 16384  # elements below which waking another thread costs more than it saves
 
 
@@ -21,6 +26,7 @@ def apply(s: Schedule) -> None:
     """Schedules each root nest by itself."""
     for name in [b.name for b in analysis.blocks(s.func)]:
         one_block(s, name)
+    streaming.apply(s)
 
 
 def strides(buffer: Buffer, indices: tuple[Expr, ...], var: Expr, arith: Arith) -> int | None:
@@ -39,6 +45,18 @@ def strides(buffer: Buffer, indices: tuple[Expr, ...], var: Expr, arith: Arith) 
         elif any(var in free_vars(a) for a in m):
             return None
     return stride
+
+
+def steps(s: Schedule, name: str, loop: Expr) -> list[int | None]:
+    """How far each access of a block moves in memory with a loop; the store comes first."""
+    block, _ = s.block(name)
+    arith = analysis.arith_of(s.func)
+    values = analysis.values_of(block)
+    own = [(block.body.buffer, block.body.indices)]
+    loads = [(x.buffer, x.indices) for x in analysis.operand_loads(block)]
+    return [
+        strides(b, tuple(substitute(i, values) for i in at), loop, arith) for b, at in own + loads
+    ]
 
 
 def memory_order(s: Schedule, name: str, below: str | None = None) -> list[str]:
@@ -104,15 +122,15 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
     if analysis.is_reduction(block):
         reduction_block(s, name)
         return
-    lanes = s.target.vector_bytes // max(4, block.body.buffer.dtype.bytes)
-    if any(type(e) is Call for e in walk(block.body.value)):
-        lanes *= 2  # a second vector hides the latency of a long polynomial
+    lanes = lanes_for(s, block)
     order = memory_order(s, name, below)
     if not order:
         return
     flat = below is None and _same_everywhere(s, name)
     if flat and len(order) > 1:
         order = [s.fuse(*order)]
+    elif below is None and transposed.schedule(s, name, order):
+        return
     inner = order[-1]
     loop, _ = s.loop(inner)
     extent = const_int(loop.extent)
@@ -126,6 +144,13 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
         outer = [*outer, big]
     if parallel:
         threads_over(s, outer, name)
+
+
+def lanes_for(s: Schedule, block: Block) -> int:
+    """How many elements an iteration computes: a vector, or several where each takes long."""
+    lanes = s.target.vector_bytes // max(4, block.body.buffer.dtype.bytes)
+    calls = any(type(e) is Call for e in walk(block.body.value))
+    return lanes * (LONG_VECTORS if calls else 1)
 
 
 def threads_over(s: Schedule, outer: list[str], block: str) -> None:
@@ -172,7 +197,7 @@ def reduction_block(s: Schedule, name: str) -> None:
     contiguous along it, else over the reduced axis through partial results."""
     from . import rows
 
-    if rows.schedule_reduction(s, name):
+    if rows.in_parts(s, name) or rows.schedule_reduction(s, name):
         return
     block, path = s.block(name)
     around = analysis.loops_in(path)

@@ -7,6 +7,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from minicompiler.ir.expr import (
+    TRUE,
     Const,
     Expr,
     Load,
@@ -31,11 +32,13 @@ from minicompiler.ir.tir import (
     Block,
     For,
     LoopKind,
+    Prefetch,
     Scope,
     Seq,
     Stmt,
     Store,
     map_statements,
+    seq,
     statements,
     substitute_stmt,
 )
@@ -238,9 +241,28 @@ def reorder(s: Schedule, names: list[str]) -> None:
     s.swap(outermost, body)
 
 
+def separate(s: Schedule, name: str) -> None:
+    """The root statement with block `name`, and what follows it, become a phase of their own:
+    all threads meet before it.
+
+    (for k: P[k] = ..; for k: C += P[k])   ->   for k: P[k] = ..  ---  for k: C += P[k]
+    """
+    block, path = s.block(name)
+    chain = (*path, block)
+    if not isinstance(chain[0], Seq) or chain[1] is chain[0].stmts[0]:
+        s.refuse(f"block {name} does not follow another statement at the root of its phase", block)
+    assert isinstance(chain[0], Seq)
+    stmts = chain[0].stmts
+    cut = next(k for k, x in enumerate(stmts) if x is chain[1])
+    phases: list[Stmt] = []
+    for p in s.func.phases:
+        phases += [seq(stmts[:cut]), seq(stmts[cut:])] if p is chain[0] else [p]
+    s.func = s.func.with_(phases=tuple(phases))
+
+
 def mark(s: Schedule, name: str, kind: LoopKind) -> None:
     """PARALLEL and VECTOR need iterations that do not touch each other's results; VECTOR and
-    UNROLL a constant extent."""
+    UNROLL a constant extent. A VECTOR loop may also combine all its lanes into one element."""
     loop, path = s.loop(name)
     _keep_order(s, loop)
     if kind in (VECTOR, UNROLL):
@@ -254,6 +276,8 @@ def mark(s: Schedule, name: str, kind: LoopKind) -> None:
         local = {x.buffer for x in statements(loop.body) if isinstance(x, Alloc)}
         for b in analysis.blocks(loop.body):
             if b.body.buffer in local:
+                continue
+            if kind is VECTOR and _adds_lanes(b, loop):
                 continue
             if analysis.reduce_loops(b, [loop]):
                 s.refuse(
@@ -288,7 +312,23 @@ def mark(s: Schedule, name: str, kind: LoopKind) -> None:
         inner = [x for x in statements(loop.body) if isinstance(x, For) and x.kind not in (UNROLL,)]
         if inner:
             s.refuse(f"a vector loop must be innermost; {inner[0].var} stands inside {name}", loop)
+    if kind is VECTOR and any(isinstance(x, Prefetch) for x in statements(loop.body)):
+        s.refuse(f"a prefetch stands inside {name}", loop, "mark before prefetch")
     s.swap(loop, loop.with_(kind=kind))
+
+
+def _adds_lanes(block: Block, loop: For) -> bool:
+    """True for a nest that only combines a power of two of numbers into one element: as a vector
+    it does so pairwise, halves first."""
+    extent = const_int(loop.extent) or 0
+    return (
+        loop.body is block
+        and block.init is None
+        and block.where is TRUE
+        and extent & (extent - 1) == 0
+        and not analysis.spatial_loops(block, [loop])
+        and analysis.update_operand(block) is not None
+    )
 
 
 def _moves_on(s: Schedule, block: Block, loop: For) -> bool:
@@ -328,13 +368,15 @@ def relayout(s: Schedule, name: str, layout: IndexMap) -> None:
 
     def store(x: Store) -> Store:
         value = rewrite(x.value, load)
-        return Store(new if x.buffer is buffer else x.buffer, x.indices, value)
+        return x.with_(buffer=new if x.buffer is buffer else x.buffer, value=value)
 
     def one(x: Stmt) -> Stmt | None:
         if isinstance(x, Block):
             return x.with_(init=None if x.init is None else store(x.init), body=store(x.body))
         if isinstance(x, Alloc) and x.buffer is buffer:
             return x.with_(buffer=new)
+        if isinstance(x, Prefetch):
+            return x.with_(place=rewrite(x.place, load))
         return None
 
     s.edit(one)

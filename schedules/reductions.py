@@ -1,21 +1,28 @@
-"""Primitives for reductions: decompose_reduction (the init becomes a block), rfactor (partial
-results)."""
+"""Primitives for reductions: decompose_reduction (the init becomes a block), skip (terms that
+change nothing are left out), rfactor (partial results)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from minicompiler.ir.expr import (
+    TRUE,
     ZERO,
+    Binary,
+    Cast,
     Expr,
     Load,
+    Select,
     Var,
     all_of,
     binary,
+    conjuncts,
+    const,
     eq,
     free_vars,
     select,
     substitute,
+    walk,
 )
 from minicompiler.ir.tir import (
     SERIAL,
@@ -108,6 +115,64 @@ def _init_nest(
     for x in reversed(spatial):
         inner = For(mapping[x.var], substitute(x.extent, mapping), x.kind, inner)  # type: ignore[arg-type]
     return inner, name
+
+
+# ---- skip ---------------------------------------------------------------------------------------
+def skip(s: Schedule, name: str) -> None:
+    """C[i] = C[i] + select(i + k >= 1, x[i + k - 1], 0) * w[k]
+
+    ->   C[i] = C[i] + x[i + k - 1] * w[k]   where i + k >= 1
+
+    Terms that change nothing are left out: those that a condition makes the combiner's identity, or
+    (of a sum) a product with zero, whatever the other factor, so that 0 * inf counts as 0 here. The
+    init must be a block of its own.
+    """
+    block, _ = s.block(name)
+    if block.init is not None:
+        s.refuse(f"block {name} has an init", block, "decompose_reduction makes it a block")
+    wanted, operand = needed_terms(block)
+    if not wanted:
+        s.refuse(f"no term of {name} is known to change nothing", block)
+    values = analysis.values_of(block)
+    where = all_of([*analysis.where_parts(block), *[substitute(c, values) for c in wanted]])
+    own = block.body.value
+    assert isinstance(own, Binary)
+    body = block.body.with_(value=Binary(own.op, own.a, operand))
+    s.swap(block, block.with_(where=where, body=body))
+
+
+def needed_terms(block: Block) -> tuple[list[Expr], Expr]:
+    """The conditions on a reduction's indices without which a term changes nothing, and the term
+    where they hold. No conditions: not a reduction, or all terms are needed."""
+    update = analysis.update_operand(block)
+    if update is None or update[0] not in COMBINER or not analysis.is_reduction(block):
+        return [], block.body.value
+    identity = identity_of(COMBINER[update[0]], block.body.buffer.dtype)
+    wanted, term = _needed(update[1], identity, {i.var for i in block.iters if i.reduce})
+    return list(dict.fromkeys(wanted)), term
+
+
+def _needed(e: Expr, identity: Expr, reducing: set[Var]) -> tuple[list[Expr], Expr]:
+    """The conditions (on reduction indices) without which `e` is the identity, and what it is where
+    they hold."""
+    if type(e) is Select and e.b is const(identity.value, e.dtype):  # type: ignore[attr-defined]
+        parts = conjuncts(e.cond)
+        ours = [c for c in parts if free_vars(c) & reducing and not _reads(c)]
+        rest = all_of(c for c in parts if c not in ours)
+        inner, value = _needed(e.a, identity, reducing)
+        return [*ours, *inner], value if rest is TRUE else select(rest, value, e.b)
+    if identity.value == 0:  # type: ignore[attr-defined]
+        if type(e) is Binary and e.op == "mul":
+            (p, a), (q, b) = _needed(e.a, identity, reducing), _needed(e.b, identity, reducing)
+            return [*p, *q], Binary("mul", a, b) if p or q else e
+        if type(e) is Cast:
+            p, a = _needed(e.a, identity, reducing)
+            return p, Cast(e.dtype, a) if p else e
+    return [], e
+
+
+def _reads(e: Expr) -> bool:
+    return any(type(x) is Load for x in walk(e))
 
 
 # ---- rfactor ------------------------------------------------------------------------------------

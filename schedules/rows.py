@@ -10,12 +10,18 @@ partial results (rfactor); one across it keeps a vector of results.
 
 from __future__ import annotations
 
-from minicompiler.ir.expr import Var, const_int
-from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Scope
+import math
 
-from . import analysis, elementwise
+from minicompiler.ir.expr import Binary, Call, Const, Load, Var, const_int, free_vars, walk
+from minicompiler.ir.tir import PARALLEL, VECTOR, Block, Iter, Scope
+
+from . import analysis, elementwise, streaming
 from .schedule import Schedule
 
+DEEP = 32  # rows that are added up: from here on it pays to keep partial sums in memory
+ROWS = 4  # of them are added to the sums at a time
+PART = 16384  # elements of a long reduction that are added up by themselves
+CHEAP = 4  # operations on one element
 ACCUMULATORS = 4  # vectors of partial results, enough to hide the latency of an addition
 
 
@@ -29,10 +35,16 @@ def apply(s: Schedule) -> None:
     names = [b.name for b in analysis.blocks(s.func)]
     last = names[-1]
     results = [b for b in analysis.blocks(s.func) if b.body.buffer in s.func.params]
-    row = _row_loops(s, last) if len(results) == 1 and len(names) > 1 else None
+    row = None
+    if len(results) == 1 and len(names) > 1 and not analysis.is_reduction(s.block(last)[0]):
+        for n in names[:-1]:
+            if _cheap(s.block(n)[0]):
+                s.inline(n)
+        row = _row_loops(s, last) or _group_loops(s, last)
     if row is None:
         elementwise.apply(s)
         return
+    names = [b.name for b in analysis.blocks(s.func)]
     top = s.fuse(*row) if len(row) > 1 else row[0]
     for n in reversed(names[:-1]):
         s.compute_at(n, top)
@@ -44,6 +56,15 @@ def apply(s: Schedule) -> None:
         work *= const_int(x.extent) or 64
     if work >= elementwise.WORTH_A_THREAD:
         s.mark(top, PARALLEL)
+    streaming.apply(s)
+
+
+def _cheap(block: Block) -> bool:
+    """True for an element that is computed again in less time than stored and loaded."""
+    if analysis.is_reduction(block):
+        return False
+    parts = [e for e in walk(block.body.value) if not isinstance(e, Load | Const | Var)]
+    return len(parts) <= CHEAP and not any(isinstance(e, Call) for e in parts)
 
 
 def _row_loops(s: Schedule, last: str) -> list[str] | None:
@@ -84,6 +105,30 @@ def _row_loops(s: Schedule, last: str) -> list[str] | None:
     return rows
 
 
+def _group_loops(s: Schedule, last: str) -> list[str] | None:
+    """As `_row_loops`, where every so many neighbours along an axis share a reduction:
+    r[i, c] = f(x[i, c], m[i, c // 8]). The loop over that axis is split."""
+    block, path = s.block(last)
+    if block.body.buffer.layout is not None:
+        return None
+    made = {b.body.buffer for b in analysis.blocks(s.func) if analysis.is_reduction(b)}
+    others = {b.body.buffer for b in analysis.blocks(s.func)} - made - {block.body.buffer}
+    shared = {x.indices for x in analysis.operand_loads(block) if x.buffer in made}
+    if others or len(shared) != 1 or len({b.shape for b in made}) != 1:
+        return None
+    loop_of = {i.var: i.value for i in block.iters if isinstance(i.value, Var)}
+    around = [x.var.name for x in analysis.loops_in(path)]
+    *whole, grouped = shared.pop()
+    divided = type(grouped) is Binary and grouped.op == "floordiv" and const_int(grouped.b)
+    if not divided or any(i not in loop_of for i in (*whole, grouped.a)):
+        return None
+    names = [str(loop_of[i]) for i in (*whole, grouped.a)]
+    extent = const_int(s.loop(names[-1])[0].extent)
+    if names != around[: len(names)] or extent is None or extent % divided:
+        return None
+    return [*names[:-1], s.split(names[-1], divided, "perfect")[0]]
+
+
 def _one_row(s: Schedule, name: str, top: str) -> None:
     """Schedules the part of a block inside the row loop."""
     names = s.loops_of(name)
@@ -94,7 +139,7 @@ def _one_row(s: Schedule, name: str, top: str) -> None:
     if analysis.is_reduction(block):
         schedule_reduction(s, name, top)
         return
-    lanes = s.target.vector_bytes // 4
+    lanes = elementwise.lanes_for(s, block)
     loop = inner[-1]
     extent = const_int(s.loop(loop)[0].extent)
     if extent is not None and extent <= lanes:
@@ -120,10 +165,12 @@ def schedule_reduction(s: Schedule, name: str, top: str | None = None) -> bool:
     spatial = [x for x in inside if x not in reducing]
     across = _contiguous(block, spatial, arith)
     if across is not None and (const_int(across) or 64) >= 4:
+        deep = const_int(reducing[-1].extent)
+        if top is None and (deep is None or deep >= DEEP) and _columns(s, name):
+            return True
         return _across(s, name, top, lanes)
-    along = _contiguous_loop(block, reducing, arith)
-    if along is None:
-        along = reducing[-1].var.name
+    names = _joined(s, name, [x.var.name for x in reducing])
+    along = next((n for n in names if 1 in elementwise.steps(s, name, s.loop(n)[0].var)), names[-1])
     extent = const_int(s.loop(along)[0].extent)
     if extent is not None and extent < 2 * lanes:
         return _plain(s, name, top)
@@ -131,8 +178,9 @@ def schedule_reduction(s: Schedule, name: str, top: str | None = None) -> bool:
 
 
 def _contiguous(block: Block, loops, arith):  # type: ignore[no-untyped-def]
-    """The extent of the innermost-in-memory spatial axis along which the operands are
-    contiguous."""
+    """The extent of the innermost-in-memory spatial axis along which the operands that are reduced
+    are contiguous."""
+    reduced = {i.var for i in block.iters if i.reduce}
     for it in block.iters:
         if it.reduce or not isinstance(it.value, Var) or it.value not in {x.var for x in loops}:
             continue
@@ -140,37 +188,60 @@ def _contiguous(block: Block, loops, arith):  # type: ignore[no-untyped-def]
         steps = [
             elementwise.strides(x.buffer, x.indices, it.var, arith)
             for x in analysis.operand_loads(block)
+            if any(reduced & free_vars(i) for i in x.indices)
         ]
         layout = block.body.buffer.layout
         blocked = layout is not None and layout.splits()[-1][0] == _axis(block, it)
-        if (own == 1 or blocked) and any(x == 1 or (x is None and blocked) for x in steps):
+        in_blocks = blocked or _blocks_of(block, it) > 1
+        if (own == 1 or blocked) and any(x == 1 or (x is None and in_blocks) for x in steps):
             return it.extent
     return None
+
+
+def _blocks_of(block: Block, it: Iter) -> int:
+    """How many neighbours along an iterator lie together in an operand of a blocked layout."""
+    for x in analysis.operand_loads(block):
+        if x.buffer.layout is not None:
+            axis, _, size = x.buffer.layout.splits()[-1]
+            if size and x.indices[axis] is it.var:
+                return size
+    return 1
 
 
 def _axis(block: Block, it) -> int:  # type: ignore[no-untyped-def]
     return next(k for k, i in enumerate(block.body.indices) if i is it.var)
 
 
-def _contiguous_loop(block: Block, reducing, arith) -> str | None:  # type: ignore[no-untyped-def]
-    for it in block.iters:
-        if it.reduce and isinstance(it.value, Var) and it.value in {x.var for x in reducing}:
-            for x in analysis.operand_loads(block):
-                if elementwise.strides(x.buffer, x.indices, it.var, arith) == 1:
-                    return it.value.name
-    return None
+def _joined(s: Schedule, name: str, reducing: list[str]) -> list[str]:
+    """Fuses the two innermost reduction loops while all operands step through them as through one,
+    and the inner one is short."""
+    while len(reducing) > 1:
+        (outer, _), (inner, _) = s.loop(reducing[-2]), s.loop(reducing[-1])
+        size = const_int(inner.extent)
+        if outer.body is not inner or size is None or size >= DEEP:
+            break
+        pairs = zip(
+            elementwise.steps(s, name, outer.var),
+            elementwise.steps(s, name, inner.var),
+            strict=True,
+        )
+        if not all(a is not None and b is not None and a == b * size for a, b in pairs):
+            break
+        reducing = [*reducing[:-2], s.fuse(outer.var.name, inner.var.name)]
+    return reducing
 
 
 def _across(s: Schedule, name: str, top: str | None, lanes: int) -> bool:
     """for n, c_o, h, w: vector c_i: registers += over the window"""
     order = elementwise.memory_order(s, name, top)
+    block, _ = s.block(name)
     inner = order[-1]
     extent = const_int(s.loop(inner)[0].extent)
     outer = order[:-1]
-    if extent is None or extent > 4 * lanes:
-        big, inner = s.split(
-            inner, 2 * lanes if extent is None or extent >= 2 * lanes else lanes, "mask"
-        )
+    together = max([_blocks_of(block, i) for i in block.iters if not i.reduce], default=1)
+    if extent is None or extent > 4 * lanes or (extent > together > 1):
+        size = 2 * lanes if extent is None or extent >= 2 * lanes else lanes
+        big, inner = s.split(inner, together if together > 1 else size, "mask")
         outer = [*outer, big]
     block, path = s.block(name)
     reduce = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
@@ -193,6 +264,62 @@ def _across(s: Schedule, name: str, top: str | None, lanes: int) -> bool:
         s.mark(n, VECTOR)
     if top is None and outer:
         elementwise.threads_over(s, outer, name)
+    return True
+
+
+def _columns(s: Schedule, name: str) -> bool:
+    """for columns_o: for k: partial sums of a stretch of columns += row k of it
+
+    Rows are read in long stretches, and the sums stay in first-level cache."""
+    block, path = s.block(name)
+    if block.body.buffer.layout is not None or block.body.buffer not in s.func.params:
+        return False
+    order = elementwise.memory_order(s, name)
+    lanes = 4 * s.target.vector_bytes // max(4, block.body.buffer.dtype.bytes)
+    extent = const_int(s.loop(order[-1])[0].extent)
+    if extent is not None and extent < 2 * lanes:
+        return False
+    stretch = s.target.caches[0] // 8 // block.body.buffer.dtype.bytes
+    big, inner = s.split(order[-1], stretch if extent is None else min(stretch, extent), "mask")
+    block, path = s.block(name)
+    reduce = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
+    outer = [*order[:-1], big]
+    s.reorder(*outer, *reduce, inner)
+    init = s.decompose_reduction(name, reduce[0])
+    staged = s.stage(block.body.buffer.name, big, Scope.LOCAL)
+    for b in (init, f"{staged}_in", f"{staged}_out"):
+        if any(x.name == b for x in analysis.blocks(s.func)):
+            _, v = s.split(s.loops_of(b)[-1], lanes, "mask")
+            s.mark(v, VECTOR)
+    vectors, v = s.split(inner, lanes, "mask")
+    k_o, k_i = s.split(reduce[-1], ROWS, "mask")
+    s.reorder(k_o, vectors, k_i, v)
+    tile = s.stage(staged, vectors, Scope.REGISTER)
+    for b in (name, f"{tile}_in", f"{tile}_out"):
+        elementwise.vector_tile(s, b, vectors)
+    elementwise.threads_over(s, outer, name)
+    return True
+
+
+def in_parts(s: Schedule, name: str) -> bool:
+    """sum over k   ->   for k_o: parts[k_o] = sum over k_i;   sum over k_o of parts[k_o]
+
+    For long reductions to a single element, so that threads can share them. The parts depend on the
+    size of the input alone, so the sum does not depend on the threads."""
+    block, path = s.block(name)
+    around = analysis.loops_in(path)
+    reducing = analysis.reduce_loops(block, around)
+    if block.init is None or not reducing or len(reducing) != len(around):
+        return False
+    sizes = [const_int(x.extent) or DEEP for x in reducing]
+    if math.prod(sizes) < 4 * PART:
+        return False
+    rows = max(1, PART // math.prod(sizes[1:]))
+    outer, _ = s.split(reducing[0].var.name, rows, "mask")
+    parts, _ = s.rfactor(name, outer)
+    s.separate(name)
+    for b in (parts, name):
+        elementwise.reduction_block(s, b)
     return True
 
 
@@ -226,7 +353,9 @@ def _along(
     if reducing[-1] != along:
         order = [n for n in reducing if n != along] + [along]
         s.reorder(*order)
-    width = lanes * ACCUMULATORS if extent is None or extent >= 4 * lanes * ACCUMULATORS else lanes
+    width = lanes * ACCUMULATORS
+    if extent is not None and extent < 4 * width and extent % width:
+        width = lanes
     _, k_i = s.split(along, width, "mask")
     partial, buffer = s.rfactor(name, k_i)
     home = outer[-1] if outer else top
@@ -243,7 +372,7 @@ def _along(
     s.decompose_reduction(name, final_loops[-1])
     s.mark(k_i, VECTOR)
     s.mark(s.loops_of(init)[-1], VECTOR)
-    s.mark(final_loops[-1], UNROLL)
+    s.mark(final_loops[-1], VECTOR)
     if home is not None:
         s.stage(buffer, home, Scope.REGISTER)
         target = s.block(name)[0].body.buffer

@@ -36,7 +36,7 @@ from minicompiler.ir.tir import (
 )
 from minicompiler.target import Target
 
-from . import analysis, blocks, loops, reductions, staging
+from . import analysis, blocks, hints, loops, reductions, rolling, staging, streaming
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +175,8 @@ class Schedule:
                 f"{primitive}({shown}): {e.message}", e.locs, e.excerpt, e.hint
             ) from None
         self._names = None
+        if any(step.primitive == "prefetch" for step in self.steps):
+            hints.drop_stale(self)
         names_made = made if isinstance(made, tuple) else (made,) if isinstance(made, str) else ()
         self.steps.append(Step(primitive, args, names_made))
         if self._after is not None:
@@ -204,6 +206,10 @@ class Schedule:
         """How a loop runs: PARALLEL, VECTOR, UNROLL, SERIAL."""
         k = LoopKind(kind)
         self._apply("mark", lambda: loops.mark(self, loop, k), loop=loop, kind=k.value)
+
+    def separate(self, block: str) -> None:
+        """The root statement that holds a block begins a phase of its own."""
+        self._apply("separate", lambda: loops.separate(self, block), block=block)
 
     def relayout(self, buffer: str, layout: IndexMap | Sequence[Sequence[int]]) -> None:
         """A workspace buffer is kept in memory in another order."""
@@ -235,6 +241,10 @@ class Schedule:
             loop=loop,
         )
 
+    def skip(self, block: str) -> None:
+        """The terms of a reduction that change nothing (padding) are not added."""
+        self._apply("skip", lambda: reductions.skip(self, block), block=block)
+
     def stage(
         self,
         buffer: str,
@@ -255,11 +265,36 @@ class Schedule:
             layout=None if imap is None else layout_to(imap),
         )
 
+    def prefetch(self, buffer: str, loop: str, ahead: int, turns: str | None = None) -> None:
+        """Each iteration of `loop` asks for the memory `ahead` elements behind what it reads of a
+        buffer; if a loop around it, `turns`, reads the same again, each time for a part of it."""
+        self._apply(
+            "prefetch",
+            lambda: hints.prefetch(self, buffer, loop, ahead, turns),
+            buffer=buffer,
+            loop=loop,
+            ahead=ahead,
+            turns=turns,
+        )
+
+    def rolling(self, block: str, loop: str) -> str:
+        """What depends on a running maximum advances with it over `loop`, repaired by a factor when
+        it grows; the buffer of the factors. Changes the order of summation."""
+        return self._apply(
+            "rolling", lambda: rolling.rolling(self, block, loop), block=block, loop=loop
+        )
+
     def rfactor(self, block: str, loop: str) -> tuple[str, str]:
         """A reduction loop becomes an axis of partial results, combined afterwards:
         (block of the partial results, their buffer). Changes the order of summation."""
         return self._apply(
             "rfactor", lambda: reductions.rfactor(self, block, loop), block=block, loop=loop
+        )
+
+    def stream(self, block: str, above: int) -> None:
+        """What a block stores bypasses the caches if its buffer has at least `above` bytes."""
+        self._apply(
+            "stream", lambda: streaming.stream(self, block, above), block=block, above=above
         )
 
 

@@ -288,7 +288,8 @@ def _redirect(
 
     def store(x: Store) -> Store:
         indices = shift(x.indices) if x.buffer is old else x.indices
-        return Store(new if x.buffer is old else x.buffer, indices, rewrite(x.value, one))
+        buffer = new if x.buffer is old else x.buffer
+        return x.with_(buffer=buffer, indices=indices, value=rewrite(x.value, one))
 
     def go(x: Stmt) -> Stmt | None:
         if not isinstance(x, Block):
@@ -317,7 +318,8 @@ def _unconditional(block: Block, tile: Buffer, arith: Arith) -> Block:
     def cap(e: Expr) -> Expr | None:
         return capped.get(e)
 
-    inside = Arith({**arith.ranges, **{i.var: (ZERO, i.extent - 1) for i in block.iters}})
+    kept = [c for c in analysis.where_parts(block) if c not in dropped]
+    inside = Arith({**arith.ranges, **{i.var: (ZERO, i.extent - 1) for i in block.iters}}, kept)
 
     tail_iters = {i.var for i in block.iters if any(x in capped for x in walk(i.value))}
 

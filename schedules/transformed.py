@@ -152,7 +152,7 @@ def apply(s: Schedule) -> None:
     s.relayout(wide.buffer.name, _filter_layout(main, wide, width))
     for name in after:
         _hold(s, name, tv)
-    _products(s, main.name, channels, vectors)
+    _products(s, main.name, channels, vectors, wide.buffer.name)
     for n, kind in ((mh, UNROLL), (mv, UNROLL), (vector, VECTOR)):
         s.mark(n, kind)
     for name in after:
@@ -225,7 +225,7 @@ def _hold(s: Schedule, name: str, at: str) -> None:
     s.stage(buffer.name, at, Scope.LOCAL, buffer.layout)
 
 
-def _products(s: Schedule, name: str, at: str, vectors: int) -> None:
+def _products(s: Schedule, name: str, at: str, vectors: int, filters: str) -> None:
     """The products of one block of tiles and one vector block: register tiles of several tiles."""
     _hold(s, name, at)
     names = s.loops_of(name)
@@ -243,8 +243,9 @@ def _products(s: Schedule, name: str, at: str, vectors: int) -> None:
     s.reorder(*transform, t_o, depth, t_i, vector)
     init = s.decompose_reduction(name, depth)
     staged = s.stage(s.block(name)[0].body.buffer.name, t_o, Scope.REGISTER)
-    _, k = s.split(depth, 4)
+    k_o, k = s.split(depth, 4)
     for n, kind in ((k, UNROLL), (t_i, UNROLL), (vector, VECTOR)):
         s.mark(n, kind)
     for b in (init, f"{staged}_out"):
         elementwise.vector_tile(s, b, t_o)
+    contraction.fetch_ahead(s, name, filters, k_o, t_o, transform[-1])

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InternalError
-from .expr import Const, Dim, Expr
+from ..errors import InternalError, ShapeError
+from .expr import Binary, Const, Dim, Expr, Var, walk
 from .layout import IndexMap
 from .node import Node, node
 from .op import Arg, NoAttrs, Op
@@ -115,8 +115,6 @@ def apply(
 
     Raises ShapeError (with `locs`) when the type rule refuses the arguments.
     """
-    from ..errors import ShapeError
-
     if attrs is None:
         attrs = op.attrs()
     seen = [None if a is None else arg_of(a) for a in args]
@@ -130,6 +128,8 @@ def apply(
             raise type(e)(e.message, locs, e.excerpt, e.hint) from None
         raise
     results = types if isinstance(types, tuple) else (types,)
+    for t in results:
+        _check_sizes(op, t, locs)
     contents: tuple[np.ndarray | None, ...] = (None,) * len(results)
     if op.shape_math and all(_small_int(t) for t in results):
         known = [None if a is None else a.content for a in seen]
@@ -139,6 +139,27 @@ def apply(
                 every = got if isinstance(got, tuple) else (got,)
                 contents = tuple(_as_content(g, t) for g, t in zip(every, results, strict=True))
     return Apply(op, tuple(args), attrs, types, locs, contents, (None,) * len(results), name)
+
+
+_SIZE_OPERATIONS = ("add", "sub", "mul", "floordiv", "mod", "min", "max")  # see runtime/plan.py
+
+
+def _check_sizes(op: Op, t: TensorType, locs: tuple[Loc, ...]) -> None:
+    """Refuses sizes that are negative, or that no plan can compute."""
+    for s in t.shape:
+        if type(s) is Const:
+            if s.value < 0:
+                raise ShapeError(f"{op.name} would make {t}: a size cannot be negative", locs)
+        elif not isinstance(s, Dim) and any(
+            not isinstance(e, Dim | Var | Const)
+            and not (type(e) is Binary and e.op in _SIZE_OPERATIONS)
+            for e in walk(s)
+        ):
+            raise ShapeError(
+                f"{op.name} would make {t}: such a size cannot be computed at run time",
+                locs,
+                hint="give the dimensions it depends on a value: dims={...}",
+            )
 
 
 def arg_of(value: Value) -> Arg:
@@ -231,6 +252,23 @@ def applies(fn: Function) -> Iterator[Apply]:
     return (v for v in topological(fn.results) if isinstance(v, Apply))
 
 
+def nested_functions(attrs: Any) -> list[Function]:
+    """The Functions in the attributes of a node: what control flow runs."""
+    if not dataclasses.is_dataclass(attrs):
+        return []
+    values = [getattr(attrs, f.name) for f in dataclasses.fields(attrs)]
+    return [v for v in values if isinstance(v, Function)]
+
+
+def every_function(fn: Function) -> list[Function]:
+    """A function and those nested in it, at any depth."""
+    found = [fn]
+    for f in found:  # grows meanwhile
+        for v in applies(f):
+            found += nested_functions(v.attrs)
+    return found
+
+
 def users(fn: Function) -> dict[int, list[Value]]:
     """id(value) -> the nodes that read it, in topological order (results are not counted)."""
     found: dict[int, list[Value]] = {}
@@ -314,8 +352,10 @@ __all__ = [
     "apply",
     "arg_of",
     "content_of",
+    "every_function",
     "function_dims",
     "layout_of",
+    "nested_functions",
     "operands",
     "rebuild",
     "topological",

@@ -38,6 +38,7 @@ from .tir import (
     Buffer,
     For,
     If,
+    Prefetch,
     PrimFunc,
     Seq,
     Stmt,
@@ -133,6 +134,8 @@ class _Writer:
                 self.put(d, f"if {' and '.join(first) or 'True'}:")
                 self.store(s.init, d + 1)
             self.store(s.body, d)
+        elif isinstance(s, Prefetch):
+            self.put(d, "pass")
         else:
             self.store(s, d)
 

@@ -51,7 +51,8 @@ class Counted:
     """Attributes of a node with a size that only the data tells.
 
     dim: that size (a Dim of its own); the node's last argument holds its value, int64[].
-    most: no count is larger; memory is reserved for it.
+    most: no count is larger; memory is reserved for it. None: there is no limit, and an input of
+      the model has to hold the count.
     """
 
     dim: Any = 0

@@ -41,7 +41,7 @@ _NODES: dict[str, type[Node]] = {
     for c in (
         graph.Input, graph.Constant, graph.Apply, graph.Item, graph.Function,
         tir.Buffer, tir.Iter, tir.Block, tir.Store, tir.For, tir.Seq, tir.If, tir.Alloc,
-        tir.PrimFunc,
+        tir.Prefetch, tir.PrimFunc,
     )
 }  # fmt: skip
 _RECORDS: tuple[type, ...] = (TensorType, Loc, IndexMap, NoAttrs)

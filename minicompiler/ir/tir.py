@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator
 
-from .expr import TRUE, Dim, Expr, Load, Var, substitute, walk
+from .expr import FALSE, TRUE, Dim, Expr, Load, Var, substitute, walk
 from .layout import IndexMap
 from .node import Node, node
 from .types import DType, Loc
@@ -85,11 +85,15 @@ class Iter(Node):
 
 @node
 class Store(Node):
-    """buffer[indices] = value."""
+    """buffer[indices] = value.
+
+    stream: where it holds (it depends on dims only), the value is written past the caches.
+    """
 
     buffer: Buffer
     indices: tuple[Expr, ...]
     value: Expr
+    stream: Expr = FALSE
 
 
 @node
@@ -143,8 +147,17 @@ class Alloc(Node):
     body: Stmt
 
 
-Stmt = Block | For | Seq | If | Alloc | Store
-STATEMENTS = (Block, For, Seq, If, Alloc, Store)
+@node
+class Prefetch(Node):
+    """A hint, without effect on any value: the cache line that lies `ahead` elements behind `place`
+    in memory will be read soon. It may lie outside the buffer."""
+
+    place: Load
+    ahead: Expr
+
+
+Stmt = Block | For | Seq | If | Alloc | Store | Prefetch
+STATEMENTS = (Block, For, Seq, If, Alloc, Store, Prefetch)
 
 
 @node
@@ -152,6 +165,7 @@ class PrimFunc(Node):
     """One kernel. `params` in call order (results last, `results` of them), then the `dims`.
 
     `buffers`: GLOBAL workspace. `phases`: root statements, run in order with a barrier between.
+    `sizes`: names that statements use for expressions of the dims.
     """
 
     name: str
@@ -161,6 +175,7 @@ class PrimFunc(Node):
     buffers: tuple[Buffer, ...]
     phases: tuple[Stmt, ...]
     locs: tuple[Loc, ...] = ()
+    sizes: tuple[tuple[Dim, Expr], ...] = ()
 
     def __str__(self) -> str:
         return script(self)
@@ -236,6 +251,8 @@ def map_exprs(s: Stmt, f: Callable[[Expr], Expr]) -> Stmt:
             return x.with_(extent=f(x.extent))
         if isinstance(x, If):
             return x.with_(cond=f(x.cond))
+        if isinstance(x, Prefetch):
+            return x.with_(place=f(x.place), ahead=f(x.ahead))
         if isinstance(x, Block):
             return x.with_(
                 iters=tuple(i.with_(value=f(i.value), extent=f(i.extent)) for i in x.iters),
@@ -297,7 +314,9 @@ def script(func: PrimFunc | Stmt, mark: Node | None = None) -> str:
         lines.append(("    " * depth + text, of is mark and mark is not None))
 
     def assign(s: Store) -> str:
-        return f"{s.buffer.name}[{', '.join(map(str, s.indices))}] = {s.value}"
+        mark = "" if s.stream is FALSE else "  # streamed"
+        mark += "" if s.stream in (FALSE, TRUE) else f" if {s.stream}"
+        return f"{s.buffer.name}[{', '.join(map(str, s.indices))}] = {s.value}{mark}"
 
     def go(s: Stmt, d: int) -> None:
         if isinstance(s, For):
@@ -327,6 +346,8 @@ def script(func: PrimFunc | Stmt, mark: Node | None = None) -> str:
             if s.init is not None:
                 put(d + 1, "init " + assign(s.init))
             put(d + 1, assign(s.body))
+        elif isinstance(s, Prefetch):
+            put(d, f"prefetch {s.place} + {s.ahead}", s)
         else:
             put(d, assign(s), s)
 
@@ -335,6 +356,8 @@ def script(func: PrimFunc | Stmt, mark: Node | None = None) -> str:
         put(0, f"def {func.name}({', '.join(names)}):")
         for b in (*func.params, *func.buffers):
             put(1, str(b))
+        for size, value in func.sizes:
+            put(1, f"{size} = {value}")
         for k, phase in enumerate(func.phases):
             if k:
                 put(1, "---")

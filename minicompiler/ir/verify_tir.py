@@ -12,13 +12,15 @@ integer: a data-dependent index must be clamped where it is used, or stand under
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from ..errors import VerifyError
 from .arith import Arith
 from .expr import (
     ZERO,
+    Binary,
     Const,
+    Dim,
     Expr,
     Load,
     Reduce,
@@ -27,6 +29,7 @@ from .expr import (
     const_int,
     free_vars,
     logical_not,
+    rewrite,
     substitute,
     walk,
 )
@@ -42,6 +45,7 @@ from .tir import (
     Buffer,
     For,
     If,
+    Prefetch,
     PrimFunc,
     Scope,
     Seq,
@@ -55,13 +59,30 @@ from .types import index
 Access = tuple[Buffer, tuple[Expr, ...], tuple[Expr, ...], str]  # indices, conditions, verb
 
 
-def verify_tir(func: PrimFunc, finished: bool = False) -> None:
+def verify_tir(
+    func: PrimFunc, finished: bool = False, facts: Sequence[Expr] = (), bounds: bool = True
+) -> None:
     """Checks one function. Raises VerifyError naming what is wrong.
 
     finished: the schedule is complete, so register buffers have constant indices once unrolled
-    loops are repeated and vector loops are lanes.
+    loops are repeated and vector loops are lanes. facts: conditions on dimensions that are checked
+    at run time before the function is called. bounds: prove that indices stay inside; where a pass
+    has moved conditions away from what they protect, only the rest can be checked.
     """
-    _Verifier(func, finished).run()
+    _Verifier(func, finished, tuple(facts), bounds).run()
+
+
+def unproved_accesses(
+    func: PrimFunc, facts: Sequence[Expr] = ()
+) -> dict[tuple[Buffer, tuple[Expr, ...]], set[int]]:
+    """The loads and stores that may leave their buffer, as (buffer, indices), and at which axes.
+
+    Raises VerifyError for all other mistakes.
+    """
+    verifier = _Verifier(func, False, tuple(facts), True)
+    verifier.unproved = {}
+    verifier.run()
+    return verifier.unproved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +99,12 @@ class _Place:
 
 
 class _Verifier:
-    def __init__(self, func: PrimFunc, finished: bool) -> None:
-        self.func, self.finished = func, finished
+    def __init__(
+        self, func: PrimFunc, finished: bool, facts: tuple[Expr, ...], bounds: bool
+    ) -> None:
+        self.func, self.finished, self.facts, self.bounds = func, finished, facts, bounds
+        self.equal = _equalities(facts)
+        self.unproved: dict[tuple[Buffer, tuple[Expr, ...]], set[int]] | None = None
         self.ranges: dict[Expr, tuple[Expr, Expr]] = {}
         self.variables: set[str] = set()  # loops and dims met so far
         self.blocks: set[str] = set()
@@ -109,7 +134,7 @@ class _Verifier:
                 self.iterators.update(i.var.name for i in s.iters)
         declared = frozenset((*func.params, *func.buffers))
         for phase in func.phases:
-            self.stmt(phase, _Place(buffers=declared))
+            self.stmt(phase, _Place(facts=self.facts, buffers=declared))
 
     def declare(self, names: set[str], name: str, what: str, at: Node | None) -> None:
         if name in names:
@@ -160,6 +185,11 @@ class _Verifier:
             self.stmt(s.body, dataclasses.replace(inside, buffers=p.buffers | {s.buffer}))
         elif isinstance(s, Block):
             self.block(s, p)
+        elif isinstance(s, Prefetch):
+            for e in (s.place, s.ahead):
+                self.scope(e, p, (), "a prefetch", s)
+            self.accesses_of(s.place, p, {}, s)
+            self.index_type(s.ahead, "the distance of a prefetch", s)
         else:
             self.store(s, p, {}, s)
 
@@ -310,12 +340,16 @@ class _Verifier:
                 f" it has {len(buffer.shape)}",
                 at,
             )
-        for i, room in zip(indices, buffer.padded_shape, strict=True):
+        for axis, (i, room) in enumerate(zip(indices, buffer.padded_shape, strict=True)):
             self.index_type(i, f"the index `{i}` of {buffer.name}", at)
             if type(i) is Const and type(room) is Const and 0 <= i.value < room.value:
                 continue
+            if not self.bounds:
+                continue
             bad = self.outside(i, room, conditions, p, own, ranges)
-            if bad:
+            if bad and self.unproved is not None:
+                self.unproved.setdefault((buffer, indices), set()).add(axis)
+            elif bad:
                 why = f" where {' and '.join(map(str, conditions))}" if conditions else ""
                 self.fail(f"{name} {verb} {buffer.name} at `{i}`, not known to be {bad}{why}", at)
         if self.finished and buffer.scope is Scope.REGISTER:
@@ -338,12 +372,21 @@ class _Verifier:
             values = tuple(substitute(c, own) for c in conditions)
             attempts.append((substitute(i, own), values, self.ranges))
         for e, facts, known in attempts:
-            arith = self.arith((*p.facts, *facts), known)
+            facts = (*p.facts, *facts)
+            if self.equal:
+                e, room = self.same(e), self.same(room)
+                facts = tuple(map(self.same, facts))
+                known = {v: (self.same(lo), self.same(hi)) for v, (lo, hi) in known.items()}
+            arith = self.arith(facts, known)
             low, high = arith.prove(e >= ZERO) is True, arith.prove(e < room) is True
             if low and high:
                 return ""
             bad = bad or (">= 0" if not low else f"below {room}")
         return bad
+
+    def same(self, e: Expr) -> Expr:
+        """`e` with one name for dimensions that are equal."""
+        return rewrite(e, self.equal.get)
 
     def register(self, a: Access, p: _Place, own: dict[Expr, Expr], at: Node, name: str) -> None:
         repeated = {
@@ -375,6 +418,25 @@ class _Verifier:
     def index_type(self, e: Expr, what: str, at: Node | None) -> None:
         if e.dtype is not index:
             self.fail(f"{what} is {e.dtype}, not {index}", at)
+
+
+def _equalities(facts: Sequence[Expr]) -> dict[Expr, Expr]:
+    """What dimensions are equal to, where facts say so."""
+    found: dict[Expr, Expr] = {}
+    for fact in facts:
+        for c in conjuncts(fact):
+            if type(c) is not Binary or c.op != "eq":
+                continue
+            a, b = substitute(c.a, found), substitute(c.b, found)
+            if not isinstance(a, Dim):
+                a, b = b, a
+            if not isinstance(a, Dim):
+                continue
+            if a in free_vars(b):  # n == min(512, n)
+                found[b] = a
+            else:
+                found = {v: substitute(e, {a: b}) for v, e in found.items()} | {a: b}
+    return found
 
 
 def _loads_under(

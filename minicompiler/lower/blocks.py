@@ -11,19 +11,23 @@ from __future__ import annotations
 
 from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import (
+    FALSE,
     TRUE,
     ZERO,
     Binary,
     Expr,
     Load,
     Select,
+    Var,
     all_of,
     conjuncts,
+    const_int,
     eq,
     free_vars,
     rewrite,
     substitute,
     walk,
+    wrap,
 )
 from minicompiler.ir.tir import (
     UNROLL,
@@ -40,7 +44,10 @@ from minicompiler.ir.tir import (
     seq,
     statements,
     stores,
+    substitute_stmt,
 )
+
+MOST_EXCEPTIONS = 4  # incomplete tiles that get code of their own
 
 
 def _arith(func: PrimFunc) -> Arith:
@@ -58,10 +65,9 @@ def lower_blocks(func: PrimFunc, ctx: object = None) -> PrimFunc:
         mapping: dict[Expr, Expr] = {i.var: i.value for i in s.iters}
 
         def place(x: Store) -> Store:
-            return Store(
-                x.buffer,
-                tuple(arith.simplify(substitute(i, mapping)) for i in x.indices),
-                arith.simplify(substitute(x.value, mapping)),
+            return x.with_(
+                indices=tuple(arith.simplify(substitute(i, mapping)) for i in x.indices),
+                value=arith.simplify(substitute(x.value, mapping)),
             )
 
         body: Stmt = place(s.body)
@@ -81,25 +87,29 @@ def lower_blocks(func: PrimFunc, ctx: object = None) -> PrimFunc:
 
 
 def hoist_conditions(func: PrimFunc, ctx: object = None) -> PrimFunc:
-    """An If whose condition does not depend on the loop directly around it moves out of that
-    loop."""
+    """Ifs directly inside a loop whose conditions do not depend on it move out of it."""
 
     def one(s: Stmt) -> Stmt | None:
-        if isinstance(s, For) and isinstance(s.body, If) and s.body.orelse is None:
-            if s.var not in free_vars(s.body.cond) and not _loads(s.body.cond):
-                inner = s.with_(body=s.body.then)
-                again = one(inner)
-                return s.body.with_(then=inner if again is None else again)
-            if isinstance(s.body.then, If) and s.body.then.orelse is None:
-                # if a: if b: ...   where only b can move
-                inner_if = s.body.then
-                if s.var not in free_vars(inner_if.cond) and not _loads(inner_if.cond):
-                    inner = s.with_(body=s.body.with_(then=inner_if.then))
-                    again = one(inner)
-                    return inner_if.with_(then=inner if again is None else again)
-        return None
+        if not isinstance(s, For):
+            return None
+        conditions: list[Expr] = []
+        body = s.body
+        while isinstance(body, If) and body.orelse is None:
+            conditions.append(body.cond)
+            body = body.then
+        moved = [c for c in conditions if s.var not in free_vars(c) and not _loads(c)]
+        if not moved:
+            return None
+        made: Stmt = s.with_(body=_under([c for c in conditions if c not in moved], body))
+        return _under(moved, made)
 
     return func.with_(phases=tuple(map_statements(p, one) for p in func.phases))
+
+
+def _under(conditions: list[Expr], body: Stmt) -> Stmt:
+    for c in reversed(conditions):
+        body = If(c, body)
+    return body
 
 
 def _loads(e: Expr) -> bool:
@@ -109,7 +119,10 @@ def _loads(e: Expr) -> bool:
 def unswitch(func: PrimFunc, ctx: object = None) -> PrimFunc:
     """tile nest with `if i*8 + j < n`   ->   if i*8 + 7 < n: tile nest without it; else: as it was.
 
-    A tile nest is a loop marked vector or unroll with only such loops inside.
+    The same for loads along a vector at min(i*8 + j, n - 1): a complete tile loads whole vectors.
+    A tile nest is a loop marked vector or unroll with only such loops inside. Where it is known
+    which tiles along one loop are not complete, and these are few (those at the borders of an
+    image), each gets code of its own, in which the conditions are decided while it is printed.
     """
     arith = _arith(func)
 
@@ -139,8 +152,11 @@ def _split_tile(nest: Stmt, arith: Arith) -> Stmt:
     for x in statements(nest):
         if isinstance(x, If) and free_vars(x.cond) & inner:
             conditions[x.cond] = None
+    lanes = {x.var for x in statements(nest) if isinstance(x, For) and x.kind is VECTOR}
     for st in stores(nest):
         for e in walk(st.value):
+            if type(e) is Binary and e.op == "min" and e.dtype.is_int and free_vars(e) & lanes:
+                conditions[e.a <= e.b if free_vars(e.a) & lanes else e.b <= e.a] = None
             if type(e) is Select and free_vars(e.cond) & inner and (_loads(e.a) or _loads(e.b)):
                 conditions.update(dict.fromkeys(conjuncts(e.cond)))
     whole: dict[Expr, Expr] = {}
@@ -149,6 +165,7 @@ def _split_tile(nest: Stmt, arith: Arith) -> Stmt:
             everywhere = _for_all(part, inner, arith)
             if everywhere is not None:
                 whole[part] = everywhere
+    whole = {part: c for part, c in whole.items() if c is not FALSE}
     if not whole:
         return nest
     asked = list(dict.fromkeys(c for c in whole.values() if c is not TRUE))
@@ -156,7 +173,53 @@ def _split_tile(nest: Stmt, arith: Arith) -> Stmt:
         return _assume(nest, set(whole))
     if len(asked) > 8:
         return nest
-    return If(all_of(asked), _assume(nest, set(whole)), nest)
+    complete = _assume(nest, set(whole))
+    incomplete = _exceptions(asked, arith)
+    if incomplete is None:
+        return If(all_of(asked), complete, nest)
+    loop, extent, values = incomplete
+    rest = [c for c in asked if loop not in free_vars(c)]
+    made = If(all_of(rest), complete, nest) if rest else complete
+    for k in reversed(values):
+        here = substitute_stmt(nest, {loop: wrap(k)})
+        made = here if len(values) == extent and k == values[-1] else If(eq(loop, k), here, made)
+    return made
+
+
+def _exceptions(asked: list[Expr], arith: Arith) -> tuple[Var, int, list[int]] | None:
+    """The only loop on which conditions depend, its extent, and the iterations in which they do not
+    all hold, if these are few. Conditions on outer dimensions besides are left out."""
+    loops = {v for c in asked for v in free_vars(c) if isinstance(v, Var) and v in arith.ranges}
+    alone = [v for v in loops if any(free_vars(c) == {v} for c in asked)]
+    if len(alone) != 1:
+        return None
+    (loop,) = alone
+    extent = const_int(arith.simplify(arith.ranges[loop][1] + 1))
+    if extent is None:
+        return None
+    values: set[int] = set()
+    for c in asked:
+        if loop not in free_vars(c):
+            continue
+        wrong = _where_not(c, loop, extent, arith)
+        if wrong is None or len(wrong) > MOST_EXCEPTIONS:
+            return None
+        values.update(wrong)
+    return (loop, extent, sorted(values)) if len(values) <= MOST_EXCEPTIONS else None
+
+
+def _where_not(cond: Expr, loop: Var, extent: int, arith: Arith) -> range | None:
+    """The values of a loop variable for which a comparison that is linear in it does not hold."""
+    if type(cond) is not Binary or cond.op not in ("lt", "le"):
+        return None
+    line = arith.poly(cond.b - cond.a)  # slope * loop + start, at least 0 or 1
+    slope = line.get((loop,), 0)
+    start = line.get((), 0) - (1 if cond.op == "lt" else 0)
+    if slope == 0 or line.keys() - {(loop,), ()}:
+        return None
+    if slope > 0:
+        return range(min(extent, max(0, -(start // slope))))
+    return range(max(0, min(extent, start // -slope + 1)), extent)
 
 
 def _for_all(cond: Expr, inner: set[Expr], arith: Arith) -> Expr | None:
@@ -184,6 +247,10 @@ def _assume(nest: Stmt, known: set[Expr]) -> Stmt:
         if type(e) is Select and any(c in known for c in conjuncts(e.cond)):
             rest = without(e.cond)
             return e.a if rest is TRUE else Select(rest, e.a, e.b)
+        if type(e) is Binary and e.op == "min" and e.dtype.is_int:
+            for least, most in ((e.a, e.b), (e.b, e.a)):
+                if (least <= most) in known:
+                    return least
         return None
 
     def one(s: Stmt) -> Stmt | None:

@@ -1,17 +1,18 @@
 """What a kernel has to do, counted on its loops before they are scheduled.
 
     flops(func)      2*batch*m*n*k + batch*m*n      floating-point operations, over the dimensions
-    moved(func)      4*(m*k + k*n + m*n)            bytes of its tensors, each touched once
+    moved(func)      4*(m*k + k*n + m*n)            bytes it reads and writes, each touched once
 
 An addition, a multiplication, a division and a function such as exp count as one each; a
-comparison, min and max count nothing. The padding of a convolution counts as if it was data. Given
-the loops of an operator's first compute, this is the work that a rate in GFLOP/s refers to.
+comparison, min and max count nothing. The padding of a convolution counts as if it was data. Of a
+table that is looked up only the rows that are read count. Given the loops of an operator's first
+compute, this is the work that a rate in GFLOP/s refers to.
 """
 
 from __future__ import annotations
 
-from minicompiler.ir.expr import ZERO, Binary, Call, Expr, loads, product, walk
-from minicompiler.ir.tir import Block, PrimFunc, statements
+from minicompiler.ir.expr import ZERO, Binary, Call, Expr, free_vars, loads, minimum, product, walk
+from minicompiler.ir.tir import Block, Buffer, PrimFunc, Store, statements
 
 _COUNTED = ("add", "sub", "mul", "div", "pow")
 
@@ -26,21 +27,58 @@ def flops(func: PrimFunc) -> Expr:
         if known.issuperset(x.buffer for x in loads(s.body.value) if x.buffer is not s.body.buffer):
             known.add(s.body.buffer)
         else:
-            total = total + product(i.extent for i in s.iters) * _operations(s.body.value)
+            total = total + _operations(s)
     return total
 
 
 def moved(func: PrimFunc) -> Expr:
     """Bytes of parameters and results, which pass through memory at least once."""
     total: Expr = ZERO
-    for b in func.params:
-        total = total + product(b.shape) * b.dtype.bytes
+    for part in traffic(func):
+        for n in part.values():
+            total = total + n
     return total
 
 
-def _operations(value: Expr) -> int:
-    """Operations per element; an expression that occurs twice is computed once."""
-    return sum(
-        e.dtype.is_float and (type(e) is Call or (type(e) is Binary and e.op in _COUNTED))
-        for e in walk(value)
+def traffic(func: PrimFunc) -> tuple[dict[Buffer, Expr], dict[Buffer, Expr]]:
+    """Bytes read of each parameter and bytes written of each result, no element counted twice."""
+    count = len(func.params) - func.results
+    sizes = {b: product(b.shape) * b.dtype.bytes for b in func.params}
+    read: dict[Buffer, Expr] = {}
+    for s in statements(func):
+        if isinstance(s, Block):
+            extents = {i.var: i.extent for i in s.iters}
+            for x in [y for e in (s.body.value, *s.body.indices) for y in loads(e)]:
+                # As many elements as there are combinations of what its indices depend on.
+                used = frozenset().union(*map(free_vars, x.indices), frozenset())
+                touched = product(n for v, n in extents.items() if v in used)
+                read[x.buffer] = read.get(x.buffer, ZERO) + touched * x.buffer.dtype.bytes
+        elif isinstance(s, Store):  # statements of an extern, which may loop over data
+            read |= {x.buffer: sizes.get(x.buffer, ZERO) for x in loads(s.value)}
+    return (
+        {b: minimum(read[b], sizes[b]) for b in func.params[:count] if b in read},
+        {b: sizes[b] for b in func.params[count:]},
+    )
+
+
+def _operations(block: Block) -> Expr:
+    """Operations of a block. An expression that occurs twice is computed once, and one that does
+    not depend on an iterator is computed once for all its values: 1/sum[i] once per row."""
+    total: Expr = ZERO
+    for e in walk(block.body.value):
+        if e.dtype.is_float and (type(e) is Call or (type(e) is Binary and e.op in _COUNTED)):
+            total = total + evaluations(block, e)
+    return total
+
+
+def evaluations(block: Block, e: Expr) -> Expr:
+    """How many different values a part of a block's body takes."""
+    # The step of a reduction is made for each of its iterations, whatever it adds.
+    everything = e is block.body.value and any(i.reduce for i in block.iters)
+    used = free_vars(e)
+    # Indices of registers are written in loop variables, not iterators.
+    return product(
+        i.extent
+        for i in block.iters
+        if everything or i.var in used or not used.isdisjoint(free_vars(i.value))
     )

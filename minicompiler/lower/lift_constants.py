@@ -16,6 +16,7 @@ from minicompiler.ir.tir import (
     Block,
     Buffer,
     For,
+    Prefetch,
     PrimFunc,
     Scope,
     Stmt,
@@ -109,13 +110,15 @@ def _swap(phase: Stmt, mapping: dict[Buffer, Buffer]) -> Stmt:
     def store(x: Store) -> Store:
         value = rewrite(x.value, load)
         buffer = mapping.get(x.buffer, x.buffer)
-        return x if value is x.value and buffer is x.buffer else Store(buffer, x.indices, value)
+        return x if value is x.value and buffer is x.buffer else x.with_(buffer=buffer, value=value)
 
     def one(x: Stmt) -> Stmt | None:
         if isinstance(x, Block):
             init = None if x.init is None else store(x.init)
             body = store(x.body)
             return None if init is x.init and body is x.body else x.with_(init=init, body=body)
+        if isinstance(x, Prefetch):
+            return x.with_(place=rewrite(x.place, load))
         return store(x) if isinstance(x, Store) else None
 
     return map_statements(phase, one)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -53,7 +53,8 @@ _GUESS = 256
 class KernelCall:
     """One kernel: its tensors (arrays: constants the compiler made), what it makes, its dimensions.
 
-    shared, local: bytes of workspace, shared + threads * local.
+    shared, local: bytes of workspace, shared + threads * local. again: the result has been made
+    before and is written anew. at: bytes from the start of the result's place.
     """
 
     kernel: str
@@ -62,6 +63,8 @@ class KernelCall:
     dims: tuple[Dim, ...]
     shared: Expr
     local: Expr
+    again: bool = False
+    at: Expr = ZERO
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,12 +76,43 @@ class Alias:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Reserve:
+    """A place for a value that later steps write, each with `again`."""
+
+    value: Value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Region:
+    """Steps that are done if a bool tensor holds `wanted`, or repeated as long as it does.
+
+    steps may be put in another order, last come after them. states: values made before that the
+    steps write anew. results: other names for values, which are right once the region is done.
+    """
+
+    flag: Value
+    wanted: bool
+    repeat: bool
+    steps: Sequence[Step]
+    last: Sequence[Step]
+    states: Sequence[Value]
+    results: Sequence[Alias]
+
+
+Step = KernelCall | Alias | Reserve | Region
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Count:
-    """A dimension that is the value of an int64 tensor, and never larger than `most`."""
+    """A dimension that is the value of an int64 tensor, and never larger than `most`.
+
+    most: None for one without a limit; the tensor has to be an input then, which tells it before
+    the first call.
+    """
 
     dim: Dim
     value: Value
-    most: Expr
+    most: Expr | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,7 +138,7 @@ class Placement:
 
 def plan_memory(
     fn: Function,
-    steps: Sequence[KernelCall | Alias],
+    steps: Sequence[Step],
     guards: Sequence[tuple[Expr, str]] = (),
     counts: Sequence[Count] = (),
 ) -> tuple[rt.Plan, list[np.ndarray]]:
@@ -115,43 +149,70 @@ def plan_memory(
     Raises InternalError for steps that do not fit the function: a value read before it is made, a
     result that nothing makes, an input that becomes an output by an Alias alone.
     """
-    return _Planner(fn, _after_counts(steps, counts), counts).run(guards)
+    return _Planner(fn, after_counts(steps, counts), counts).run(guards)
 
 
-def _after_counts(
-    steps: Sequence[KernelCall | Alias], counts: Sequence[Count]
-) -> Sequence[KernelCall | Alias]:
+def after_counts(steps: Sequence[Step], counts: Sequence[Count]) -> Sequence[Step]:
     """The steps in an order in which a dimension is counted before a kernel takes it."""
     missing = {c.dim: _key(c.value) for c in counts if not isinstance(c.value, Input | Constant)}
     if not missing:
         return steps
     unmade = {_key(r) for s in steps for r in _results(s)}
-    done: list[KernelCall | Alias] = []
+    done: list[Step] = []
     rest = list(steps)
     while rest:
-        waiting: list[KernelCall | Alias] = []
+        waiting: list[Step] = []
         for s in rest:
             needs = {_key(a) for a in _operands(s)}
-            if isinstance(s, KernelCall):
-                needs |= {missing[d] for d in s.dims if d in missing}
-            if needs & unmade:
+            needs |= {missing[d] for d in _dims(s) if d in missing}
+            # What a region makes itself it need not wait for.
+            if (needs - {_key(r) for r in _results(s)}) & unmade:
                 waiting.append(s)
-            else:
-                done.append(s)
-                unmade -= {_key(r) for r in _results(s)}
+                continue
+            if isinstance(s, Region):
+                s = dataclasses.replace(s, steps=after_counts(s.steps, counts))
+            done.append(s)
+            unmade -= {_key(r) for r in _results(s)}
         if len(waiting) == len(rest):
             raise InternalError("kernels wait for each other's sizes")
         rest = waiting
     return done
 
 
-def _results(s: KernelCall | Alias) -> tuple[Value, ...]:
-    return (s.result,) if isinstance(s, Alias) else s.results
+def _inner(s: Region) -> tuple[Step, ...]:
+    return (*s.steps, *s.last, *s.results)
 
 
-def _operands(s: KernelCall | Alias) -> list[Value]:
+def _results(s: Step) -> list[Value]:
+    if isinstance(s, Region):
+        return [r for x in _inner(s) for r in _results(x)]
+    if isinstance(s, Reserve):
+        return [s.value]
+    return [s.result] if isinstance(s, Alias) else list(s.results)
+
+
+def _operands(s: Step) -> list[Value]:
+    if isinstance(s, Region):
+        return [s.flag, *s.states, *[a for x in _inner(s) for a in _operands(x)]]
+    if isinstance(s, Reserve):
+        return []
     every = (s.source,) if isinstance(s, Alias) else s.args
     return [a for a in every if isinstance(a, Value)]
+
+
+def _dims(s: Step) -> list[Dim]:
+    if isinstance(s, Region):
+        return [d for x in _inner(s) for d in _dims(x)]
+    return [*s.dims, *dims_of([s.at])] if isinstance(s, KernelCall) else []
+
+
+def _calls(steps: Iterable[Step]) -> Iterator[KernelCall]:
+    """The calls in all regions, in the order in which the plan lists them."""
+    for s in steps:
+        if isinstance(s, KernelCall):
+            yield s
+        elif isinstance(s, Region):
+            yield from _calls((*s.steps, *s.last))
 
 
 # ---- placement ----------------------------------------------------------------------------------
@@ -281,20 +342,36 @@ class _Group:
     location: rt.Location | None = None
     start: int = -1  # the call that makes it
     end: int = -1
+    parts: bool = False  # is written part by part
 
 
 class _Planner:
-    def __init__(
-        self, fn: Function, steps: Sequence[KernelCall | Alias], counts: Sequence[Count]
-    ) -> None:
+    def __init__(self, fn: Function, steps: Sequence[Step], counts: Sequence[Count]) -> None:
         self.fn, self.steps = fn, steps
-        self.calls = [s for s in steps if isinstance(s, KernelCall)]
+        given = {id(p): i for i, p in enumerate(fn.params)}
+        self.given: dict[Dim, int] = {}  # the input that holds a dimension's value
+        for c in counts:
+            if c.most is None and id(c.value) not in given:
+                raise ShapeError(
+                    f"the size {c.dim.name} is computed from data, and nothing limits it",
+                    hint="only an input of the model may tell a size without a limit",
+                )
+            if c.most is None:
+                self.given[c.dim] = given[id(c.value)]
+        counts = [c for c in counts if c.most is not None]
+        self.calls = list(_calls(steps))
         self.counts = counts
         # Memory is reserved for the largest counts.
         self.most: dict[Expr, Expr] = {}
         for c in counts:
+            assert c.most is not None
             self.most[c.dim] = substitute(c.most, self.most)
         self.groups: dict[Key, _Group] = {}
+        self.now = -1  # the number of the last call
+        self.regions: list[tuple[Region, int, int]] = []  # with the calls it begins and ends before
+        self.around: tuple[int, ...] = ()  # numbers of the regions that are being looked at
+        self.home: dict[Key, tuple[int, ...]] = {}  # the regions in which a value is made
+        self.touched: list[set[int]] = []  # per open region the groups in use, by id
         self.constants: list[np.ndarray] = []
         self.constant_at: dict[int, int] = {}
         for i, p in enumerate(fn.params):
@@ -302,7 +379,7 @@ class _Planner:
             self.groups[_key(p)] = _Group([], ("input", i))
 
     def run(self, guards: Sequence[tuple[Expr, str]]) -> tuple[rt.Plan, list[np.ndarray]]:
-        self.live()
+        self.live(self.steps)
         outputs, results = self.outputs()
         placed = list({id(g): g for g in self.groups.values() if g.location is None}.values())
         placement = place([Lifetime(g.start, g.end, _largest(g.sizes)) for g in placed])
@@ -310,7 +387,8 @@ class _Planner:
             g.location = ("arena", to_size(offset))
         calls = []
         for c in self.calls:
-            args = [self.location(a) for a in (*c.args, *c.results)]
+            args = [self.location(a) for a in c.args]
+            args += [self.part(self.location(r), c.at) for r in c.results]
             calls.append(rt.Call(c.kernel, tuple(args), tuple(d.name for d in c.dims)))
         shared = _largest([substitute(c.shared, self.most) for c in self.calls])
         local = _largest([substitute(c.local, self.most) for c in self.calls])
@@ -338,25 +416,45 @@ class _Planner:
             arena=to_size(placement.total),
             shared=to_size(shared),
             local=to_size(local),
-            counts=tuple(
-                rt.Count(
-                    c.dim.name, self.location(c.value), to_size(self.most[c.dim]), self.first(c.dim)
-                )
-                for c in self.counts
+            counts=tuple(x for c in self.counts if (x := self.counted(c)) is not None),
+            regions=tuple(
+                rt.Region(start, end, self.location(r.flag), r.wanted, r.repeat)
+                for r, start, end in self.regions
             ),
         )
         return plan, self.constants
 
-    def first(self, dim: Dim) -> int:
-        """The first call that takes a dimension."""
-        return next((k for k, c in enumerate(self.calls) if dim in c.dims), len(self.calls))
+    def part(self, location: rt.Location, at: Expr) -> rt.Location:
+        """A place inside of that of a value."""
+        if at is ZERO:
+            return location
+        place, start = location
+        if place != "arena":
+            raise self.error(f"a part of {place} {start} is written")
+        return place, ("add", start, to_size(at))
+
+    def counted(self, c: Count) -> rt.Count | None:
+        """Where a dimension is read; None if nothing needs it."""
+        home = self.home.get(_key(c.value), ())
+        users = [k for k, x in enumerate(self.calls) if c.dim in _dims(x)]
+        if not users and home:
+            return None
+        before = users[0] if users else len(self.calls)
+        # Not inside a region that its value is not made in: it may be needed again later.
+        for number, (_, start, end) in enumerate(self.regions):
+            if number not in home and start <= before < end:
+                before = start
+                break
+        most = to_size(self.most[c.dim])
+        return rt.Count(c.dim.name, self.location(c.value), most, before, len(home))
 
     # ---- liveness -------------------------------------------------------------------------------
-    def live(self) -> None:
+    def live(self, steps: Sequence[Step]) -> None:
         """Groups, and the calls between which each is alive."""
-        now = -1
-        for step in self.steps:
-            if isinstance(step, Alias):
+        for step in steps:
+            if isinstance(step, Region):
+                self.region(step)
+            elif isinstance(step, Alias):
                 group = self.group(step.source)
                 if _key(step.result) in self.groups:
                     raise self.error(f"{_name(step.result)} is made twice")
@@ -364,15 +462,50 @@ class _Planner:
                     raise self.error(f"{_name(step.result)} is an alias of another dtype")
                 group.sizes.append(self.bytes_of(step.result))
                 self.groups[_key(step.result)] = group
-                continue
-            now += 1
-            for a in step.args:
-                if isinstance(a, Value):
-                    self.group(a).end = now
-            for r in step.results:
-                if _key(r) in self.groups:
-                    raise self.error(f"{_name(r)} is made twice")
-                self.groups[_key(r)] = _Group([self.bytes_of(r)], start=now, end=now)
+                self.home[_key(step.result)] = self.home.get(_key(step.source), ())
+            elif isinstance(step, Reserve):
+                self.make(step.value, self.now + 1)
+            else:
+                self.now += 1
+                for a in step.args:
+                    if isinstance(a, Value):
+                        self.group(a).end = self.now
+                for r in step.results:
+                    if step.again:
+                        group = self.group(r)
+                        group.end = self.now
+                        group.parts |= step.at is not ZERO
+                    else:
+                        self.make(r, self.now)
+
+    def make(self, v: Value, start: int) -> None:
+        if _key(v) in self.groups:
+            raise self.error(f"{_name(v)} is made twice")
+        self.groups[_key(v)] = _Group([self.bytes_of(v)], start=start, end=start)
+        self.home[_key(v)] = self.around
+
+    def region(self, r: Region) -> None:
+        """What is made outside of a loop and used inside stays until its end."""
+        outer, number, start = self.around, len(self.regions), self.now + 1
+        self.regions.append((r, start, start))
+        self.touched.append(set())
+        self.group(r.flag)
+        self.around = (*outer, number)
+        for v in r.states:
+            self.home[_key(v)] = self.around
+        self.live((*r.steps, *r.last))
+        self.group(r.flag)
+        self.around = outer
+        self.regions[number] = r, start, self.now + 1
+        inside = self.touched.pop()
+        for g in {id(g): g for g in self.groups.values() if id(g) in inside}.values():
+            if g.start < start or g.parts:
+                g.end = max(g.end, self.now)
+        if self.touched:
+            self.touched[-1] |= inside
+        self.live(r.results)
+        for alias in r.results:
+            self.home[_key(alias.result)] = outer
 
     def bytes_of(self, v: Value) -> Expr:
         return substitute(_bytes(v), self.most)
@@ -383,6 +516,8 @@ class _Planner:
             if not isinstance(v, Constant):
                 raise self.error(f"{_name(v)} is used before a step makes it")
             found = self.groups[_key(v)] = _Group([], self.constant(v.data))
+        for inside in self.touched:
+            inside.add(id(found))
         return found
 
     def constant(self, data: np.ndarray) -> rt.Location:
@@ -422,7 +557,7 @@ class _Planner:
 
     def bind(self, sizes: Iterable[Expr]) -> tuple[tuple[rt.DimSpec, ...], tuple[rt.Bind, ...]]:
         """The dimensions of the inputs and of other sizes, and the input axis that tells each."""
-        at: dict[Dim, rt.Bind] = {}
+        at = {d: rt.Bind(d.name, i, rt.VALUE) for d, i in self.given.items()}
         for i, p in enumerate(self.fn.params):
             for axis, s in enumerate(p.type.shape):
                 if isinstance(s, Dim):

@@ -81,7 +81,9 @@ def from_tensors(
         return made
 
     every = [x for t in order for x in ((t,) if t.source is None else t.source.outputs)]
-    dims = dims_of([s for t in (*params, *every) for s in t.shape])
+    # A scale may depend on a size that no tensor here has.
+    bodies = [t.body for t in order if t.body is not None]
+    dims = dims_of([*[s for t in (*params, *every) for s in t.shape], *bodies])
     names.update(d.name for d in dims)
     for k, p in enumerate(params):
         buffers[p] = Buffer(

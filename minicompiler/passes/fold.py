@@ -14,13 +14,26 @@ from typing import Any
 
 import numpy as np
 
-from ..ir.expr import Const
-from ..ir.graph import Apply, Constant, Function, Item, Value, content_of, rebuild, with_args
+from .. import te
+from ..ir.expr import Const, Reduce
+from ..ir.graph import (
+    Apply,
+    Constant,
+    Function,
+    Item,
+    Value,
+    content_of,
+    rebuild,
+    type_of,
+    with_args,
+)
 from ..ir.op import Op
 from ..ir.types import TensorType
+from ..limits import Budget
 from ..ops.evaluate import bind_attrs, is_symbolic
 
-_BUDGET = 16 << 20
+_ROOM = 16 << 20  # bytes that a result may exceed its operands by
+_SMALL = 1 << 16  # elements of operands and results whose work is not worth counting exactly
 
 
 def fold_constants(fn: Function, ctx: Any) -> Function:
@@ -28,12 +41,13 @@ def fold_constants(fn: Function, ctx: Any) -> Function:
 
     A result may exceed its operands by `ctx.options.fold_bytes`: a large Expand stays a node.
     """
-    budget = ctx.options.fold_bytes if ctx is not None else _BUDGET
+    room = ctx.options.fold_bytes if ctx is not None else _ROOM
+    budget = ctx.budget if ctx is not None else Budget()
     computed: dict[int, tuple[np.ndarray, ...] | None] = {}
 
     def values_of(v: Apply) -> tuple[np.ndarray, ...] | None:
         if id(v) not in computed:
-            computed[id(v)] = evaluate_node(v, budget)
+            computed[id(v)] = evaluate_node(v, room, budget)
             alive.append(v)
         return computed[id(v)]
 
@@ -65,8 +79,14 @@ def fold_constants(fn: Function, ctx: Any) -> Function:
     return rebuild(fn, change)
 
 
-def evaluate_node(v: Apply, budget: int = _BUDGET) -> tuple[np.ndarray, ...] | None:
-    """The results of a node on constants; None when it depends on data or is too large."""
+def evaluate_node(
+    v: Apply, room: int = _ROOM, budget: Budget | None = None
+) -> tuple[np.ndarray, ...] | None:
+    """The results of a node on constants; None when it depends on data or is too large.
+
+    room: bytes that the results may exceed the operands by. budget: pays for bytes and work.
+    Raises LimitError.
+    """
     if isinstance(v.op, Function) or not all(a is None or isinstance(a, Constant) for a in v.args):
         return None
     if not v.op.computes or (dataclasses.is_dataclass(v.attrs) and is_symbolic(v.attrs)):
@@ -74,14 +94,40 @@ def evaluate_node(v: Apply, budget: int = _BUDGET) -> tuple[np.ndarray, ...] | N
     types = v.type if isinstance(v.type, tuple) else (v.type,)
     if not all(type(s) is Const for t in types for s in t.shape):
         return None
-    counts = [prod(s.value for s in t.shape if type(s) is Const) for t in types]
-    size = sum(n * t.dtype.bytes for n, t in zip(counts, types, strict=True))
     given = [a.data for a in v.args if isinstance(a, Constant)]
-    if size > budget + sum(a.nbytes for a in given):
+    size = sum(_elements(t) * t.dtype.bytes for t in types)
+    if size > room + sum(a.nbytes for a in given):
         return None
+    if budget is not None:
+        budget.use("fold_bytes", size, v.locs)
+        budget.use("fold_operations", _work(v, types), v.locs)
+        budget.check_time(v.locs)
     return compute(
         v.op, [a.data if isinstance(a, Constant) else None for a in v.args], v.attrs, types
     )
+
+
+def _elements(t: TensorType) -> int:
+    return prod(s.value for s in t.shape if type(s) is Const)
+
+
+def _work(v: Apply, types: Sequence[TensorType]) -> int:
+    """The points of the loops that the node's tensor expressions stand for."""
+    shapes = [None if a is None else type_of(a) for a in v.args]
+    flat = sum(_elements(t) for t in (*types, *[t for t in shapes if t is not None]))
+    if flat <= _SMALL:
+        return flat
+    assert not isinstance(v.op, Function)
+    args = [
+        None if t is None else te.placeholder(f"a{k}", t.shape, t.dtype)
+        for k, t in enumerate(shapes)
+    ]
+    made = v.op.computes[0].build(*args, v.attrs)
+    total = flat
+    for t in te.closure(made if isinstance(made, tuple) else (made,)):
+        extents = [*t.shape, *(t.body.extents if isinstance(t.body, Reduce) else ())]
+        total += prod(e.value for e in extents if type(e) is Const)
+    return total
 
 
 def compute(

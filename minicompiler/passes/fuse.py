@@ -12,7 +12,7 @@ groups depend on each other in a circle. A refused merge leaves its reason in `F
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from ..ir.arith import Arith
@@ -25,7 +25,9 @@ from ..ir.graph import (
     Input,
     Item,
     Value,
+    applies,
     layout_of,
+    nested_functions,
     topological,
     type_of,
 )
@@ -55,7 +57,7 @@ class _Group:
 
     parent: int
     kind: Kind
-    size: int = 1
+    members: list[int]
 
 
 class _Partition:
@@ -66,7 +68,7 @@ class _Partition:
         self.row_limit = l2_bytes // 2
         self.number = {id(v): k for k, v in enumerate(nodes)}
         self.info: list[Reads] = _analysed(nodes)
-        self.groups = [_Group(k, info.kind) for k, info in enumerate(self.info)]
+        self.groups = [_Group(k, info.kind, [k]) for k, info in enumerate(self.info)]
         # consumers[n]: (consumer, argument position)
         self.consumers: list[list[tuple[int, int]]] = [[] for _ in nodes]
         for k, v in enumerate(nodes):
@@ -164,7 +166,7 @@ class _Partition:
 
     def _merge_rows(self, n: int, sink: int) -> str | None:
         """Phase 2: reductions and what uses them, when each row is complete in cache."""
-        members = [k for k in range(len(self.nodes)) if self.find(k) in self._roots(n, sink)]
+        members = self._members(self._roots(n, sink))
         kinds = [self.info[k].kind for k in members]
         if max(kinds) > Kind.REDUCTION:
             # The reason of an earlier phase says more.
@@ -244,18 +246,18 @@ class _Partition:
                 return f"`{self.nodes[k].op.name}` on the way is in a group of kind {kind}"
         if sum(self.info[k].kind is Kind.OUT_FUSABLE for k in self._members(roots)) > 1:
             return "a kernel holds at most one contraction"
-        if sum(self.groups[r].size for r in roots) > MAX_GROUP:
+        if sum(len(self.groups[r].members) for r in roots) > MAX_GROUP:
             return f"a kernel holds at most {MAX_GROUP} operators"
         return None
 
-    def _members(self, roots: set[int]) -> Iterator[int]:
-        return (k for k in range(len(self.nodes)) if self.find(k) in roots)
+    def _members(self, roots: set[int]) -> list[int]:
+        return sorted(k for r in roots for k in self.groups[r].members)
 
     def _merge(self, n: int, sink: int) -> None:
         into = self.find(sink)
         for r in self._roots(n, sink) - {into}:
             self.groups[r].parent = into
-            self.groups[into].size += self.groups[r].size
+            self.groups[into].members += self.groups[r].members
             self.groups[into].kind = max(self.groups[into].kind, self.groups[r].kind)
 
     def reasons(self) -> tuple[str, ...]:
@@ -304,7 +306,8 @@ def _build(fn: Function, nodes: list[Apply], partition: _Partition) -> Function:
         group = last.get(id(v))
         if group is None:
             continue
-        if isinstance(v.op, Function):
+        if isinstance(v.op, Function) or nested_functions(v.attrs):
+            # A kernel already, or control flow, whose functions are fused on their own.
             new[id(v)] = v.with_(args=tuple(None if a is None else current(a) for a in v.args))
             names.add(v.op.name)
             continue
@@ -444,6 +447,17 @@ def _shapes(v: Apply) -> list[tuple[Expr, ...]]:
 def _title(v: Apply) -> str:
     place = v.locs[0].name if v.locs else v.name
     return f'{v.op.name} "{place}"' if place else v.op.name
+
+
+def decisions(fn: Function) -> dict[str, Any]:
+    """What was fused, as JSON-able data: the calls of each of "kernels", each with its source
+    nodes, and what was "refused", with the reason."""
+    kernels: dict[str, list[str]] = {}
+    for v in applies(fn):
+        if isinstance(v.op, Function):
+            nodes = [f'{loc.op} "{loc.name}"' for loc in v.locs] or [_title(v)]
+            kernels.setdefault(v.op.name, []).append(" + ".join(nodes))
+    return {"kernels": kernels, "refused": list(fn.reasons)}
 
 
 def fused_functions(fn: Function) -> list[Function]:

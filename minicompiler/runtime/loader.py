@@ -3,8 +3,8 @@
     lib = Library(object_bytes, ["fused_dense_1"])
     lib.address("fused_dense_1")
 
-Nothing is looked up outside of the given symbols: a kernel that refers to anything but `mc_barrier`
-and the memory functions of the C library fails to load.
+Nothing is looked up outside of the given symbols: a kernel that refers to anything but those of the
+thread pool and the memory functions of the C library fails to load.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import difflib
 import math
 import mmap
 import os
@@ -31,6 +32,7 @@ from minicompiler.runtime.loader import Library
 from minicompiler.runtime.plan import (
     MAIN,
     RELATIONS,
+    VALUE,
     DimSpec,
     Plan,
     Tensor,
@@ -39,7 +41,7 @@ from minicompiler.runtime.plan import (
     numpy_dtype,
     size_text,
 )
-from minicompiler.runtime.pool import available_threads, barrier_address, get_pool
+from minicompiler.runtime.pool import available_threads, get_pool, kernel_symbols
 from minicompiler.target import Target
 
 _FORMAT = 1  # of the header of a saved module
@@ -95,6 +97,8 @@ class Module:
         self._copied = [
             (i, place) for i, place in enumerate(plan.results) if place != ("output", i)
         ]
+        # Inputs of one integer that tell a dimension.
+        self._telling = [b.input for b in plan.binds if b.axis == VALUE]
         # Outputs whose size is known only after a call: they get room for the most.
         counted = {c.dim for c in plan.counts}
         self._trimmed = [
@@ -135,6 +139,8 @@ class Module:
                 break
             shapes.append(array.shape)
         key = tuple(shapes)
+        if self._telling:
+            key = (*key, tuple(_number(arrays[i]) for i in self._telling))
         sizes = self._shapes.get(key)
         if sizes is None:
             sizes = self._measure(key)
@@ -200,7 +206,7 @@ class Module:
 
     # ---- native code ----------------------------------------------------------------------------
     def _link(self) -> None:
-        symbols = {"mc_barrier": barrier_address()}
+        symbols = kernel_symbols()
         kernels = self.plan.kernels
         images = [self._objects[name] for name in kernels]
         self._library = Library([*images, self._main_object], [*kernels, MAIN], symbols)
@@ -241,8 +247,11 @@ class Module:
 
     # ---- shapes ---------------------------------------------------------------------------------
     def _measure(self, shapes: tuple[tuple[int, ...], ...]) -> _Sizes:
-        """Check the shapes of a call and compute all sizes that follow from them."""
-        dims = self._bind(shapes)
+        """Check the shapes of a call and compute all sizes that follow from them.
+
+        shapes: of the inputs; then the values of those that tell a dimension, if there are any.
+        """
+        dims = self._bind(shapes[: len(self.inputs)], shapes[len(self.inputs) :])
         for name, size in self.plan.named:
             dims[name] = evaluate(size, dims)
         for c in self.plan.counts:
@@ -266,19 +275,29 @@ class Module:
         self._shapes[shapes] = sizes
         return sizes
 
-    def _bind(self, shapes: tuple[tuple[int, ...], ...]) -> dict[str, int]:
+    def _bind(
+        self, shapes: tuple[tuple[int, ...], ...], told: tuple[tuple[int, ...], ...] = ()
+    ) -> dict[str, int]:
         """The dimensions of a call. Raises RunError when a shape does not fit."""
+        if self._telling and not told:
+            names = ", ".join(f'"{self.inputs[i].name}"' for i in self._telling)
+            raise RunError(f"sizes depend on the values of {names}, not on shapes alone")
+        values = iter(told[0] if told else ())
         for t, shape in zip(self.inputs, shapes, strict=True):
             if len(shape) != len(t.shape):
                 raise RunError(
                     f'input "{t.name}" has {len(shape)} dimensions, {len(t.shape)} are expected: '
-                    f"shape {_shape_text(shape)}, declared {t}"
+                    f"shape {_shape_text(shape)}, declared {t}",
+                    hint=_rank_hint(t, shape),
                 )
         dims: dict[str, int] = {}
         origin: dict[str, str] = {}
         for spec, b in zip(self.plan.dims, self.plan.binds, strict=True):
-            dims[b.dim] = shapes[b.input][b.axis]
-            origin[b.dim] = f'axis {b.axis} of input "{self.inputs[b.input].name}"'
+            name = f'input "{self.inputs[b.input].name}"'
+            if b.axis == VALUE:
+                dims[b.dim], origin[b.dim] = next(values), f"the value of {name}"
+            else:
+                dims[b.dim], origin[b.dim] = shapes[b.input][b.axis], f"axis {b.axis} of {name}"
             _check_range(spec, dims[b.dim], origin[b.dim])
         for t, shape in zip(self.inputs, shapes, strict=True):
             for axis, (size, got) in enumerate(zip(t.shape, shape, strict=True)):
@@ -286,6 +305,7 @@ class Module:
                 if got != expected:
                     why = "" if isinstance(size, int) else f" ({size_text(size)})"
                     hint = "; ".join(f"{n} = {dims[n]} is {origin[n]}" for n in _names(size))
+                    hint = hint or "this size is fixed in the model"
                     raise RunError(
                         f'input "{t.name}": axis {axis} has size {got}, expected {expected}{why}: '
                         f"shape {_shape_text(shape)}, declared {t}",
@@ -333,7 +353,13 @@ class Module:
 
     def _wrong_count(self, kind: str, expected: Sequence[Tensor], got: int) -> RunError:
         names = ", ".join(map(str, expected))
-        return RunError(f"{got} {kind}s given, the model has {len(expected)}: {names}")
+        call = "m(" + ", ".join(t.name for t in expected) + ")" if kind == "input" else "out=[...]"
+        return RunError(
+            f"{got} {kind}s given, the model has {len(expected)}: {names}",
+            hint=f"{call} with one array for each, None for an output that may be new"
+            if kind == "output"
+            else f"{call}, or m.run({{name: array}})",
+        )
 
 
 def load(path: str | os.PathLike[str], threads: int | None = None) -> Module:
@@ -466,6 +492,12 @@ def _address(array: np.ndarray) -> int:
         return address
 
 
+def _number(array: np.ndarray) -> int:
+    """The size, at least 1, that an input of one integer tells; another shape is refused when it
+    is checked."""
+    return max(int(array.reshape(-1)[0]), 1) if array.size else 1
+
+
 def _new(shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> np.ndarray:
     """An array to write to; a large one starts at a cache line, so that no vector crosses one."""
     try:
@@ -478,6 +510,16 @@ def _new(shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> np.ndarray:
             hint="use smaller inputs, or split the batch",
         ) from None
     return _ndarray(shape, dtype, raw, -_address(raw) % _CACHE_LINE)
+
+
+def _rank_hint(t: Tensor, shape: tuple[int, ...]) -> str:
+    """What may bring an array to the declared number of dimensions."""
+    name = t.name if t.name.isidentifier() else "array"
+    if len(shape) + 1 == len(t.shape):
+        return f"for a batch of one: {name}[None]"
+    if len(shape) == len(t.shape) + 1 and 1 in shape:
+        return f"to drop a dimension of size 1: {name}.squeeze({shape.index(1)})"
+    return f"{name}.reshape(...)"
 
 
 def _as_input(value: Any, dtype: np.dtype[Any], t: Tensor) -> np.ndarray:
@@ -494,6 +536,11 @@ def _as_input(value: Any, dtype: np.dtype[Any], t: Tensor) -> np.ndarray:
                 f'input "{t.name}": {type(value).__name__} cannot be read as an array: {error}',
                 hint="give a numpy array, or a tensor in CPU memory of a dtype that numpy has",
             ) from error
+    if array.dtype.kind not in "biufcV":
+        raise RunError(
+            f'input "{t.name}" is {type(value).__name__}, no numbers: expected {t}',
+            hint="give a numpy array; numpy.load reads one from a file",
+        )
     if array.dtype.newbyteorder("=") != dtype:
         raise RunError(
             f'input "{t.name}" has dtype {array.dtype}, expected {dtype}: {t}',
@@ -531,15 +578,19 @@ def _check_out(t: Tensor, array: Any, shape: tuple[int, ...], dtype: np.dtype[An
     if not isinstance(array, np.ndarray):
         raise RunError(f"{what} is {type(array).__name__}, expected a numpy array")
     if array.dtype != dtype:
-        raise RunError(f"{what} has dtype {array.dtype}, expected {dtype}")
+        raise RunError(
+            f"{what} has dtype {array.dtype}, expected {dtype}",
+            hint=f'np.empty({list(shape)}, "{dtype}")',
+        )
     if array.shape != shape:
         raise RunError(
-            f"{what} has shape {_shape_text(array.shape)}, expected {_shape_text(shape)}"
+            f"{what} has shape {_shape_text(array.shape)}, expected {_shape_text(shape)}",
+            hint=f'np.empty({list(shape)}, "{dtype}")',
         )
     if not array.flags.c_contiguous:
         raise RunError(f"{what} is not C-contiguous", hint="use np.empty, and copy afterwards")
     if not array.flags.writeable:
-        raise RunError(f"{what} is read-only")
+        raise RunError(f"{what} is read-only", hint="give an array that may be written, or a copy")
 
 
 def _check_names(
@@ -548,7 +599,10 @@ def _check_names(
     unknown = [n for n in given if n not in known]
     if unknown:
         names = ", ".join(f'"{n}"' for n in unknown)
-        raise RunError(f"the model has no {kind} {names}", hint=f"its {kind}s: {', '.join(known)}")
+        near = difflib.get_close_matches(unknown[0].lower(), [k.lower() for k in known], 1)
+        mean = next((f"; did you mean {k!r}?" for k in known if near and k.lower() == near[0]), "")
+        hint = f"its {kind}s: {', '.join(known)}{mean}"
+        raise RunError(f"the model has no {kind} {names}", hint=hint)
     missing = [n for n in known if n not in given]
     if complete and missing:
         names = ", ".join(f'"{n}"' for n in missing)

@@ -5,8 +5,8 @@ Out: runtime/module.py checks calls against it; codegen/launch.py turns it into 
 
     Call("fused_dense_0", (("input", 0), ("constant", 0), ("arena", ("mul", 256, "n"))), ("n",))
 
-A size is an int, the name of a dimension, or (operation, size, size). Control flow (If, While) will
-be further step classes beside Call, each holding calls of its own; `calls` then holds any step.
+A size is an int, the name of a dimension, or (operation, size, size). Control flow is a Region of
+calls that a flag in memory guards: they are left out, or repeated.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from minicompiler.errors import RunError
 Size = Union[int, str, "tuple[str, Size, Size]"]
 Location = tuple[str, Size]
 """("input", i), ("output", i), ("constant", i), or ("arena", offset in bytes)."""
+
+VALUE = -1
+"""The "axis" of a Bind to the content of an input of one integer."""
 
 MAIN = "mc_main"
 """Name of the native function that runs a whole plan; see codegen/launch.py."""
@@ -109,7 +112,8 @@ class DimSpec:
 
 @dataclass(frozen=True)
 class Bind:
-    """The dimension takes the size of this axis of this input."""
+    """The dimension takes the size of this axis of this input; VALUE: the number that it holds, at
+    least 1."""
 
     dim: str
     input: int
@@ -143,12 +147,26 @@ class Count:
     """A dimension that a kernel counts: call number `before` is the first that needs it.
 
     place: where its int64 lies once the earlier calls are done. most: it is never larger.
+    depth: in how many of the regions around that call it is counted (anew in each iteration).
     """
 
     dim: str
     place: Location
     most: Size
     before: int
+    depth: int = 0
+
+
+@dataclass(frozen=True)
+class Region:
+    """Calls number `start` up to `end` are made only if a bool holds `wanted`; repeat: again and
+    again, as long as it does."""
+
+    start: int
+    end: int
+    flag: Location
+    wanted: bool
+    repeat: bool
 
 
 @dataclass(frozen=True)
@@ -178,6 +196,8 @@ class Plan:
         constants: their number.
         counts: dimensions that become known while the calls run. The shapes of outputs may use
             them; memory sizes do not.
+        regions: in the order of their starts, outer ones first; two overlap only if one holds the
+            other.
         arena: bytes for intermediate values, offsets are multiples of 64.
         shared, local: bytes of workspace a kernel needs: shared + threads * local.
     """
@@ -195,6 +215,7 @@ class Plan:
     shared: Size
     local: Size
     counts: tuple[Count, ...] = ()
+    regions: tuple[Region, ...] = ()
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -226,7 +247,8 @@ class Plan:
             "arena": self.arena,
             "shared": self.shared,
             "local": self.local,
-            "counts": [[c.dim, c.place, c.most, c.before] for c in self.counts],
+            "counts": [[c.dim, c.place, c.most, c.before, c.depth] for c in self.counts],
+            "regions": [[r.start, r.end, r.flag, r.wanted, r.repeat] for r in self.regions],
         }
 
     @classmethod
@@ -250,8 +272,12 @@ class Plan:
                 shared=_size(data["shared"]),
                 local=_size(data["local"]),
                 counts=tuple(
-                    Count(dim, _location(place), _size(most), int(before))
-                    for dim, place, most, before in data["counts"]
+                    Count(dim, _location(place), _size(most), int(before), int(depth))
+                    for dim, place, most, before, depth in data["counts"]
+                ),
+                regions=tuple(
+                    Region(int(start), int(end), _location(flag), bool(wanted), bool(repeat))
+                    for start, end, flag, wanted, repeat in data["regions"]
                 ),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -265,13 +291,14 @@ class Plan:
         counts["constant"] = self.constants
         known = {d.name for d in self.dims}
         wrong: list[str] = []
-        places = [*self.results, *[a for c in self.calls for a in c.args]]
-        places += [c.place for c in self.counts]
+        # An argument may lie where a counted dimension says: a row of a loop's result.
+        arguments = [a for c in self.calls for a in c.args]
+        places = [*self.results, *[c.place for c in self.counts], *[r.flag for r in self.regions]]
         if [b.dim for b in self.binds] != [d.name for d in self.dims]:
             wrong.append("the dimensions and what binds them differ")
         for b in self.binds:
             if not (0 <= b.input < len(self.inputs)) or not (
-                0 <= b.axis < len(self.inputs[b.input].shape)
+                b.axis == VALUE or 0 <= b.axis < len(self.inputs[b.input].shape)
             ):
                 wrong.append(f"dimension {b.dim} is bound to no axis")
         for name, size in self.named:
@@ -286,10 +313,19 @@ class Plan:
                 wrong.append(f"relation {g.relation}")
         wrong += [name for s in sizes for name in _unknown_names(s, known)]
         known |= {c.dim for c in self.counts}
-        for place, at in places:
+        for place, at in [*places, *arguments]:
             if place != "arena" and not (isinstance(at, int) and 0 <= at < counts[place]):
                 wrong.append(f"{place} {at}")
         late = [s for t in self.outputs for s in t.shape] + [d for c in self.calls for d in c.dims]
+        late += [at for place, at in arguments if place == "arena"]
+        open_: list[Region] = []
+        for r in self.regions:
+            while open_ and open_[-1].end <= r.start:
+                open_.pop()
+            ends = open_[-1].end if open_ else len(self.calls)
+            if not (0 <= r.start < r.end <= ends) or (open_ and r.start < open_[-1].start):
+                wrong.append(f"region {r.start} to {r.end}")
+            open_.append(r)
         wrong += [name for s in late for name in _unknown_names(s, known)]
         if len(self.results) != len(self.outputs):
             wrong.append("the outputs and where they are differ")

@@ -59,6 +59,12 @@ def barrier_address() -> int:
     return _code().barrier
 
 
+def kernel_symbols() -> dict[str, int]:
+    """What generated code may call: `mc_barrier`, and `{i64, i64} mc_claim(ptr block, i32 tid,
+    i32 nthreads, i64 extent, ptr own)`, whose block is the `barrier` of a region."""
+    return {"mc_barrier": _code().barrier, "mc_claim": _code().claim}
+
+
 class Pool:
     """`size` threads, the caller included. Use `get_pool`, which keeps one pool per size.
 

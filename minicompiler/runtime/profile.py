@@ -19,8 +19,8 @@ import llvmlite.binding as llvm
 
 from minicompiler.errors import RunError
 from minicompiler.runtime.loader import Library
-from minicompiler.runtime.module import Module, _address, _as_input, _Context
-from minicompiler.runtime.plan import Call, evaluate
+from minicompiler.runtime.module import Module, _address, _as_input, _Context, _number
+from minicompiler.runtime.plan import Call, Size, evaluate
 from minicompiler.runtime.pool import get_pool
 
 _NOTHING = "mc_nothing"
@@ -28,66 +28,134 @@ _NOTHING = "mc_nothing"
 
 @dataclass(frozen=True)
 class KernelTime:
-    """One call of the plan: the kernel, the values of all dimensions, its median time."""
+    """One call of the plan: the kernel, the values of all dimensions, and what it takes in one run
+    of the model: how often it is made (more or less than once inside control flow), and the median
+    over several runs of the seconds of all these times."""
 
     kernel: str
     dims: dict[str, int]
     seconds: float
+    times: int = 1
 
 
 def profile(module: Module, arrays: Sequence[Any], repeat: int = 10) -> list[KernelTime]:
-    """Times every call of the model for these inputs, each `repeat` times in the model's order.
+    """Times every call of the model for these inputs, in `repeat` runs in the model's order.
 
     Raises RunError where an input does not fit, or another call holds the threads.
     """
     results = module(*arrays)  # checks the arguments
-    inputs = [_as_input(*x) for x in zip(arrays, module._dtypes, module.inputs, strict=True)]
-    layout, plan = module._layout, module.plan
-    sizes = module._measure(tuple(a.shape for a in inputs))
-    context = _Context(layout.length, module._template)
-    context.prepare(sizes, layout.arena)
-    table: Any = context.table
-    module._pack(table, 0, *map(_address, (*inputs, *results)))
-    dims = {d.name: n for d, n in zip(plan.dims, sizes.dims, strict=True)}
-    names = dict(dims)
-    for name, size in plan.named:
-        names[name] = evaluate(size, names)
-    first = {"input": layout.inputs, "output": layout.outputs, "constant": layout.constants}
-
-    def words(call: Call) -> Any:
-        """What a trampoline reads: the kernel, and its arguments in order."""
-        found = [table[layout.kernels[call.kernel]]]
-        for place, at in call.args:
-            if place == "arena":
-                found.append(table[layout.arena] + evaluate(at, names))
-            else:
-                found.append(table[first[place] + int(at)])  # type: ignore[arg-type]
-        found += [names[d] for d in call.dims]
-        found.append(table[layout.workspace])
-        return (ctypes.c_int64 * len(found))(*found)
-
-    library = _trampolines({(len(c.args), len(c.dims)) for c in plan.calls})
-    jobs = [(library.address(_symbol(len(c.args), len(c.dims))), words(c)) for c in plan.calls]
-    nothing = (library.address(_NOTHING), (ctypes.c_int64 * 1)())
-    times: list[list[float]] = [[] for _ in jobs]
+    run = _Run(module, arrays, results)
     with get_pool(module.threads).lease() as lease:
         if lease is None:
             raise RunError("another call is using the threads", hint="profile while nothing runs")
-
-        def seconds(fn: int, argument: Any) -> float:
-            address = ctypes.addressof(argument)
-            start = time.perf_counter()
-            lease.run(fn, address, module.threads)
-            return time.perf_counter() - start
-
-        empty = min(seconds(*nothing) for _ in range(200))
-        for _ in range(repeat):
-            for job, found in zip(jobs, times, strict=True):
-                found.append(seconds(*job))
+        run.lease = lease
+        empty = min(run.seconds(*run.nothing) for _ in range(200))
+        run.whole()  # warm-up
+        rounds = [run.whole() for _ in range(repeat)]
     return [
-        KernelTime(call.kernel, dims, max(statistics.median(found) - empty, 0.0))
-        for call, found in zip(plan.calls, times, strict=True)
+        KernelTime(
+            call.kernel,
+            run.dims(),
+            max(statistics.median(seconds[k] - empty * times[k] for seconds, times in rounds), 0.0),
+            rounds[-1][1][k],
+        )
+        for k, call in enumerate(module.plan.calls)
     ]
+
+
+class _Run:
+    """The plan of a module, carried out call by call as its native main does."""
+
+    def __init__(self, module: Module, arrays: Sequence[Any], results: Sequence[Any]) -> None:
+        self.plan, self.layout, self.threads = module.plan, module._layout, module.threads
+        self.inputs = [
+            _as_input(*x) for x in zip(arrays, module._dtypes, module.inputs, strict=True)
+        ]
+        self.results = results  # with the inputs, the memory that the table points to
+        key: tuple[tuple[int, ...], ...] = tuple(a.shape for a in self.inputs)
+        if module._telling:
+            key = (*key, tuple(_number(self.inputs[i]) for i in module._telling))
+        sizes = module._measure(key)
+        self.context = _Context(self.layout.length, module._template)
+        self.context.prepare(sizes, self.layout.arena)
+        self.table: Any = self.context.table
+        module._pack(self.table, 0, *map(_address, (*self.inputs, *results)))
+        self.names = {d.name: n for d, n in zip(self.plan.dims, sizes.dims, strict=True)}
+        for name, size in self.plan.named:
+            self.names[name] = evaluate(size, self.names)
+        self.first = {
+            "input": self.layout.inputs,
+            "output": self.layout.outputs,
+            "constant": self.layout.constants,
+        }
+        self.library = _trampolines({(len(c.args), len(c.dims)) for c in self.plan.calls})
+        self.nothing = (self.library.address(_NOTHING), (ctypes.c_int64 * 1)())
+        self.lease: Any = None
+        self.spent: list[float] = []
+        self.times: list[int] = []
+
+    def dims(self) -> dict[str, int]:
+        """Dimensions of the call, and those that were counted, as they were last."""
+        known = [d.name for d in self.plan.dims] + [c.dim for c in self.plan.counts]
+        return {name: self.names[name] for name in known if name in self.names}
+
+    def whole(self) -> tuple[list[float], list[int]]:
+        """One run: the seconds and the number of times of each call."""
+        self.spent = [0.0] * len(self.plan.calls)
+        self.times = [0] * len(self.plan.calls)
+        self.span(0, len(self.plan.calls), 0, 0)
+        return self.spent, self.times
+
+    def span(self, start: int, end: int, depth: int, ahead: int) -> None:
+        """Some calls in order, inside `depth` regions; `ahead` is the first region not entered."""
+        regions = self.plan.regions
+        k = start
+        while k < end:
+            for c in self.plan.counts:
+                if c.before == k and c.depth == depth:
+                    place = self.address(*c.place)
+                    self.names[c.dim] = ctypes.c_int64.from_address(place).value
+            if ahead == len(regions) or regions[ahead].start != k:
+                self.call(k)
+                k += 1
+                continue
+            r = regions[ahead]
+            while bool(ctypes.c_int8.from_address(self.address(*r.flag)).value) == r.wanted:
+                self.span(r.start, r.end, depth + 1, ahead + 1)
+                if not r.repeat:
+                    break
+            k = r.end
+            while ahead < len(regions) and regions[ahead].start < k:
+                ahead += 1
+
+    def call(self, k: int) -> None:
+        """Makes and times one call."""
+        c = self.plan.calls[k]
+        symbol = _symbol(len(c.args), len(c.dims))
+        self.spent[k] += self.seconds(self.library.address(symbol), self.words(c))
+        self.times[k] += 1
+
+    def seconds(self, fn: int, argument: Any) -> float:
+        """One function on all threads."""
+        address = ctypes.addressof(argument)
+        start = time.perf_counter()
+        self.lease.run(fn, address, self.threads)
+        return time.perf_counter() - start
+
+    def words(self, call: Call) -> Any:
+        """What a trampoline reads: the kernel, and its arguments in order."""
+        found = [self.table[self.layout.kernels[call.kernel]]]
+        found += [self.address(*location) for location in call.args]
+        found += [self.names[d] for d in call.dims]
+        found.append(self.table[self.layout.workspace])
+        return (ctypes.c_int64 * len(found))(*found)
+
+    def address(self, place: str, at: Size) -> int:
+        """Where a value lies, now that sizes are known."""
+        if place == "arena":
+            return int(self.table[self.layout.arena]) + evaluate(at, self.names)
+        assert isinstance(at, int)
+        return int(self.table[self.first[place] + at])
 
 
 def _symbol(tensors: int, dims: int) -> str:

@@ -105,7 +105,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         # A pipe would block an ordinary open.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
     except OSError as error:
-        raise RunError(f'cannot read "{path}": {error.strerror or error}') from error
+        raise RunError(
+            f'cannot read "{path}": {error.strerror or error}',
+            hint="Module.save and `minicompiler compile` write such files",
+        ) from error
     try:
         return read_descriptor(descriptor, path)
     finally:
@@ -117,7 +120,9 @@ def read_descriptor(descriptor: int, path: str) -> tuple[dict[str, Any], dict[st
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         what = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        raise RunError(f'cannot read "{path}": it is {what}')
+        raise RunError(
+            f'cannot read "{path}": it is {what}', hint="name the file that Module.save wrote"
+        )
     if status.st_size == 0:
         raise RunError(f'"{path}" is empty', hint=_HINT)
     try:

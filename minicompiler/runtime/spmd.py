@@ -54,7 +54,9 @@ LAYOUT = {
     "BAR_GENERATION": 4,  # i32: barriers passed so far
     "BAR_SLEEPERS": 8,  # i32
     "BAR_POOL": 16,  # ptr: the pool whose barrier this is, null for any other block
-    "BAR_CLAIMED": 24,  # i64: iterations of a parallel loop that threads have taken
+    # Relative to the barrier block, + 128 * tid: the second line of a mailbox.
+    "CLAIMS": 1088,  # i64: how many parts of a thread's share are taken, below the phase's number
+    "SHARES": 8,  # parts of a thread's share
     "BARRIER_SPINS": 2000,
     # Spins, some 5 us, after which a waiting caller looks whether it is in a worker's way.
     "PATIENCE": 128,
@@ -272,6 +274,8 @@ define internal void @unpark(ptr %word) noinline {
 """
 
 _CODE = """
+declare i64 @llvm.umax.i64(i64, i64)
+declare i64 @llvm.umin.i64(i64, i64)
 define void @mc_barrier(ptr %b, i32 %n) {
   %alone = icmp sle i32 %n, 1
   br i1 %alone, label %out, label %arrive
@@ -287,9 +291,6 @@ arrive:
   br i1 %last, label %open, label %spin
 open:
   store atomic i32 0, ptr %count monotonic, align 4
-  ; the next phase starts with all of its iterations
-  %claimed = getelementptr i8, ptr %b, i64 $BAR_CLAIMED
-  store atomic i64 0, ptr %claimed monotonic, align 8
   %next = add i32 %g, 1
   %old = atomicrmw xchg ptr %word, i32 %next seq_cst
   %s = load atomic i32, ptr %sleepers seq_cst, align 4
@@ -329,6 +330,76 @@ awake:
   br label %out
 out:
   ret void
+}
+
+; The next iterations [first, second) of a parallel loop for a thread, none if they are equal.
+; Each thread takes its own share part by part, then what others have not come to: one that is held
+; up does not hold up the rest, and undisturbed threads stay with the same elements from phase to
+; phase, whose lines are in their caches. A count of parts is worth nothing in another phase: it
+; carries the barrier's generation. own: a word of the thread, zero at first, for a lone thread.
+define { i64, i64 } @mc_claim(ptr %b, i32 %tid, i32 %n, i64 %extent, ptr %own) {
+  %many = icmp sgt i32 %n, 1
+  br i1 %many, label %start, label %alone
+alone:
+  %first = load i64, ptr %own, align 8
+  store i64 %extent, ptr %own, align 8
+  %l0 = insertvalue { i64, i64 } poison, i64 %first, 0
+  %l1 = insertvalue { i64, i64 } %l0, i64 %extent, 1
+  ret { i64, i64 } %l1
+start:
+  %p_generation = getelementptr i8, ptr %b, i64 $BAR_GENERATION
+  %g32 = load atomic i32, ptr %p_generation monotonic, align 4
+  %g64 = zext i32 %g32 to i64
+  %g = shl i64 %g64, 32
+  %claims = getelementptr i8, ptr %b, i64 $CLAIMS
+  %count = zext i32 %n to i64
+  br label %victim
+victim:
+  %k = phi i32 [ 0, %start ], [ %k1, %next ]
+  %t0 = add i32 %tid, %k
+  %over = icmp uge i32 %t0, %n
+  %t1 = sub i32 %t0, %n
+  %t = select i1 %over, i32 %t1, i32 %t0
+  %t64 = zext i32 %t to i64
+  %a = mul i64 %t64, %extent
+  %low = udiv i64 %a, %count
+  %a1 = add i64 %a, %extent
+  %high = udiv i64 %a1, %count
+  %share = sub i64 %high, %low
+  %part = udiv i64 %share, $SHARES
+  %some = call i64 @llvm.umax.i64(i64 %part, i64 1)
+  %p = getelementptr [128 x i8], ptr %claims, i32 %t
+  %seen = load atomic i64, ptr %p monotonic, align 8
+  br label %try
+try:
+  %old = phi i64 [ %seen, %victim ], [ %found, %take ]
+  %mark = and i64 %old, -4294967296
+  %fresh = icmp eq i64 %mark, %g
+  %low32 = and i64 %old, 4294967295
+  %taken = select i1 %fresh, i64 %low32, i64 0
+  %skip = mul i64 %taken, %some
+  %from = add i64 %low, %skip
+  %left = icmp ult i64 %from, %high
+  br i1 %left, label %take, label %next
+take:
+  %taken1 = add i64 %taken, 1
+  %new = or i64 %g, %taken1
+  %pair = cmpxchg weak ptr %p, i64 %old, i64 %new monotonic monotonic
+  %found = extractvalue { i64, i1 } %pair, 0
+  %ok = extractvalue { i64, i1 } %pair, 1
+  br i1 %ok, label %mine, label %try
+mine:
+  %to0 = add i64 %from, %some
+  %to = call i64 @llvm.umin.i64(i64 %to0, i64 %high)
+  %m0 = insertvalue { i64, i64 } poison, i64 %from, 0
+  %m1 = insertvalue { i64, i64 } %m0, i64 %to, 1
+  ret { i64, i64 } %m1
+next:
+  %k1 = add i32 %k, 1
+  %others = icmp ult i32 %k1, %n
+  br i1 %others, label %victim, label %none
+none:
+  ret { i64, i64 } zeroinitializer
 }
 
 ; Gives fn to the workers 1 .. n-1 and wakes those that sleep. A null fn ends a worker.
@@ -409,8 +480,11 @@ fork:
   %p_spins = getelementptr i8, ptr %pool, i64 $SPINS
   %spins = load i32, ptr %p_spins, align 4
   call void @enter(ptr %pool)
-  %claimed = getelementptr i8, ptr %barrier, i64 $BAR_CLAIMED
-  store atomic i64 0, ptr %claimed monotonic, align 8
+  ; a phase of its own: nothing of its loops is taken yet
+  %p_generation = getelementptr i8, ptr %barrier, i64 $BAR_GENERATION
+  %generation = load i32, ptr %p_generation, align 4
+  %generation1 = add i32 %generation, 1
+  store atomic i32 %generation1, ptr %p_generation monotonic, align 4
   %target = call i32 @post(ptr %pool, ptr %fn, ptr %arg, i32 %k)
   call void %fn(i32 0, i32 %k, ptr %arg, ptr %barrier)
   br label %spin
@@ -584,6 +658,7 @@ class Native:
         address = engine.get_function_address
         word, long, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
         self.barrier = address("mc_barrier")
+        self.claim = address("mc_claim")
         self.run = _function(address("mc_run"), word, pointer, pointer, pointer, word)
         self.region = _function(address("mc_region"), word, pointer, pointer, pointer, word)
         self.acquire = _function(address("mc_acquire"), word, pointer, long)

@@ -29,7 +29,7 @@ from minicompiler.ops.evaluate import run_reference
 from minicompiler.runtime import loader
 from minicompiler.runtime.loader import Library
 from minicompiler.runtime.plan import Size
-from minicompiler.runtime.pool import barrier_address
+from minicompiler.runtime.pool import kernel_symbols
 from minicompiler.target import Target
 
 HOST = Target.host()
@@ -135,7 +135,8 @@ def test_kernels_refer_to_nothing_but_the_allowed(fn: Function, level: str) -> N
     if HOST.arch != "x86_64" and level != "cpu":
         pytest.skip("cross-compiles to x86")
     for _, kernel, _ in kernels(fn, Target.parse(level)):
-        assert undefined_symbols(kernel.code) <= {"mc_barrier", "memcpy", "memset", "memmove"}
+        memory = {"memcpy", "memset", "memmove"}
+        assert undefined_symbols(kernel.code) <= {"mc_barrier", "mc_claim", *memory}
 
 
 def test_the_loader_allows_the_same() -> None:
@@ -256,7 +257,7 @@ def run_fenced(fn: Function, feeds: list[np.ndarray], at_end: bool) -> list[np.n
         buffers = [(args if kind == "arg" else results)[k] for kind, k in kernel.params]
         room = number(kernel.shared) + number(kernel.local) + 64
         work = Fenced((room,), np.dtype(np.uint8), False)
-        library = Library(kernel.code, [kernel.name], {"mc_barrier": barrier_address()})
+        library = Library(kernel.code, [kernel.name], kernel_symbols())
         kinds = [ctypes.c_int32, ctypes.c_int32, *[ctypes.c_void_p] * (len(buffers) + 2)]
         call = ctypes.CFUNCTYPE(None, *kinds)(library.address(kernel.name))
         call(0, 1, None, *[b.address for b in buffers], work.address)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from onnx_models import attention, conv_net, mlp, numbers
+from onnx import TensorProto, helper
+from onnx_models import attention, conv_net, mlp, model, node, numbers
 
 import minicompiler as mc
 from minicompiler.errors import RunError
@@ -46,3 +47,31 @@ def test_what_cannot_be_profiled_is_refused() -> None:
         profile(module, [np.zeros((1, 20))])
     with get_pool(2).lease(), pytest.raises(RunError, match="another call is using the threads"):
         profile(module, [numbers(1, 20)])
+
+
+def test_control_flow_is_followed() -> None:
+    """Calls in a loop are made as often as it runs, those in a branch only if it is taken."""
+    body = helper.make_graph(
+        [node("Mul", "s s", "t"), node("Identity", "go", "on")],
+        "body",
+        [
+            helper.make_tensor_value_info("k", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("s", TensorProto.FLOAT, [3]),
+        ],
+        [
+            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("t", TensorProto.FLOAT, [3]),
+        ],
+    )
+    nodes = [node("ReduceSum", "v", "n", keepdims=0), node("Loop", "n - x", "y", body=body)]
+    module = mc.compile(model(nodes, {"v": np.array([1, 2]), "x": numbers(3)}, ["y"]), threads=2)
+    x = np.array([1.1, 1.2, 0.3], np.float32)
+    (y,) = module(np.array([3, 2]), x)
+    np.testing.assert_allclose(y, x**32, rtol=1e-5)
+    for trips in (5, 0):
+        found = profile(module, [np.array([trips, 0]), x], repeat=2)
+        inside = module.plan.regions[0]
+        assert {t.times for t in found[inside.start : inside.end]} == {trips}
+        assert {t.times for t in found[: inside.start]} == {1}
+        assert all(t.seconds == 0 for t in found if not t.times)

@@ -114,6 +114,12 @@ def partial_sums(s: Schedule) -> None:
     s.rfactor("sum", "k0_i")
 
 
+def without_border(s: Schedule) -> None:
+    s.inline("pad")
+    s.decompose_reduction("conv", "k0")
+    s.skip("conv")
+
+
 PRIMITIVES: dict[str, tuple[str, Callable[[Schedule], Any]]] = {
     "split_perfect": ("plain_matmul", lambda s: s.split("k0", 4)),
     "split_mask": ("matmul", lambda s: s.split("i0", 4, "mask")),
@@ -133,7 +139,10 @@ PRIMITIVES: dict[str, tuple[str, Callable[[Schedule], Any]]] = {
     "stage_register": ("matmul", lambda s: s.stage("matmul", "i1")),
     "stage_local": ("conv", lambda s: s.stage("pad", "i2_2", "local")),
     "stage_packed": ("matmul", lambda s: s.stage("p1", None, "global", PANELS)),
+    "prefetch": ("matmul", lambda s: s.prefetch("p1", "k0", 128)),
+    "prefetch_in_turns": ("matmul", lambda s: s.prefetch("p1", "k0", 128, "i0")),
     "rfactor": ("layer_norm", partial_sums),
+    "skip": ("conv", without_border),
     "tile": ("matmul", blocked_tile),
 }  # fmt: skip
 
@@ -151,6 +160,8 @@ def test_before_and_after(name: str, golden: Callable[[str, str], None]) -> None
 
 # ---- what is refused ----------------------------------------------------------------------------
 WRONG: dict[str, Callable[[Schedule], Any]] = {
+    "prefetch_standing_still": lambda s: s.prefetch("p1", "i0", 128),
+    "prefetch_no_turns": lambda s: s.prefetch("p1", "k0", 128, "i1"),
     "split_not_perfect": lambda s: s.split("i1", 4),
     "split_unknown_tail": lambda s: s.split("i1", 4, "round"),
     "no_such_loop": lambda s: s.split("q", 4),
@@ -165,6 +176,8 @@ WRONG: dict[str, Callable[[Schedule], Any]] = {
     "stage_what_is_written": lambda s: s.stage("r0", None, "global"),
     "stage_global_in_a_loop": lambda s: s.stage("p0", "i0", "global"),
     "relayout_of_the_caller": lambda s: s.relayout("p0", [[1, 1, 0], [0, 1, 0]]),
+    "skip_with_an_init": lambda s: s.skip("matmul"),
+    "skip_nothing": lambda s: s.skip("relu"),
     "rfactor_spatial": lambda s: s.rfactor("matmul", "i0"),
     "decompose_elementwise": lambda s: s.decompose_reduction("relu", "i0_2"),
     "choice_unknown": lambda s: s.choose("rows", (1, 2), 3),

@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from documented_kernels import attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tir_samples import SAMPLES, Sample, matmul_of, product, relu, softmax_of, tensor
 from tolerance import assert_close
 
 import minicompiler.ops  # noqa: F401
+from minicompiler import te
 from minicompiler.errors import ScheduleError
 from minicompiler.ir.arith import Arith
-from minicompiler.ir.expr import Dim, Expr, Load, Var, rewrite, substitute
+from minicompiler.ir.expr import Dim, Expr, Load, Var, maximum, rewrite, substitute
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.op import REGISTRY
 from minicompiler.ir.tir import (
@@ -92,6 +94,13 @@ def two_products() -> PrimFunc:
     return from_tensors("two_products", [a, b, c], [product(product(a, b), c)])
 
 
+def normalised_products() -> PrimFunc:
+    """Rows of a product, divided by their largest absolute sums, weight those of another."""
+    a, b, c = tensor("a", 9, 12), tensor("b", 12, 21), tensor("c", 21, 19)
+    x = te.map_elements(lambda e: maximum(e, -e), product(a, b))
+    return from_tensors("normalised", [a, b, c], [product(x / te.sum(x, -1), c)])
+
+
 LENGTH = 128
 BIG: dict[str, Callable[[], Sample]] = {
     "matmul_big": lambda: Sample(matmul_of(13, 40, 35)),
@@ -103,9 +112,23 @@ BIG: dict[str, Callable[[], Sample]] = {
     "conv_depthwise": lambda: Sample(conv(groups=8, layouts={0: NCHW8C, -1: NCHW8C})),
     "winograd2": lambda: Sample(winograd(2, 4)),
     "winograd4": lambda: Sample(winograd(4, 5)),
+    "attention": lambda: Sample(attention(13, 21, 3, 8)),
+    "attention_tails": lambda: Sample(attention(7, 37, 2, 20)),
+    "attention_one_row": lambda: Sample(attention(1, 37, 3, 16)),
+    "attention_dynamic": lambda: Sample(
+        attention(Dim("n", 1, 64), Dim("m", 1, 64), 2, 16, Dim("b", 1, 8)),
+        {"n": 10, "m": 19, "b": 2},
+    ),
+    "normalised_products": lambda: Sample(normalised_products()),
     "softmax_big": lambda: Sample(softmax_of(5, 45)),
     "max_pool": lambda: Sample(
         operator("max_pool", [(1, 8, 6, 6)], PoolAttrs(kernel=(2, 2), strides=(2, 2)))
+    ),
+    "max_pool_blocked": lambda: Sample(
+        operator(
+            "max_pool", [(1, 8, 5, 9)], PoolAttrs(kernel=(3, 3), strides=(1, 2), **SAME),
+            layouts={0: NCHW8C, -1: NCHW8C},
+        )
     ),
     "lstm": lambda: Sample(recurrence("lstm", 4)),
     "gru": lambda: Sample(recurrence("gru", 3)),

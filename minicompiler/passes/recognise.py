@@ -1,0 +1,285 @@
+"""Attention becomes one kernel: rows of a product, normalised, weight the rows of another product.
+
+    %0 = matmul(%q, %k)                %0 = fused_attention(%q, %k, %mask, %v) {
+    %1 = mul(%0, 0.125)                  %0 = matmul(%p0, %p1)
+    %2 = add(%1, %mask)         ->       ...  %4 = exp(%2 - max of %2)
+    %3 = softmax(%2)                     %5 = matmul(%4, %p3)
+    %4 = matmul(%3, %v)                  return %5 / sum of %4
+                                       }
+Any elementwise work may stand between the products. Views of the operands and of the result (split
+and joined heads) go into the kernel as index maps; factors of an operand move behind its product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from ..ir.equal import structural_key
+from ..ir.expr import ONE, Const
+from ..ir.graph import (
+    Apply,
+    Constant,
+    Function,
+    Input,
+    Item,
+    Value,
+    apply,
+    layout_of,
+    topological,
+    type_of,
+    users,
+    with_args,
+)
+from ..ir.op import Kind
+from ..ir.types import float32
+from ..ops import elementwise, linalg, reduce, shape
+from .kind import kind_of
+
+_VIEWS = (shape.reshape, shape.transpose, shape.squeeze, shape.unsqueeze, shape.expand)
+_TAIL = (shape.reshape, shape.transpose)
+_LAST = reduce.ReduceAttrs((-1,), True)
+
+
+@dataclasses.dataclass
+class _Operand:
+    """A value as a product reads it: views of a source, innermost first, times a factor."""
+
+    source: Value
+    views: list[Apply]
+    factor: float
+
+
+@dataclasses.dataclass
+class _Match:
+    """The nodes of one attention.
+
+    scores: (matmul) -> path: elementwise nodes, each with the position of the argument that comes
+    from the one before -> softmax (0 where `zeroed` holds) -> output: (matmul) -> tail: views.
+    """
+
+    scores: Apply
+    path: list[tuple[Apply, int]]
+    normal: Apply
+    zeroed: Value | None
+    output: Apply
+    tail: list[Apply]
+
+    @property
+    def end(self) -> Apply:
+        return self.tail[-1] if self.tail else self.output
+
+
+Readers = dict[int, list[Value]]
+
+
+def recognise(fn: Function, ctx: Any) -> Function:
+    """Every attention whose intermediate values nobody else reads becomes a fused Function."""
+    readers = users(fn)
+    for r in fn.results:
+        readers.setdefault(id(r), []).append(r)
+    matches: dict[int, _Match] = {}
+    for v in topological(fn.results):
+        match = _match(v, readers) if isinstance(v, Apply) and v.op is linalg.matmul else None
+        if match is not None:
+            matches[id(match.end)] = match
+    new: dict[int, Value] = {}
+    shared: dict[str, Function] = {}
+    for v in topological(fn.results) if matches else ():
+        if id(v) in matches:
+            new[id(v)] = _call(matches[id(v)], new, shared)
+        elif isinstance(v, Apply):
+            args = tuple(None if a is None else new[id(a)] for a in v.args)
+            same = all(a is b for a, b in zip(args, v.args, strict=True))
+            new[id(v)] = v if same else with_args(v, args)
+        elif isinstance(v, Item):
+            source = new[id(v.tuple)]
+            assert isinstance(source, Apply)
+            new[id(v)] = v if source is v.tuple else Item(source, v.index)
+        else:
+            new[id(v)] = v
+    return fn.with_(results=tuple(new[id(r)] for r in fn.results)) if matches else fn
+
+
+# ---- the pattern --------------------------------------------------------------------------------
+def _match(output: Apply, readers: Readers) -> _Match | None:
+    """The attention that ends in a product, if it is one."""
+    weights, values = output.args
+    assert weights is not None and values is not None
+    t, other = type_of(weights), type_of(values)
+    if t.rank < 2 or other.rank < 2 or output.attrs.transpose_a or not _private(output, values):
+        return None
+    if type_of(output).shape[:-1] != t.shape[:-1] or all(n is ONE for n in t.shape[:-1]):
+        return None
+    if t.shape[-1] is ONE or type_of(output).shape[-1] is ONE:
+        return None
+    normal, zeroed = _normalised(weights, readers)
+    if normal is None or normal.attrs.axis not in (-1, t.rank - 1):
+        return None
+    path: list[tuple[Apply, int]] = []
+    x = normal.args[0]
+    while x is not None and isinstance(x, Apply) and x.op is not linalg.matmul:
+        if len(readers[id(x)]) > 1 or isinstance(x.type, tuple) or x.type != t or not x.args:
+            return None
+        if kind_of(x) > Kind.BROADCAST or any(m is not None for m in x.layouts):
+            return None
+        position = _towards_product(x)
+        if position is None:
+            return None
+        path.insert(0, (x, position))
+        x = x.args[position]
+    if not isinstance(x, Apply) or len(readers[id(x)]) > 1 or x.type != t:
+        return None
+    depth = -2 if x.attrs.transpose_a else -1
+    if not _private(x, *x.args) or type_of(x.args[0]).shape[depth] is ONE:
+        return None
+    tail: list[Apply] = []
+    last: Value = output
+    while len(readers[id(last)]) == 1:
+        (reader,) = readers[id(last)]
+        if reader is last or not isinstance(reader, Apply) or reader.op not in _TAIL:
+            break
+        kept = type_of(reader).shape  # a loop over rows side by side is split by a known number
+        if any(type(n) is not Const and n not in kept for n in type_of(last).shape):
+            break
+        tail.append(reader)
+        last = reader
+    return _Match(x, path, normal, zeroed, output, tail)
+
+
+def _private(product: Apply, *operands: Value | None) -> bool:
+    """True for a product of float32 matrices that are computed at run time."""
+    return (
+        type_of(product).dtype == float32
+        and all(isinstance(a, Apply | Item | Input) and type_of(a).rank >= 2 for a in operands)
+        and not any(layout_of(a) for a in operands if a is not None)
+    )
+
+
+def _normalised(weights: Value, readers: Readers) -> tuple[Apply | None, Value | None]:
+    """The softmax behind the weights, which nothing else reads, and the condition under which they
+    are zero: one per row, or that they are not numbers (which holds for all of a row or none)."""
+    if not isinstance(weights, Apply) or len(readers[id(weights)]) > 1:
+        return None, None
+    if weights.op is reduce.softmax:
+        return weights, None
+    if weights.op is not elementwise.where:
+        return None, None
+    condition, zero, normal = weights.args
+    if not isinstance(normal, Apply) or normal.op is not reduce.softmax:
+        return None, None
+    if normal.type != weights.type or not isinstance(zero, Constant) or zero.data.any():
+        return None, None
+    readers_of_normal = [r for r in readers[id(normal)] if r is not weights]
+    if _is_nan(condition, normal):
+        alone = readers_of_normal == [condition] and len(readers[id(condition)]) == 1
+        return (normal, condition) if alone else (None, None)
+    assert condition is not None
+    per_row = type_of(condition).rank > 0 and type_of(condition).shape[-1] is ONE
+    return (normal, condition) if per_row and not readers_of_normal else (None, None)
+
+
+def _is_nan(condition: Value | None, of: Value) -> bool:
+    return (
+        isinstance(condition, Apply)
+        and condition.op is elementwise.isnan
+        and condition.args[0] is of
+    )
+
+
+def _towards_product(x: Apply) -> int | None:
+    """The argument of an elementwise node behind which a product of the same shape stands."""
+    for position, a in enumerate(x.args):
+        below = a
+        while isinstance(below, Apply) and below.op is not linalg.matmul:
+            same = [b for b in below.args if b is not None and type_of(b) == x.type]
+            below = same[0] if same and below.type == x.type else None
+        if isinstance(below, Apply) and below.type == x.type:
+            return position
+    return None
+
+
+def _operand(value: Value | None) -> _Operand:
+    """Views and constant factors taken off an operand of a product."""
+    assert value is not None
+    views: list[Apply] = []
+    factor = 1.0
+    while isinstance(value, Apply) and layout_of(value) is None:
+        scalar = _scalar(value)
+        if value.op in _VIEWS:
+            views.insert(0, value)
+            value = value.args[0]
+        elif value.op is elementwise.mul and scalar is not None:
+            factor *= scalar[1]
+            value = value.args[scalar[0]]
+        else:
+            break
+        assert value is not None
+    return _Operand(value, views, factor)
+
+
+def _scalar(v: Apply) -> tuple[int, float] | None:
+    """(position of the other argument, number) of a node with one number among two arguments."""
+    for k, a in enumerate(v.args[:2]):
+        other = v.args[1 - k] if len(v.args) == 2 else None
+        number = isinstance(a, Constant) and a.data.size == 1
+        if number and other is not None and type_of(other) == v.type:
+            return 1 - k, float(a.data.reshape(-1)[0])
+    return None
+
+
+# ---- the kernel ---------------------------------------------------------------------------------
+def _call(m: _Match, new: dict[int, Value], shared: dict[str, Function]) -> Apply:
+    """The fused Function of an attention, applied to what it reads."""
+    params: list[Input] = []
+    args: list[Value] = []
+
+    def leaf(v: Value) -> Value:
+        """Each use has a parameter of its own, so that schedules can pack one and not the other."""
+        if isinstance(v, Constant) and v.data.size == 1:
+            return v
+        params.append(Input(f"p{len(params)}", type_of(v), layout_of(v)))
+        args.append(new[id(v)])
+        return params[-1]
+
+    def viewed(operand: _Operand) -> Value:
+        x = leaf(operand.source)
+        for view in operand.views:
+            x = view.with_(args=(x,))
+        return x
+
+    left, right, values = map(_operand, (*m.scores.args, m.output.args[1]))
+    x: Value = m.scores.with_(args=(viewed(left), viewed(right)))
+    x = _times(x, left.factor * right.factor)
+    for node, position in m.path:
+        x = node.with_(
+            args=tuple(
+                x if k == position else None if a is None else leaf(a)
+                for k, a in enumerate(node.args)
+            )
+        )
+    e = apply(elementwise.exp, apply(elementwise.sub, x, apply(reduce.reduce_max, x, attrs=_LAST)))
+    total = apply(reduce.reduce_sum, e, attrs=_LAST)
+    # The rows are divided by their sums after the product: there are fewer elements then.
+    y: Value = _times(m.output.with_(args=(e, viewed(values))), values.factor)
+    y = apply(elementwise.div, y, total)
+    if m.zeroed is not None:
+        nan = _is_nan(m.zeroed, m.normal)
+        condition = apply(elementwise.isnan, total) if nan else leaf(m.zeroed)
+        y = apply(elementwise.where, condition, Constant(np.zeros((), np.float32)), y)
+    for view in m.tail:
+        y = view.with_(args=(y,))
+    fn = Function("fused_attention", tuple(params), (y,), fused=True)
+    key = structural_key(fn)
+    if key not in shared:
+        name = fn.name if not shared else f"{fn.name}_{len(shared)}"
+        shared[key] = fn.with_(name=name)
+    nodes = (m.scores, *[n for n, _ in m.path], m.normal, m.output, *m.tail)
+    locs = tuple(dict.fromkeys(loc for n in nodes for loc in n.locs))
+    return Apply(shared[key], tuple(args), None, type_of(m.end), locs, name=m.end.name)
+
+
+def _times(x: Value, factor: float) -> Value:
+    return x if factor == 1 else apply(elementwise.mul, x, Constant(np.asarray(factor, np.float32)))

@@ -1,0 +1,97 @@
+"""The primitive `prefetch`: memory that is read soon is asked for while something else is computed.
+
+    for t in 4:                          for t in 4:
+        for k in 128:             ->         for k in 128:
+            ... B[k*64 + 0..63]                  prefetch B[k*64] + (8192 + t*16)
+                                                 ... B[k*64 + 0..63]
+
+A hint changes no value. It pays where a panel of an operand is read several times in a row and the
+next panel comes from far: each pass over this panel fetches its part of the next one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from minicompiler.ir.expr import ZERO, Const, Expr, Load, ceildiv, const_int, free_vars, substitute
+from minicompiler.ir.tir import VECTOR, For, Prefetch, Scope, Seq, Stmt, seq
+
+from . import analysis, elementwise
+
+if TYPE_CHECKING:
+    from .schedule import Schedule
+
+LINE_BYTES = 64
+MOST_LINES = 64
+
+
+def prefetch(s: Schedule, name: str, loop_name: str, ahead: int, turns_name: str | None) -> None:
+    """See the module text. ahead: elements in memory order. turns: a loop around `loop` in whose
+    iterations `loop` reads the same; each asks for its part of the lines."""
+    buffer = s.buffer(name)
+    loop, path = s.loop(loop_name)
+    if buffer.scope not in (Scope.PARAM, Scope.GLOBAL):
+        s.refuse(f"{name} has scope {buffer.scope.value}: it is near already", loop)
+    if loop.kind is VECTOR:
+        s.refuse(f"{loop_name} is a vector loop: its iterations are one", loop)
+    arith = analysis.arith_of(s.func)
+    inner = {x.var: ZERO for x in analysis.loops(loop.body)}
+    places: dict[tuple[Expr, ...], Load] = {}
+    for block in analysis.blocks(loop.body):
+        values = analysis.values_of(block)
+        for load in analysis.operand_loads(block):
+            if load.buffer is buffer:
+                at = tuple(
+                    arith.simplify(substitute(substitute(i, values), inner)) for i in load.indices
+                )
+                places[at] = Load(buffer, at)
+    if len(places) != 1:
+        s.refuse(f"{name} is read at {len(places)} places inside {loop_name}, not at one", loop)
+    (place,) = places.values()
+    stride = elementwise.strides(buffer, place.indices, loop.var, arith)
+    if not stride or stride < 0:
+        s.refuse(f"iterations of {loop_name} do not walk forward through {name}", loop)
+        return
+    lines = -(-stride * buffer.dtype.bytes // LINE_BYTES)
+    if lines > MOST_LINES:
+        s.refuse(f"an iteration of {loop_name} moves on by {lines} cache lines of {name}", loop)
+    line = LINE_BYTES // buffer.dtype.bytes
+    parts: list[Stmt] = []
+    if turns_name is None:
+        parts += [Prefetch(place, Const(ahead + k * line)) for k in range(lines)]
+    else:
+        turns, _ = s.loop(turns_name)
+        if turns not in path:
+            s.refuse(f"{turns_name} is not a loop around {loop_name}", loop)
+        if any(turns.var in free_vars(i) for i in place.indices):
+            s.refuse(f"iterations of {turns_name} read different parts of {name}", turns)
+        count = const_int(turns.extent)
+        each = 1 if count is None else int(const_int(ceildiv(Const(lines), Const(count))) or 1)
+        for k in range(each):
+            mine = arith.simplify((turns.var * each + k) % lines * line + ahead)
+            parts.append(Prefetch(place, mine))
+    s.swap(loop, loop.with_(body=seq([*parts, loop.body])))
+
+
+def drop_stale(s: Schedule) -> None:
+    """Removes the hints whose buffer is gone or no longer read where they stand."""
+    alive = {*s.func.params, *s.func.buffers}
+
+    def one(x: Stmt) -> Stmt | None:
+        if not isinstance(x, For):
+            return None
+        parts = x.body.stmts if isinstance(x.body, Seq) else (x.body,)
+        if not any(isinstance(p, Prefetch) for p in parts):
+            return None
+        read = {ld.buffer for b in analysis.blocks(x.body) for ld in analysis.operand_loads(b)}
+        kept = [
+            p
+            for p in parts
+            if not isinstance(p, Prefetch) or (p.place.buffer in alive and p.place.buffer in read)
+        ]
+        return None if len(kept) == len(parts) else x.with_(body=seq(kept))
+
+    s.edit(one)
+
+
+__all__ = ["drop_stale", "prefetch"]

@@ -1,0 +1,84 @@
+"""Transposes: an element is read along one axis of memory and written along another.
+
+    r[i, j] = f(x[j, i])   ->   for panels of i, tiles of j, tiles of i:
+                                    t[j, i] = x[j, i]           vectors along i, into registers
+                                    r[i, j] = f(t[j, i])        vectors along j
+
+Both sides of memory are touched in whole vectors; the emitter turns the tile with shuffles.
+Neighbouring axes that move together are one axis first, so only the two that matter have tails.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from minicompiler.ir.expr import Load, Var, const_int
+from minicompiler.ir.tir import UNROLL, VECTOR, Scope
+
+from . import analysis, elementwise
+
+if TYPE_CHECKING:
+    from .schedule import Schedule
+
+PANEL = 8  # tiles: so many lines of the result are written side by side
+
+
+def schedule(s: Schedule, name: str, order: list[str]) -> bool:
+    """Schedules a block whose loops stand in the order of its result's memory. False, with nothing
+    changed, when it transposes nothing."""
+    found = _crossing(s, name, order)
+    if found is None:
+        return False
+    load, groups, k = found
+    fused = [s.fuse(*g) if len(g) > 1 else g[0] for g in groups]
+    along, across = fused[k], fused[-1]
+    lanes = s.target.vector_bytes // max(4, load.buffer.dtype.bytes)
+    extent = const_int(s.loop(across)[0].extent)
+    wide = 2 * lanes if extent is None or extent >= 2 * lanes else lanes
+    across_o, across_i = s.split(across, wide, "mask")
+    along_o, along_i = s.split(along, lanes, "mask")
+    outer = [n for n in fused[:-1] if n != along]
+    panels = const_int(s.loop(along_o)[0].extent)
+    if panels is None or panels > PANEL:
+        panel, along_o = s.split(along_o, PANEL, "guard")
+        outer.append(panel)
+    outer.append(across_o)
+    s.reorder(*outer, along_o, across_i, along_i)
+    tile = s.stage(load.buffer.name, along_o, Scope.REGISTER)
+    s.reorder(along_i, across_i)
+    s.mark(along_i, UNROLL)
+    s.mark(across_i, VECTOR)
+    elementwise.vector_tile(s, f"{tile}_in", along_o)
+    elementwise.threads_over(s, outer, name)
+    return True
+
+
+def _crossing(s: Schedule, name: str, order: list[str]) -> tuple[Load, list[list[str]], int] | None:
+    """The operand that is read across the innermost loop; the loops in groups of those that every
+    access steps through as if they were one; which group runs along the operand's memory."""
+    block, _ = s.block(name)
+    loads = analysis.operand_loads(block)
+    if analysis.is_reduction(block) or len({x.buffer for x in loads}) != len(loads):
+        return None
+    lanes = s.target.vector_bytes // 4
+    sizes = [const_int(s.loop(n)[0].extent) for n in order]
+    steps = [elementwise.steps(s, name, s.loop(n)[0].var) for n in order]
+    groups: list[list[int]] = []
+    for k, inner in enumerate(steps):
+        size = sizes[k]
+        if groups and size is not None:
+            pairs = zip(steps[groups[-1][-1]], inner, strict=True)
+            if all(a is not None and b is not None and a == b * size for a, b in pairs):
+                groups[-1].append(k)
+                continue
+        groups.append([k])
+    extents = [math.prod(sizes[k] or lanes for k in g) for g in groups]
+    for j, load in enumerate(loads, 1):
+        along = [k for k, g in enumerate(groups[:-1]) if steps[g[-1]][j] == 1]
+        plain = all(isinstance(i, Var) or const_int(i) is not None for i in load.indices)
+        if steps[-1][j] in (None, 0, 1) or len(along) != 1 or not plain:
+            continue
+        if min(extents[along[0]], extents[-1]) >= lanes and load.buffer.layout is None:
+            return load, [[order[k] for k in g] for g in groups], along[0]
+    return None

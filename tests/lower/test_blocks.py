@@ -1,0 +1,100 @@
+"""Branches that keep tails and borders out of the fast path change no result."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minicompiler.ir import interp
+from minicompiler.ir.expr import Const, Expr, Load, Var, const, eq, wrap
+from minicompiler.ir.tir import (
+    SERIAL,
+    UNROLL,
+    Buffer,
+    For,
+    If,
+    PrimFunc,
+    Stmt,
+    Store,
+    seq,
+    statements,
+)
+from minicompiler.ir.types import float32
+from minicompiler.lower.blocks import MOST_EXCEPTIONS, hoist_conditions, unswitch
+
+v, w, i, j = Var("v"), Var("w"), Var("i"), Var("j")
+
+
+def nest(extents: tuple[int, int, int], conditions: list[Expr]) -> PrimFunc:
+    """r[v, w, i] = x[v, w, i] where the conditions hold, else 0; i is the tile."""
+    x, r = (Buffer(n, float32, tuple(map(wrap, extents))) for n in ("x", "r"))
+    at = (v, w, i)
+    body: Stmt = Store(r, at, Load(x, at))
+    for c in reversed(conditions):
+        body = If(c, body)
+    tile = For(i, Const(extents[2]), UNROLL, body)
+    clear = For(j, Const(extents[2]), SERIAL, Store(r, (v, w, j), const(0.0, float32)))
+    loops = For(v, Const(extents[0]), SERIAL, For(w, Const(extents[1]), SERIAL, seq([clear, tile])))
+    return PrimFunc("f", (x, r), 1, (), (), (loops,))
+
+
+def run(func: PrimFunc) -> np.ndarray:
+    shape = tuple(n.value for n in func.params[0].shape)  # type: ignore[attr-defined]
+    values = 1 + np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    return interp.run(func, [values])[0]
+
+
+def special(func: PrimFunc) -> list[str]:
+    """The iterations that have code of their own."""
+    return [str(s.cond) for s in statements(func) if isinstance(s, If) and "==" in str(s.cond)]
+
+
+COEFFICIENT = st.integers(-3, 3)
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@given(
+    st.tuples(st.integers(1, 7), st.integers(1, 3), st.integers(1, 4)),
+    st.lists(st.tuples(COEFFICIENT, COEFFICIENT, COEFFICIENT, st.integers(-9, 9)), max_size=3),
+)
+def test_conditions_mean_the_same(
+    extents: tuple[int, int, int], lines: list[tuple[int, int, int, int]]
+) -> None:
+    conditions = [v * a + w * b + i * c >= wrap(d) for a, b, c, d in lines]
+    func = nest(extents, conditions)
+    made = unswitch(hoist_conditions(func))
+    np.testing.assert_array_equal(run(made), run(func))
+
+
+def test_every_border() -> None:
+    """A window of three along a line of any length, in tiles of any size."""
+    for tiles, size, missing in itertools.product(range(1, 6), range(1, 5), range(3)):
+        if missing >= size:
+            continue
+        inside = [v * size + i + w >= wrap(1), v * size + i + w < wrap(tiles * size - missing + 1)]
+        func = nest((tiles, 3, size), inside)
+        np.testing.assert_array_equal(run(unswitch(func)), run(func))
+
+
+def test_tiles_at_both_ends_have_their_own_code() -> None:
+    inside = [v * 4 + i >= wrap(1), v * 4 + i < wrap(39)]
+    assert special(unswitch(nest((10, 1, 4), inside))) == ["v == 0", "v == 9"]
+    assert special(unswitch(nest((2, 1, 4), [v * 4 + i >= wrap(1), v * 4 + i < wrap(7)]))) == [
+        "v == 0"  # and the other one needs no question
+    ]
+
+
+def test_many_incomplete_tiles_share_their_code() -> None:
+    func = unswitch(nest((40, 1, 4), [v * 4 + i >= wrap(4 * MOST_EXCEPTIONS + 1)]))
+    assert special(func) == []
+    assert sum(isinstance(s, For) and s.kind is UNROLL for s in statements(func)) == 2
+
+
+def test_conditions_leave_loops_that_they_do_not_concern() -> None:
+    a, b, c = v >= wrap(1), w + i >= wrap(1), eq(w, wrap(1))
+    func = hoist_conditions(nest((3, 3, 3), [b, a, c]))
+    shown = [str(s.cond) for s in statements(func) if isinstance(s, If)]
+    assert shown == [str(a), str(c), str(b)]

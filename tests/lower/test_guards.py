@@ -1,0 +1,72 @@
+"""Accesses that nothing proves to stay inside are clamped, and no others are touched."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx_models import attention, conv_net, mlp, model, node, numbers
+
+import minicompiler as mc
+from minicompiler import driver, pipeline, te
+from minicompiler.driver import run_time_guards
+from minicompiler.errors import VerifyError
+from minicompiler.ir.expr import cast
+from minicompiler.ir.graph import Constant, applies
+from minicompiler.ir.interp import run
+from minicompiler.ir.tir import PrimFunc, script
+from minicompiler.ir.types import float32, index, int64
+from minicompiler.ir.verify_tir import verify_tir
+from minicompiler.lower.guards import guard_accesses
+from minicompiler.lower.to_tir import from_tensors, lower_function
+
+
+def lookup() -> PrimFunc:
+    """r0[i] = x[at[i]]: at may hold anything."""
+    x, at = te.placeholder("x", (5,), float32), te.placeholder("at", (3,), int64)
+    made = te.compute((3,), lambda i: x[(cast(at[(i,)], index),)], "lookup")
+    return from_tensors("lookup", [x, at], [made])
+
+
+def test_what_data_decides_is_clamped() -> None:
+    func = lookup()
+    with pytest.raises(VerifyError, match="not known to be >= 0"):
+        verify_tir(func)
+    guarded = guard_accesses(func)
+    verify_tir(guarded)
+    assert "max(min(p1[vi0], 4), 0)" in script(guarded)
+    x = np.arange(5, dtype=np.float32)
+    (got,) = run(guarded, [x, np.array([-7, 3, 99])])
+    assert got.tolist() == [0, 3, 4]
+
+
+def test_a_lookup_within_a_lookup() -> None:
+    x, at = te.placeholder("x", (5,), float32), te.placeholder("at", (3,), int64)
+    made = te.compute((3,), lambda i: x[(cast(at[(cast(at[(i,)], index),)], index),)], "twice")
+    guarded = guard_accesses(from_tensors("twice", [x, at], [made]))
+    verify_tir(guarded)
+    (got,) = run(guarded, [np.arange(5, dtype=np.float32), np.array([1, 40, 2])])
+    assert got.tolist() == [4, 2, 2]
+
+
+@pytest.mark.parametrize("make", [mlp, conv_net, attention])
+def test_proved_accesses_stay_as_they_are(make: object) -> None:
+    fn = driver.import_model(make("n"))  # type: ignore[operator]
+    fn = pipeline.run(pipeline.GRAPH_PASSES[3], fn, driver.Context(mc.Target.host()))
+    kernels = 0
+    for v in applies(fn):
+        func = lower_function(v.op, tuple(isinstance(a, Constant) for a in v.args))
+        assert guard_accesses(func, [fact for fact, _ in run_time_guards(v.op)]) is func
+        kernels += 1
+    assert kernels > 1
+
+
+def test_equal_sizes_need_no_guard() -> None:
+    """Add of [n] and [m]: the call is refused unless they are equal."""
+    m = model([node("Add", "x y", "z")], {"x": numbers(3), "y": numbers(3)}, ["z"],
+              shapes={"x": ("n",), "y": ("m",)})  # fmt: skip
+    fn = pipeline.run(pipeline.GRAPH_PASSES[0], driver.import_model(m))
+    (v,) = applies(fn)
+    func = lower_function(v.op)
+    facts = [fact for fact, _ in run_time_guards(v.op)]
+    assert guard_accesses(func, facts) is func
+    assert guard_accesses(func) is not func

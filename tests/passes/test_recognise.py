@@ -1,0 +1,201 @@
+"""Attention is found in what exporters write, becomes one kernel, and means the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx_models import numbers
+from tolerance import assert_close
+
+import minicompiler as mc
+from minicompiler.frontend.builder import Builder
+from minicompiler.ir.expr import Dim
+from minicompiler.ir.graph import Function, Value, applies
+from minicompiler.ir.text import function_text
+from minicompiler.ir.verify import verify_function
+from minicompiler.ops.evaluate import run_reference
+from minicompiler.passes.recognise import recognise
+from minicompiler.runtime.plan import evaluate
+
+Size = int | Dim
+HEADS, WIDTH = 3, 8
+
+
+def heads(net: Builder, x: Value, perm: tuple[int, ...] = (0, 2, 1, 3)) -> Value:
+    """x[batch, positions, 24] as [batch, 3, positions, 8], or with the last two exchanged."""
+    return net.transpose(net.reshape(x, shape=(0, 0, HEADS, WIDTH)), perm=perm)
+
+
+def inputs(net: Builder, batch: Size, queries: Size, keys: Size) -> tuple[Value, Value, Value]:
+    size = HEADS * WIDTH
+    return (
+        net.input("q", (batch, queries, size)),
+        net.input("k", (batch, keys, size)),
+        net.input("v", (batch, keys, size)),
+    )
+
+
+def newer_exporter(batch: Size = 2, queries: Size = 5, keys: Size = 7) -> Function:
+    """Both operands scaled, an additive mask, rows of NaN replaced by zeros."""
+    net = Builder("newer")
+    q, k, v = inputs(net, batch, queries, keys)
+    mask = net.input("mask", (batch, 1, queries, keys))
+    half = np.float32(8**-0.25)
+    scores = net.matmul(net.mul(heads(net, q), half), net.mul(heads(net, k, (0, 2, 3, 1)), half))
+    p = net.softmax(net.add(scores, mask))
+    p = net.where(net.isnan(p), np.zeros((), np.float32), p)
+    o = net.transpose(net.matmul(p, heads(net, v)), perm=(0, 2, 1, 3))
+    return net.function(y=net.reshape(o, shape=(0, 0, HEADS * WIDTH)))
+
+
+def older_exporter(batch: Size = 2, queries: Size = 5, keys: Size = 7) -> Function:
+    """Scores divided, then masked by a choice."""
+    net = Builder("older")
+    q, k, v = inputs(net, batch, queries, keys)
+    mask = net.input("mask", (queries, keys), "bool")
+    scores = net.matmul(heads(net, q), heads(net, k, (0, 2, 3, 1)))
+    scores = net.div(scores, np.float32(8**0.5))
+    low = np.full((), -1e9, np.float32)
+    p = net.softmax(net.where(mask, scores, low))
+    o = net.transpose(net.matmul(p, heads(net, v)), perm=(0, 2, 1, 3))
+    return net.function(y=net.reshape(o, shape=(0, 0, HEADS * WIDTH)))
+
+
+def softcapped(batch: Size = 2, queries: Size = 5, keys: Size = 7) -> Function:
+    """Scores bounded by tanh, key and value heads shared by all query heads, nothing joined."""
+    net = Builder("softcapped")
+    q, k, v = inputs(net, batch, queries, keys)
+    shared = [net.expand(heads(net, x), shape=(1, HEADS, 1, 1)) for x in (k, v)]
+    scores = net.matmul(heads(net, q), net.transpose(shared[0], perm=(0, 1, 3, 2)))
+    scores = net.mul(net.tanh(net.div(scores, np.float32(4))), np.float32(4))
+    return net.function(y=net.matmul(net.softmax(scores), shared[1]))
+
+
+GRAPHS: dict[str, Callable[..., Function]] = {
+    f.__name__: f for f in (newer_exporter, older_exporter, softcapped)
+}
+
+
+def feeds(fn: Function, batch: int = 2, queries: int = 5, keys: int = 7) -> list[np.ndarray]:
+    """q, k, v and a mask that removes some positions, all of them for one row."""
+    size = HEADS * WIDTH
+    made: list[Any] = [
+        numbers(batch, queries, size, seed=1),
+        numbers(batch, keys, size, seed=2),
+        numbers(batch, keys, size, seed=3),
+    ]
+    if len(fn.params) == 4:
+        keep = np.random.default_rng(4).random((queries, keys)) < 0.7
+        if fn.params[3].type.dtype.is_float:
+            keep[queries - 1] = False
+            every = np.where(keep, 0, -np.inf).astype(np.float32)
+            made.append(np.broadcast_to(every, (batch, 1, queries, keys)).copy())
+        else:
+            made.append(keep)
+    return made
+
+
+def kernels(fn: Function) -> list[str]:
+    return [v.op.name for v in applies(fn)]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_attention_is_one_kernel(name: str) -> None:
+    fn = GRAPHS[name]()
+    found = recognise(fn, None)
+    verify_function(found)
+    assert kernels(found)[-1] == "fused_attention"
+    assert sum(n == "fused_attention" for n in kernels(found)) == 1
+    assert not {"softmax", "matmul", "transpose"} & set(kernels(found))
+    for got, want in zip(
+        run_reference(found, feeds(fn)), run_reference(fn, feeds(fn)), strict=True
+    ):
+        assert_close(got, want, 16)
+
+
+def test_the_function_reads_operands_apart(golden: Callable[[str, str], None]) -> None:
+    golden("passes/recognise", function_text(recognise(newer_exporter(), None)))
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("sizes", [(1, 1, 2), (2, 5, 7), (1, 1, 40), (3, 37, 37), (1, 70, 150)])
+def test_compiled_attention_is_right(name: str, sizes: tuple[int, int, int]) -> None:
+    fn = GRAPHS[name](*sizes)
+    values = feeds(fn, *sizes)
+    (want,) = run_reference(fn, values)
+    for threads in (1, 2):
+        (got,) = mc.compile(fn, threads=threads)(*values)
+        assert_close(got, want, 256, largest=1)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_same_bits_for_any_batch_and_threads(name: str) -> None:
+    fn = GRAPHS[name](Dim("batch", 1, 8), Dim("queries", 1, 64), Dim("keys", 1, 64))
+    one, two = (mc.compile(fn, threads=t) for t in (1, 2))
+    values = feeds(fn, 3, 21, 33)
+    (want,) = one(*values)
+    assert_close(want, run_reference(fn, values)[0], 256, largest=1)
+    (other,) = two(*values)
+    assert other.tobytes() == want.tobytes()
+    for b in range(3):
+        (part,) = one(*[x[b : b + 1] if len(x) == 3 else x for x in values])
+        assert part.tobytes() == want[b : b + 1].tobytes()
+    fixed = GRAPHS[name](3, 21, 33)
+    (static,) = mc.compile(fixed, threads=1)(*values)
+    assert static.tobytes() == want.tobytes()
+
+
+def test_rows_without_a_key_are_zero() -> None:
+    fn = newer_exporter()
+    (got,) = mc.compile(fn)(*feeds(fn))
+    assert not np.isnan(got).any()
+    assert (got[:, 4] == 0).all()
+
+
+def test_memory_is_linear_in_the_sequence() -> None:
+    n_dim = Dim("n", 1, 4096)
+    module = mc.compile(newer_exporter(1, n_dim, n_dim), threads=1)
+    sizes = []
+    for n in (1024, 2048, 4096):
+        names, plan = {"n": n}, module.plan
+        for name, size in plan.named:
+            names[name] = evaluate(size, names)
+        sizes.append(sum(evaluate(s, names) for s in (plan.arena, plan.shared, plan.local)))
+    assert sizes[2] <= 2.2 * sizes[1] <= 2.2 * 2.2 * sizes[0]
+
+
+# ---- what stays apart ----------------------------------------------------------------------------
+def test_weights_that_are_returned_stay() -> None:
+    net = Builder("returned")
+    q, k, v = inputs(net, 2, 5, 7)
+    p = net.softmax(net.matmul(heads(net, q), heads(net, k, (0, 2, 3, 1))))
+    fn = net.function(y=net.matmul(p, heads(net, v)), p=p)
+    assert recognise(fn, None) is fn
+
+
+def test_a_softmax_over_another_axis_stays() -> None:
+    net = Builder("axis")
+    q, k, v = inputs(net, 2, 5, 7)
+    p = net.softmax(net.matmul(heads(net, q), heads(net, k, (0, 2, 3, 1))), axis=1)
+    fn = net.function(y=net.matmul(p, heads(net, v)))
+    assert recognise(fn, None) is fn
+
+
+def test_products_with_weights_stay() -> None:
+    net = Builder("weights")
+    x = net.input("x", (5, 8))
+    p = net.softmax(net.matmul(x, numbers(8, 9)))
+    fn = net.function(y=net.matmul(p, numbers(9, 4)))
+    assert recognise(fn, None) is fn
+
+
+def test_a_mask_that_adds_a_batch_stays() -> None:
+    net = Builder("widened")
+    q, k = net.input("q", (1, 5, 8)), net.input("k", (1, 8, 7))
+    v, mask = net.input("v", (3, 7, 4)), net.input("mask", (3, 5, 7))
+    p = net.softmax(net.add(net.matmul(q, k), mask))
+    fn = net.function(y=net.matmul(p, v))
+    assert recognise(fn, None) is fn

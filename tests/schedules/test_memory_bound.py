@@ -1,0 +1,175 @@
+"""Transposes, long reductions, normalisations and streamed results: right, and the same bits for
+any number of threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import minicompiler as mc
+from minicompiler import te
+from minicompiler.errors import ScheduleError
+from minicompiler.frontend.builder import Builder
+from minicompiler.ir.expr import FALSE, TRUE, Dim
+from minicompiler.ir.tir import UNROLL, VECTOR, For, PrimFunc, statements, stores
+from minicompiler.ir.types import float32
+from minicompiler.ir.verify_tir import verify_tir
+from minicompiler.lower.to_tir import from_tensors
+from minicompiler.schedules.cpu import schedule
+from minicompiler.schedules.schedule import Schedule
+from minicompiler.target import Target
+
+AVX2 = Target.parse("cpu:avx2")
+
+
+def run(op: str, x: np.ndarray, dynamic: bool = False, **attrs: Any) -> np.ndarray:
+    """One operator, compiled in checked mode; asserts equal bits for one and two threads."""
+    net = Builder("one", {"N": (1, 100_000)})
+    shape = ("N", *x.shape[1:]) if dynamic else x.shape
+    v = net.input("x", shape, x.dtype.name)
+    fn = net.function(y=getattr(net, op)(v, **attrs))
+    found = [mc.compile(fn, threads=t, checked=True)(x)[0] for t in (1, 2)]
+    np.testing.assert_array_equal(*found)
+    return np.asarray(found[0])
+
+
+def scheduled(y: te.Tensor, x: te.Tensor) -> PrimFunc:
+    s = schedule(from_tensors("f", [x], [y]), AVX2, after_step=verify_tir)
+    return s.func
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "perm"),
+    [
+        ((37, 101), (1, 0)),
+        ((16, 16), (1, 0)),
+        ((5, 19, 77), (0, 2, 1)),
+        ((3, 9, 7, 21), (0, 3, 1, 2)),
+        ((3, 21, 7, 9), (0, 2, 3, 1)),
+        ((2, 17, 33, 9), (3, 2, 1, 0)),
+    ],
+)
+def test_transposes(shape: tuple[int, ...], perm: tuple[int, ...], dynamic: bool) -> None:
+    rng = np.random.default_rng(0)
+    for dtype in ("float32", "float64", "int8", "bool", "float16"):
+        x = (rng.standard_normal(shape) * 9).astype(dtype)
+        np.testing.assert_array_equal(run("transpose", x, dynamic, perm=perm), x.transpose(perm))
+
+
+def test_a_transpose_reads_and_writes_vectors() -> None:
+    x = te.placeholder("x", (64, 96), float32)
+    f = scheduled(te.compute((96, 64), lambda i, j: x[j, i], "y"), x)
+    loops = [s for s in statements(f) if isinstance(s, For)]
+    assert sum(s.kind is VECTOR for s in loops) == 2  # into the tile, and out of it
+    assert sum(s.kind is UNROLL for s in loops) == 2
+
+
+@pytest.mark.parametrize("op", ["reduce_sum", "reduce_max", "reduce_mean"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((37, 1001), (0,)),
+        ((133, 519), (0,)),
+        ((3, 101, 77), (1,)),
+        ((70_001,), (0,)),
+        ((301, 333), (0, 1)),
+        ((33, 65, 5), (0, 1)),
+        ((5, 6, 7, 7), (2, 3)),
+    ],
+)
+def test_reductions(shape: tuple[int, ...], axes: tuple[int, ...], dynamic: bool, op: str) -> None:
+    x = np.random.default_rng(1).standard_normal(shape, np.float32)
+    got = run(op, x, dynamic, axes=axes)
+    wide = {"reduce_sum": np.sum, "reduce_max": np.max, "reduce_mean": np.mean}[op](
+        x.astype(np.float64), axis=axes, keepdims=got.ndim == x.ndim
+    )
+    np.testing.assert_allclose(got, wide, rtol=1e-4, atol=2e-4)
+
+
+def test_a_group_norm_is_one_loop_over_groups() -> None:
+    x = np.random.default_rng(2).standard_normal((2, 12, 9, 11), np.float32)
+    net = Builder("norm")
+    v = net.input("x", x.shape)
+    ones = np.ones(12, np.float32)
+    fn = net.function(y=net.group_norm(v, ones, ones, groups=3))
+    m = mc.compile(fn, threads=2, checked=True)
+    rows = x.astype(np.float64).reshape(2, 3, -1)
+    rows = (rows - rows.mean(-1, keepdims=True)) / np.sqrt(rows.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(m(x)[0], rows.reshape(x.shape) + 1, rtol=1e-4, atol=1e-5)
+    (nest,) = [s.text for s in m.stages if s.name == "schedule"]
+    assert "---" not in nest
+
+
+@pytest.mark.parametrize("columns", [31, 100, 1000])
+def test_the_row_of_a_softmax_is_not_copied(columns: int) -> None:
+    """Its vectors end beyond the row; what they read there is not wanted."""
+    net = Builder("softmax")
+    m = mc.compile(net.function(y=net.softmax(net.input("x", (50, columns)))), checked=True)
+    (nest,) = [s.text for s in m.stages if s.name == "schedule"]
+    assert "block exp_s_in" not in nest
+    x = np.random.default_rng(3).standard_normal((50, columns), np.float32)
+    e = np.exp(x.astype(np.float64))
+    np.testing.assert_allclose(m(x)[0], e / e.sum(-1, keepdims=True), rtol=1e-5)
+
+
+# ---- streamed results ---------------------------------------------------------------------------
+def streamed(rows: int | Dim) -> list[Any]:
+    x = te.placeholder("x", (rows, 1024), float32)
+    y = te.map_elements(lambda e: e + 1.0, x, name="y")
+    return [s.stream for s in stores(scheduled(y, x))]
+
+
+def test_results_larger_than_the_caches_are_streamed() -> None:
+    limit = AVX2.caches[2] // 2 // 4096
+    assert streamed(limit) == [TRUE]
+    assert streamed(limit - 1) == [FALSE]
+    assert streamed(Dim("n", 1, limit - 1)) == [FALSE]
+    (condition,) = streamed(Dim("n", 1, 2 * limit))
+    assert condition not in (TRUE, FALSE)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+@pytest.mark.parametrize("columns", [1024, 1023])
+def test_streamed_results_are_right_at_any_address(offset: int, columns: int) -> None:
+    rows = Target.host().caches[2] // 2 // 4 // columns + 1
+    net = Builder("big", {"N": (1, 1 << 20)})
+    m = mc.compile(net.function(y=net.relu(net.input("x", ("N", columns)))), threads=2)
+    x = np.random.default_rng(4).standard_normal((rows, columns), np.float32)
+    out = np.empty(rows * columns + offset, np.float32)[offset:].reshape(rows, columns)
+    m(x, out=[out])
+    np.testing.assert_array_equal(out, np.maximum(x, 0))
+
+
+def test_what_is_read_again_is_not_streamed() -> None:
+    x = te.placeholder("x", (4, 64), float32)
+    s = Schedule(from_tensors("f", [x], [te.sum(x, 1, keepdims=False)]), AVX2)
+    with pytest.raises(ScheduleError, match="is read again"):
+        s.stream("sum", 1)
+
+
+# ---- the primitives that long reductions need ---------------------------------------------------
+def test_lanes_are_combined_only_by_a_plain_reduction() -> None:
+    x = te.placeholder("x", (4, 24), float32)
+    s = Schedule(from_tensors("f", [x], [te.sum(x, 1, keepdims=False)]), AVX2)
+    loop = s.loops_of("sum")[-1]
+    s.decompose_reduction("sum", loop)
+    with pytest.raises(ScheduleError, match="reduces over"):
+        s.mark(loop, VECTOR)  # 24 lanes are no power of two
+    _, inner = s.split(loop, 8, "perfect")
+    s.mark(inner, VECTOR)
+    verify_tir(s.func)
+
+
+def test_separate_needs_a_statement_before() -> None:
+    x = te.placeholder("x", (64,), float32)
+    s = Schedule(from_tensors("f", [x], [te.sum(x, 0, keepdims=False)]), AVX2)
+    with pytest.raises(ScheduleError, match="does not follow"):
+        s.separate("sum")
+    outer, _ = s.split(s.loops_of("sum")[0], 8, "perfect")
+    s.rfactor("sum", outer)
+    s.separate("sum")
+    assert len(s.func.phases) == 2
