@@ -10,6 +10,7 @@ are not supported are reported all at once. Spec: https://onnx.ai/onnx/repo-docs
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,14 +20,18 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
-from minicompiler.errors import ImportModelError, ShapeError
+from minicompiler.errors import ImportModelError, ShapeError, UnsupportedError
 from minicompiler.ir.expr import Const, Dim, Expr
-from minicompiler.ir.graph import Apply, Constant, Function, Input, Value, type_of
+from minicompiler.ir.graph import Apply, Constant, Function, Input, Item, Value, type_of
 from minicompiler.ir.types import Loc, TensorType
+from minicompiler.limits import Budget
 
-from .onnx_data import element_type, parse, tensor_array
-from .onnx_node import Nothing, OnnxNode, Tensors, items
+from .onnx_data import element_type, tensor_array
+from .onnx_file import map_file, parse
+from .onnx_math import Converter
+from .onnx_node import KnownValues, Nothing, OnnxNode, Tensors, items
 from .onnx_ops import CONVERTERS
+from .onnx_schema import check_names, check_node, schema_of
 
 Source = Union[str, "os.PathLike[str]", bytes, ModelProto]
 Bounds = int | tuple[int, int | None] | tuple[int, int | None, int]
@@ -36,37 +41,70 @@ _NAMED = 3  # nodes named per unsupported operator
 _EXPANSION_DEPTH = 8
 
 
-def load(source: Source, dims: Mapping[str, Bounds] | None = None) -> Function:
+def load(
+    source: Source,
+    dims: Mapping[str, Bounds] | None = None,
+    budget: Budget | None = None,
+    converters: Mapping[str, Converter] | None = None,
+) -> Function:
     """Imports a model.
 
     Args:
         source: a path, the bytes of a file, or a model in memory (which is not changed).
         dims: bounds of symbolic dimensions by name: a number makes the dimension constant,
             otherwise (lo, hi) or (lo, hi, multiple), both ends included; hi may be None.
+        budget: limits for models that are not trusted (default: those of `Limits()`).
+        converters: more operators, or other meanings of known ones, as in onnx_ops.CONVERTERS.
 
     Raises:
+        LimitError: the model exceeds a limit.
         ImportModelError: unreadable file, unsupported operators (all of them), broken graph.
         ShapeError: operators whose inputs do not fit together, naming the node.
     """
     folder: Path | None = None
-    owned = True
+    budget = budget or Budget()
+    weights: list[memoryview | None] = []
     if isinstance(source, ModelProto):
-        model, file, owned = source, source.graph.name or "model", False
-    elif isinstance(source, bytes | bytearray | memoryview):
-        file = "model"
-        model = parse(bytes(source), file)
+        # Not counted: its bytes are in memory already.
+        model, file = source, source.graph.name or "model"
     else:
-        path = Path(source)
-        file, folder = path.name, path.parent
-        try:
-            data = path.read_bytes()
-        except OSError as e:
-            raise ImportModelError(f"{path} cannot be read: {e.strerror or e}") from e
-        model = parse(data, file)
-        del data
+        if isinstance(source, bytes | bytearray | memoryview):
+            file, data = "model", memoryview(source).cast("B")
+        else:
+            path = Path(source)
+            file, folder, data = path.name, path.parent, map_file(path)
+        budget.use("model_bytes", len(data))
+        model, weights = parse(data, file)
     if len(model.functions):
-        model, owned = _inlined(model), True
-    return _Importer(model, file, folder, dims or {}, owned).run()
+        budget.check("nodes", _inlined_nodes(model, file))
+        model = _inlined(model)
+    known = {**CONVERTERS, **(converters or {})}
+    return _Importer(model, file, folder, dims or {}, weights, budget, known).run()
+
+
+def _inlined_nodes(model: ModelProto, file: str) -> int:
+    """The nodes of a model whose functions are expanded, which can grow exponentially."""
+    bodies = {(f.domain, f.name, f.overload): f.node for f in model.functions}
+    counts: dict[tuple[str, str, str], int] = {}
+    calls = {
+        key: [(n.domain, n.op_type, n.overload) for n in _all_nodes(nodes)]
+        for key, nodes in bodies.items()
+    }
+    for start in bodies:
+        stack, open_ = [start], {start}
+        while stack:
+            key = stack[-1]
+            waiting = [c for c in calls[key] if c in bodies and c not in counts]
+            if waiting:
+                if waiting[0] in open_:
+                    raise ImportModelError(f"{file}: the function {waiting[0][1]!r} calls itself")
+                stack.append(waiting[0])
+                open_.add(waiting[0])
+                continue
+            counts[key] = sum(counts.get(c, 1) for c in calls[key])
+            open_.discard(stack.pop())
+    keys = [(n.domain, n.op_type, n.overload) for n in _all_nodes(model.graph.node)]
+    return sum(counts.get(key, 1) for key in keys)
 
 
 def _inlined(model: ModelProto) -> ModelProto:
@@ -95,19 +133,26 @@ class _Importer:
         file: str,
         folder: Path | None,
         dims: Mapping[str, Bounds],
-        owned: bool,
+        weights: Sequence[memoryview | None],
+        budget: Budget,
+        converters: Mapping[str, Converter],
     ) -> None:
-        self.model, self.file, self.folder, self.owned = model, file, folder, owned
+        self.converters = converters
+        self.model, self.file, self.folder, self.weights = model, file, folder, weights
         self.bounds = dims
         self.dims: dict[str, Expr] = {}
         self.opsets = self._opsets()
         self.depth = 0
+        self.budget = budget
+        self.values = KnownValues(budget)
+        self.minted: dict[str, int] = {}
 
     def run(self) -> Function:
         g = self.model.graph
+        check_names(g, self.file)
         env: Env = {}
-        for t in g.initializer:
-            env[t.name] = self._constant(t)
+        for t, raw in itertools.zip_longest(g.initializer, self.weights):
+            env[t.name] = self._constant(t, raw)
         for s in g.sparse_initializer:
             raise ImportModelError(
                 f"{self.file}: initializer {s.values.name!r} is sparse: not supported"
@@ -164,18 +209,23 @@ class _Importer:
 
     def _unchanged(self, version: int) -> bool:
         """True when the operators of the model mean the same in the oldest opset that is known."""
+        if version < 1:
+            return False
         for n in _all_nodes(self.model.graph.node):
             if n.domain not in _ONNX or not onnx.defs.has(n.op_type):
                 return False
-            old, new = (
-                onnx.defs.get_schema(n.op_type, v).since_version for v in (version, OLDEST_OPSET)
-            )
-            if old != new:
+            old, new = (schema_of(n.op_type, v, "") for v in (version, OLDEST_OPSET))
+            if old is None or new is None or old.since_version != new.since_version:
                 return False
         return True
 
-    def _constant(self, tensor: TensorProto) -> Constant:
-        return Constant(tensor_array(tensor, self.folder, self.file, self.owned), tensor.name)
+    def _constant(self, tensor: TensorProto, raw: memoryview | None = None) -> Constant:
+        loc = Loc(tensor.name, self.file)
+        self.budget.check("rank", len(tensor.dims), (loc,))
+        data = tensor_array(tensor, self.folder, self.file, raw)
+        if tensor.data_location == TensorProto.EXTERNAL:
+            self.budget.use("model_bytes", data.nbytes, (loc,))
+        return Constant(data, tensor.name)
 
     def _input_type(self, value: Any) -> TensorType:
         kind = value.type.WhichOneof("value")
@@ -190,6 +240,7 @@ class _Importer:
                 f"{self.file}: the input {value.name!r} has no shape",
                 hint="run onnx.shape_inference, or export with named dynamic dimensions",
             )
+        self.budget.check("rank", len(t.shape.dim), (Loc(value.name, self.file),))
         shape = [self._size(value.name, k, d) for k, d in enumerate(t.shape.dim)]
         return TensorType(
             tuple(shape), element_type(t.elem_type, f"the input {value.name!r}", self.file)
@@ -217,8 +268,10 @@ class _Importer:
     def _check_operators(self, nodes: Iterable[NodeProto], opsets: Mapping[str, int]) -> None:
         """Raises one error for all operators that cannot be imported."""
         missing: dict[str, list[str]] = {}
+        used: dict[str, int] = {}
         for n in _all_nodes(nodes):
-            if _key(n) not in CONVERTERS and _schema_with_body(n, opsets) is None:
+            used[_key(n)] = used.get(_key(n), 0) + 1
+            if _key(n) not in self.converters and _schema_with_body(n, opsets) is None:
                 missing.setdefault(_key(n), []).append(n.name or next(iter(n.output), ""))
         if not missing:
             return
@@ -226,15 +279,17 @@ class _Importer:
         for op, names in sorted(missing.items()):
             shown = ", ".join(f'"{n}"' for n in names[:_NAMED])
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            near = difflib.get_close_matches(op, CONVERTERS, 1)
+            near = difflib.get_close_matches(op, self.converters, 1)
             alike = f"   (nearest supported: {near[0]})" if near else ""
             lines.append(f"{len(names)} x {op}: {shown}{more}{alike}")
         count = len(missing)
-        raise ImportModelError(
+        raise UnsupportedError(
             f"{self.file} uses {count} operator{'s' if count > 1 else ''} that "
             f"{'are' if count > 1 else 'is'} not supported",
+            {op: len(names) for op, names in missing.items()},
+            used,
             excerpt="\n".join(lines),
-            hint="add a converter to minicompiler.frontend.onnx_ops.CONVERTERS",
+            hint="give compile() converters for them: docs/extending.md",
         )
 
     # ---- nodes ----------------------------------------------------------------------------------
@@ -255,7 +310,12 @@ class _Importer:
         for n in self._ordered(nodes, env):
             label = n.name or next((o for o in n.output if o), "")
             loc = at or Loc(label, self.file, position[id(n)], n.op_type)
+            self.budget.use("nodes", 1, (loc,))
+            self.budget.check_time((loc,))
             results = self._convert(n, env, opsets, loc, given or {})
+            for made in results:
+                if isinstance(made, Apply | Item):
+                    self.budget.check("rank", type_of(made).rank, (loc,))
             wanted = [k for k, o in enumerate(n.output) if o]
             if any(k >= len(results) or results[k] is None for k in wanted):
                 raise ImportModelError(
@@ -273,7 +333,10 @@ class _Importer:
         given: Mapping[str, AttributeProto],
     ) -> tuple[Any, ...]:
         inputs = tuple(env[i] if i else None for i in n.input)
-        convert = CONVERTERS.get(_key(n))
+        opset = opsets.get("" if n.domain in _ONNX else n.domain, 1)
+        attributes = _attributes(n, given)
+        check_node(n, attributes, inputs, opset, loc)
+        convert = self.converters.get(_key(n))
 
         def expand() -> tuple[Any, ...]:
             if _schema_with_body(n, opsets) is None:
@@ -284,15 +347,18 @@ class _Importer:
             return expand()
 
         def branch(name: str, *args: Any) -> tuple[Any, ...]:
-            return self._branch(_graph(n, name), env, opsets, args)
+            return self._branch(attributes[name].g, env, opsets, args, loc)
 
         node = OnnxNode(
             n.op_type,
-            opsets.get("" if n.domain in _ONNX else n.domain, 1),
+            opset,
             inputs,
-            self._attributes(n, given),
+            self._values(attributes),
             tuple(n.output),
             loc,
+            self.values,
+            self.minted,
+            lambda: [v for v in env.values() if isinstance(v, Value)],
             branch,
             expand,
         )
@@ -305,21 +371,17 @@ class _Importer:
             return made
         return items(made) if isinstance(made, Apply) else (made,)
 
-    def _attributes(self, n: NodeProto, given: Mapping[str, AttributeProto]) -> dict[str, Any]:
+    def _values(self, attributes: Mapping[str, AttributeProto]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for a in n.attribute:
-            if a.ref_attr_name:
-                if a.ref_attr_name not in given:
-                    continue
-                a = _renamed(given[a.ref_attr_name], a.name)
+        for name, a in attributes.items():
             if a.type == AttributeProto.TENSOR:
-                found[a.name] = tensor_array(a.t, self.folder, self.file)
+                found[name] = tensor_array(a.t, self.folder, self.file)
             elif a.type == AttributeProto.STRING:
-                found[a.name] = a.s.decode("utf-8", "replace")
+                found[name] = a.s.decode("utf-8", "replace")
             elif a.type == AttributeProto.STRINGS:
-                found[a.name] = [s.decode("utf-8", "replace") for s in a.strings]
+                found[name] = [s.decode("utf-8", "replace") for s in a.strings]
             elif a.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
-                found[a.name] = onnx.helper.get_attribute_value(a)
+                found[name] = onnx.helper.get_attribute_value(a)
         return found
 
     def _ordered(self, nodes: Sequence[NodeProto], env: Env) -> list[NodeProto]:
@@ -371,13 +433,18 @@ class _Importer:
         return order
 
     def _branch(
-        self, g: GraphProto, outer: Env, opsets: Mapping[str, int], args: Sequence[Any]
+        self, g: GraphProto, outer: Env, opsets: Mapping[str, int], args: Sequence[Any], loc: Loc
     ) -> tuple[Any, ...]:
         """The results of a subgraph for values of its inputs, in the place of its node."""
         env = dict(outer)
         env.update((t.name, self._constant(t)) for t in g.initializer)
         env.update((v.name, a) for v, a in zip(g.input, args, strict=False))
         self._nodes(g.node, env, opsets)
+        missing = [v.name for v in g.output if v.name not in env]
+        if missing:
+            raise ImportModelError(
+                f"the result {missing[0]!r} of the graph {g.name!r} is not computed", (loc,)
+            )
         return tuple(env[v.name] for v in g.output)
 
     # ---- operators defined by other operators ---------------------------------------------------
@@ -395,10 +462,7 @@ class _Importer:
         assert schema is not None
         if self.depth > _EXPANSION_DEPTH:
             raise ImportModelError(f"{n.op_type} is defined by itself", (loc,))
-        attributes = {a.name: a for a in n.attribute if not a.ref_attr_name}
-        for a in n.attribute:
-            if a.ref_attr_name in given:
-                attributes[a.name] = _renamed(given[a.ref_attr_name], a.name)
+        attributes = _attributes(n, given)
         resolved = NodeProto(op_type=n.op_type, domain=n.domain, input=n.input, output=n.output)
         resolved.attribute.extend(attributes.values())
         body = _body(schema, resolved, inputs, opsets)
@@ -416,6 +480,8 @@ class _Importer:
         nodes = [_without_inputs(m, absent) for m in body.node]
         versions = {("" if o.domain in _ONNX else o.domain): o.version for o in body.opset_import}
         versions = versions or dict(opsets)
+        # The body of an operator of another domain may leave ONNX's own version unsaid.
+        versions.setdefault("", opsets.get("", onnx.defs.onnx_opset_version()))
         self._check_operators(nodes, versions)
         self.depth += 1
         self._nodes(nodes, inner, versions, loc, attributes)
@@ -446,8 +512,15 @@ def _all_nodes(nodes: Iterable[NodeProto]) -> list[NodeProto]:
     return found
 
 
-def _graph(n: NodeProto, name: str) -> GraphProto:
-    return next(a.g for a in n.attribute if a.name == name)
+def _attributes(n: NodeProto, given: Mapping[str, AttributeProto]) -> dict[str, AttributeProto]:
+    """The attributes of a node by name; those that refer to the caller's take its values."""
+    found = {}
+    for a in n.attribute:
+        if not a.ref_attr_name:
+            found[a.name] = a
+        elif a.ref_attr_name in given:
+            found[a.name] = _renamed(given[a.ref_attr_name], a.name)
+    return found
 
 
 def _reads(n: NodeProto) -> list[str]:

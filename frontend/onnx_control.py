@@ -1,6 +1,7 @@
-"""Converters of control flow, sequences and optionals: all of it dissolves while importing.
+"""Converters of control flow, sequences and optionals, as far as it dissolves while importing.
 
 Loop with a known trip count -> its body, repeated;  If with a known condition -> one branch
+(the rest is in onnx_loop.py)
 SequenceAt(SequenceConstruct(a, b), 1) -> b
 
 A sequence is a Python tuple of graph values, an optional its value or `Nothing`.
@@ -8,17 +9,19 @@ A sequence is a Python tuple of graph values, an optional its value or `Nothing`
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import const_int
 from minicompiler.ir.graph import Value, type_of
 from minicompiler.ops import pieces as pc
 from minicompiler.ops import shape as sh
 
+from . import onnx_loop
 from .onnx_math import Converter
-from .onnx_node import Nothing, OnnxNode, Tensors, constant_value
+from .onnx_node import Nothing, OnnxNode, Tensors
 
 UNROLL_LIMIT = 512  # iterations of one Loop or Scan
 
@@ -26,27 +29,34 @@ UNROLL_LIMIT = 512  # iterations of one Loop or Scan
 # ---- control flow -------------------------------------------------------------------------------
 def _if(n: OnnxNode) -> tuple[Any, ...]:
     """Exporters guard shapes with conditions that are known once the shapes are."""
-    return n.branch("then_branch" if n.scalar(0) else "else_branch")
+    known = n.values.of(n.arg(0))
+    if known is None:
+        return onnx_loop.if_(n)
+    return n.branch("then_branch" if known.all() else "else_branch")
 
 
 def _loop(n: OnnxNode) -> tuple[Any, ...]:
     """The body once per iteration, as long as the condition is known to hold."""
-    trips, going = n.scalar(0), n.scalar(1)
+    limit, start = (None if v is None else n.values.of(v) for v in (n.opt(0), n.opt(1)))
+    if (limit is None and n.opt(0) is not None) or (start is None and n.opt(1) is not None):
+        return onnx_loop.loop(n)
+    trips = None if limit is None else int(limit.reshape(-1)[0])
+    going = None if start is None else bool(start.all())
     state = [n.raw(k) for k in range(2, len(n.inputs))]
     stacked: list[list[Value]] = [[] for _ in range(len(n.outputs) - len(state))]
     k = 0
     while going in (None, True) and (trips is None or k < trips):
         if k == UNROLL_LIMIT:
-            _too_long(n)
+            return onnx_loop.loop(n)
         first = [n.constant(k, np.int64), n.constant(True)]
         going_on, *results = n.branch("body", *first, *state)
         state, per_iteration = results[: len(state)], results[len(state) :]
         for made, values in zip(stacked, per_iteration, strict=False):
             values_of_one = n.apply(sh.unsqueeze, values, attrs=sh.UnsqueezeAttrs((0,)), name="")
             made.append(values_of_one)
-        known = constant_value(going_on)
+        known = n.values.of(going_on)
         if known is None:
-            n.fail("the condition of this Loop depends on data")
+            return onnx_loop.loop(n)
         going, k = bool(known), k + 1
     if k == 0 and stacked:
         n.fail("a Loop without iterations has scanned results of unknown shape")
@@ -64,13 +74,18 @@ def _scan(n: OnnxNode) -> tuple[Any, ...]:
     backward = n.attr("scan_input_directions", (0,) * count)
     sizes = [type_of(x).shape[a] for x, a in zip(scanned, axes, strict=True)]
     trips = next((s for s in map(const_int, sizes) if s is not None), None)
-    if trips is None:
-        n.fail(f"Scan over {sizes[0]} elements: the number has to be known while importing")
-    if trips > UNROLL_LIMIT:
-        _too_long(n)
     outputs = len(n.outputs) - len(state)
-    stacked: list[list[Value]] = [[] for _ in range(outputs)]
     out_axes = n.attr("scan_output_axes", (0,) * outputs)
+    reverse = n.attr("scan_output_directions", (0,) * outputs)
+    if trips is None or trips > UNROLL_LIMIT:
+        made = onnx_loop.scan(n, state, [n.arg(k) for k in range(len(state), len(values))],
+                              axes, backward)  # fmt: skip
+        rows = [
+            _turned(n, x, *how)
+            for x, *how in zip(made[len(state) :], out_axes, reverse, strict=True)
+        ]
+        return (*made[: len(state)], *rows)
+    stacked: list[list[Value]] = [[] for _ in range(outputs)]
     for k in range(trips):
         parts = [
             _element(n, x, a, trips - 1 - k if back else k)
@@ -81,7 +96,6 @@ def _scan(n: OnnxNode) -> tuple[Any, ...]:
         for made, value, axis in zip(stacked, results[len(state) :], out_axes, strict=False):
             at = axis if axis >= 0 else axis + type_of(value).rank + 1
             made.append(n.apply(sh.unsqueeze, value, attrs=sh.UnsqueezeAttrs((at,)), name=""))
-    reverse = n.attr("scan_output_directions", (0,) * outputs)
     whole = []
     for made, axis, back in zip(stacked, out_axes, reverse, strict=True):
         at = axis if axis >= 0 else axis + type_of(made[0]).rank
@@ -89,8 +103,16 @@ def _scan(n: OnnxNode) -> tuple[Any, ...]:
     return (*state, *whole)
 
 
-def _too_long(n: OnnxNode) -> NoReturn:
-    n.fail(f"this {n.op_type} has more than {UNROLL_LIMIT} iterations, which would be repeated")
+def _turned(n: OnnxNode, rows: Value, axis: int, back: int) -> Value:
+    """Rows [k, ...] in the order and along the axis that a Scan wants."""
+    t = type_of(rows)
+    if back:
+        last = Arith().simplify(t.shape[0] - 1)
+        attrs = pc.SliceAttrs((last,), (-t.shape[0] - 1,), (0,), (-1,))
+        rows = n.apply(pc.strided_slice, rows, attrs=attrs, name="")
+    order = list(range(1, t.rank))
+    order.insert(axis % t.rank, 0)
+    return n.apply(sh.transpose, rows, attrs=sh.TransposeAttrs(tuple(order)), name="")
 
 
 def _element(n: OnnxNode, x: Value, axis: int, k: int) -> Value:

@@ -5,7 +5,7 @@ NonZero(x) -> head(positions, n; axis=1) with positions, n = nonzero(x)
 
 from __future__ import annotations
 
-from minicompiler.ir.expr import Dim, Expr, const_int, product
+from minicompiler.ir.expr import Expr, const_int, product
 from minicompiler.ir.graph import Value, type_of
 from minicompiler.ops import count as ct
 from minicompiler.ops import index as ix
@@ -17,8 +17,9 @@ from .onnx_node import OnnxNode, items
 
 def _head(n: OnnxNode, x: Value, count: Value, axis: int, name: str | None = None) -> Value:
     """The first `count` indices along an axis; their number is a dimension of its own."""
+    axis = n.axis(axis, type_of(x).rank)
     most = type_of(x).shape[axis]
-    dim = Dim(f"{n.loc.name or n.outputs[0]}.count", 0, const_int(most))
+    dim = n.dim(f"{n.loc.name or n.outputs[0]}.count", const_int(most))
     return n.apply(ct.head, x, count, attrs=ct.HeadAttrs(dim, most, axis), name=name)
 
 
@@ -32,6 +33,7 @@ def _compress(n: OnnxNode) -> Value:
     x, axis = n.arg(0), n.attr("axis", None)
     if axis is None:
         x, axis = _flat(n, x), 0
+    n.shape(1, 1)
     places, count = items(n.apply(ct.nonzero, n.arg(1), name=""))
     where = n.apply(sh.squeeze, places, attrs=sh.SqueezeAttrs((0,)), name="")
     chosen = _head(n, where, count, 0, "")

@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from minicompiler.errors import ImportModelError
@@ -38,11 +37,11 @@ def element_type(code: int, what: str, file: str) -> DType:
 
 
 def tensor_array(
-    tensor: TensorProto, folder: Path | None, file: str, release: bool = False
+    tensor: TensorProto, folder: Path | None, file: str, raw: memoryview | None = None
 ) -> np.ndarray:
     """The value of a tensor. `folder` is the model's (None: external data is refused).
 
-    release: drop the bytes from the message once they are viewed, which halves the memory needed.
+    raw: the tensor's raw data, where it was cut out of the message.
     """
     what = f"tensor {tensor.name!r}"
     dtype = element_type(tensor.data_type, what, file).numpy
@@ -52,15 +51,13 @@ def tensor_array(
     size = prod(shape) * dtype.itemsize
     if tensor.data_location == TensorProto.EXTERNAL:
         return _external(tensor, folder, file, dtype, shape, size)
-    if tensor.HasField("raw_data"):
-        raw = tensor.raw_data
+    if raw is not None or tensor.HasField("raw_data"):
+        raw = tensor.raw_data if raw is None else raw
         if len(raw) != size:
             raise ImportModelError(
                 f"{file}: {what} of shape {list(shape)} needs {size} bytes, found {len(raw)}",
                 hint="the file may be truncated",
             )
-        if release:
-            tensor.ClearField("raw_data")
         return np.frombuffer(raw, dtype).reshape(shape)
     try:
         return np.asarray(numpy_helper.to_array(tensor)).astype(dtype, copy=False)
@@ -100,10 +97,11 @@ def _external(
         raise ImportModelError(
             f"{what} is missing: {location!r} cannot be opened ({e.strerror})"
         ) from e
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise ImportModelError(f"{what}: {location!r} is not a regular file")
     with os.fdopen(handle, "rb") as opened:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise ImportModelError(f"{what}: {location!r} is not a regular file")
         if status.st_nlink > 1:
             raise ImportModelError(
                 f"{what}: {location!r} is a hard link, which may lead out of the model's folder",
@@ -141,19 +139,3 @@ def _inside(folder: Path, location: str, what: str) -> Path:
             hint="copy the file into the folder",
         )
     return real
-
-
-def parse(data: bytes, file: str) -> onnx.ModelProto:
-    """A model from bytes. Raises ImportModelError for what is not one."""
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
-    try:
-        model = onnx.ModelProto.FromString(data)
-    except DecodeError as e:
-        raise ImportModelError(
-            f"{file} is not an ONNX model, or is truncated ({len(data)} bytes)",
-            hint="export the model again, or check the download",
-        ) from e
-    if not model.HasField("graph") or not model.graph.output:
-        raise ImportModelError(f"{file} is not an ONNX model: it has no graph with outputs")
-    return model

@@ -25,8 +25,11 @@ from minicompiler.ops import shape as sh
 from .onnx_data import element_type
 from .onnx_math import Converter, cast_to
 from .onnx_nn import padding
-from .onnx_node import OnnxNode
+from .onnx_node import OnnxNode, sizes_of
+from .onnx_shape import one_per_axis
 from .onnx_shape import resize as plain_resize
+
+MOST_TAPS = 1 << 16  # elements in one weighted mean
 
 
 # ---- resize -------------------------------------------------------------------------------------
@@ -36,15 +39,27 @@ def _resize(n: OnnxNode) -> Value:
     special = (
         n.opset >= 11
         and (
-            n.attr("mode", "nearest") == "cubic"
+            # Tables of weights are faster, but need sizes that are numbers.
+            (n.attr("mode", "nearest") == "cubic" and _numbers(n))
             or n.attr("antialias", 0)
             or n.attr("exclude_outside", 0)
             or n.attr("keep_aspect_ratio_policy", "stretch") != "stretch"
             or modes in ("tf_crop_and_resize", "half_pixel_symmetric")
-            or (modes == "align_corners" and not _given(n, 3))
+            or (modes == "align_corners" and not _given(n, 3) and not _whole(n))
         )
     )  # fmt: skip
     return _weighted(n) if special else plain_resize(n)
+
+
+def _numbers(n: OnnxNode) -> bool:
+    sizes = sizes_of(n.arg(3)) if _given(n, 3) else n.type(0).shape
+    return sizes is not None and all(const_int(s) is not None for s in (*sizes, *n.type(0).shape))
+
+
+def _whole(n: OnnxNode) -> bool:
+    """Whether the scales are whole numbers, so that sizes are not rounded."""
+    scales = n.known(2)
+    return scales is not None and bool(np.all(scales == np.floor(scales)))
 
 
 def _given(n: OnnxNode, k: int) -> bool:
@@ -53,12 +68,15 @@ def _given(n: OnnxNode, k: int) -> bool:
 
 def _weighted(n: OnnxNode) -> Value:
     x, t = n.arg(0), n.type(0)
-    axes = [a % t.rank for a in n.attr("axes", range(t.rank))]
+    axes = [n.axis(a, t.rank) for a in n.attr("axes", range(t.rank))]
     sizes = n.known(3) if _given(n, 3) else None
     scales = n.known(2) if sizes is None else None
     roi = n.known(1) if _given(n, 1) else None
     if sizes is None and scales is None:
         n.fail("Resize needs scales or sizes that are constants")
+    for what, given, wanted in (("sizes", sizes, 1), ("scales", scales, 1), ("roi", roi, 2)):
+        if given is not None:
+            one_per_axis(n, what, given.size, wanted * len(axes))
     crop = n.attr("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
     plan: list[tuple[int, int, int, float, tuple[float, float]]] = []
     for k, axis in enumerate(axes):
@@ -145,7 +163,9 @@ def _taps(n: OnnxNode, at: float, scale: float) -> tuple[np.ndarray, np.ndarray]
         return np.ones(1), np.array([low + chosen])
     shrink = min(scale, 1.0) if n.attr("antialias", 0) else 1.0
     reach = 1 if mode == "linear" else 2
-    first = math.floor(-reach / shrink) + 1
+    first = math.floor(-reach / shrink) + 1 if shrink > 0 else -MOST_TAPS
+    if first <= -MOST_TAPS:
+        n.fail(f"Resize would shrink an axis to {scale} of its size: too many elements in a mean")
     taps = np.arange(first, 2 - first)
     distance = np.abs((taps - t) * shrink)
     if mode == "linear":
@@ -261,12 +281,12 @@ def _cut(n: OnnxNode, x: Value, axis: int, end: int, start: int = 0) -> Value:
 def _stft(n: OnnxNode) -> Value:
     """Frames of the signal, times the window, transformed."""
     t, step, window = n.type(0), int(n.scalar(1)), n.opt(2)
-    size = const_int(t.shape[1])
+    size = const_int(n.shape(0, 3)[1])
     length = n.scalar(3)
     if length is None and window is not None:
-        length = const_int(type_of(window).shape[0])
-    if size is None or t.rank != 3:
-        n.fail(f"STFT of a signal {t}: batch, length and parts are needed, the length a constant")
+        length = const_int(n.shape(2, 1)[0])
+    if size is None or step < 1:
+        n.fail(f"STFT of a signal {t} in steps of {step}: its length has to be known")
     length = size if length is None else int(length)
     frames = (size - length) // step + 1
     where = np.arange(frames)[:, None] * step + np.arange(length)

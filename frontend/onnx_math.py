@@ -20,7 +20,7 @@ from minicompiler.ops import reduce as red
 from minicompiler.ops import shape as sh
 
 from .onnx_data import element_type
-from .onnx_node import OnnxNode, constant_value
+from .onnx_node import OnnxNode
 
 Converter = Callable[[OnnxNode], Any]
 
@@ -113,7 +113,7 @@ def _clip(n: OnnxNode) -> Value:
     if n.opset < 11:
         low, high = n.attr("min", None), n.attr("max", None)
         return n.apply(el.clip, x, attrs=el.ClipAttrs(low, high))
-    constant = [n.opt(k) is None or constant_value(n.arg(k)) is not None for k in (1, 2)]
+    constant = [n.opt(k) is None or n.values.of(n.arg(k)) is not None for k in (1, 2)]
     if all(constant):
         return n.apply(el.clip, x, attrs=el.ClipAttrs(n.scalar(1), n.scalar(2)))
     if n.opt(1) is not None:

@@ -54,7 +54,7 @@ def padding(
 
 
 def _ones(n: OnnxNode, name: str, rank: int) -> tuple[int, ...]:
-    return tuple(n.attr(name, (1,) * rank))
+    return n.per_axis(name, rank, 1)
 
 
 def _kernel(n: OnnxNode, w: Value) -> tuple[int, ...]:
@@ -87,7 +87,7 @@ def _conv_transpose(n: OnnxNode) -> Value:
     kernel = _kernel(n, n.arg(1))
     rank = len(kernel)
     strides, dilations = _ones(n, "strides", rank), _ones(n, "dilations", rank)
-    extra = tuple(n.attr("output_padding", (0,) * rank))
+    extra = n.per_axis("output_padding", rank, 0)
     mode, wanted = n.attr("auto_pad", "NOTSET"), n.attr("output_shape", None)
     if wanted is None and mode in ("NOTSET", "", "VALID"):
         begin, end = padding(n, kernel, strides, dilations)
@@ -171,6 +171,8 @@ def _instance_norm(n: OnnxNode) -> Value:
 def _group_norm(n: OnnxNode) -> Value:
     groups = n.attr("num_groups")
     scale, bias = n.arg(1), n.arg(2)
+    if n.type(0).rank < 3 or groups < 1:
+        n.fail(f"GroupNormalization of {n.type(0)} in {groups} groups")
     channels = const_int(n.type(0).shape[1])
     if n.opset < 21 and channels is not None and channels != groups:
         # Until opset 20 the parameters were per group.

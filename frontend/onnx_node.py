@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from minicompiler.errors import ImportModelError
-from minicompiler.ir.expr import Const, Expr
+from minicompiler.ir.expr import Const, Dim, Expr
 from minicompiler.ir.graph import (
     Apply,
     Constant,
@@ -23,11 +23,12 @@ from minicompiler.ir.graph import (
     Value,
     apply,
     content_of,
-    topological,
+    operands,
     type_of,
 )
 from minicompiler.ir.op import Op
 from minicompiler.ir.types import Loc, TensorType
+from minicompiler.limits import Budget
 from minicompiler.passes.fold import evaluate_node
 
 MISSING: Any = object()
@@ -44,6 +45,9 @@ class OnnxNode:
         attributes: by name, as Python numbers, strings, lists, numpy arrays.
         outputs: names of the results; "" where one is not wanted.
         loc: the place in the model.
+        values: the numbers that are known while importing.
+        minted: how often a name of a dimension was given.
+        around: the values that the graphs in the node's attributes may read.
         branch: imports the graph in an attribute in the place of the node, with values for its
             inputs: its results.
         expand: imports the node through the body that the ONNX specification defines for it.
@@ -55,6 +59,9 @@ class OnnxNode:
     attributes: dict[str, Any]
     outputs: tuple[str, ...]
     loc: Loc
+    values: KnownValues
+    minted: dict[str, int]
+    around: Callable[[], list[Value]]
     branch: Callable[..., tuple[Any, ...]]
     expand: Callable[[], tuple[Any, ...]]
 
@@ -84,6 +91,19 @@ class OnnxNode:
         """The type of a required input."""
         return type_of(self.arg(k))
 
+    def shape(self, k: int, rank: int) -> tuple[Expr, ...]:
+        """The sizes of a required input that has to have `rank` dimensions."""
+        t = self.type(k)
+        if t.rank != rank:
+            self.fail(f"input {k} of {self.op_type} is {t}: {rank} dimensions are expected")
+        return t.shape
+
+    def axis(self, axis: int, rank: int) -> int:
+        """An axis number that may be negative, from 0 on."""
+        if not -rank <= axis < rank:
+            self.fail(f"{self.op_type}: axis {axis} is out of range for {rank} dimensions")
+        return axis % rank
+
     def attr(self, name: str, default: Any = MISSING) -> Any:
         """An attribute; without a default it is required."""
         if name in self.attributes:
@@ -91,6 +111,13 @@ class OnnxNode:
         if default is MISSING:
             self.fail(f"{self.op_type} needs the attribute {name!r}")
         return default
+
+    def per_axis(self, name: str, rank: int, default: int) -> tuple[int, ...]:
+        """An attribute with a number for each of `rank` axes."""
+        found = tuple(self.attr(name, (default,) * rank))
+        if len(found) != rank:
+            self.fail(f"{name!r} of {self.op_type} has {len(found)} numbers for {rank} axes")
+        return found
 
     def known(self, k: int) -> np.ndarray | None:
         """The value of an input that is constant while importing; None when absent.
@@ -100,7 +127,7 @@ class OnnxNode:
         value = self.opt(k)
         if value is None:
             return None
-        found = constant_value(value)
+        found = self.values.of(value)
         if found is None:
             self.fail(
                 f"input {k} of {self.op_type} has to be a constant",
@@ -135,6 +162,11 @@ class OnnxNode:
         """A constant of the converter's own."""
         return Constant(np.asarray(value, dtype), name, locs=(self.loc,))
 
+    def dim(self, name: str, hi: int | None, lo: int = 0) -> Dim:
+        """A new dimension from lo to hi; a name that was given before gets a number."""
+        count = self.minted[name] = self.minted.get(name, 0) + 1
+        return Dim(name if count == 1 else f"{name}.{count}", lo, hi)
+
     def fail(self, message: str, hint: str = "") -> NoReturn:
         """Refuses the node."""
         raise ImportModelError(message, (self.loc,), hint=hint)
@@ -165,25 +197,50 @@ class Nothing:
         return "an empty optional"
 
 
-_FOLDED = 1 << 20  # bytes of a value that is computed because shapes may follow from it
+class KnownValues:
+    """The numbers that values always have, as far as they are known while importing.
 
+    Each value is looked at once; `budget` pays for what is computed.
+    """
 
-def constant_value(value: Value) -> np.ndarray | None:
-    """The number(s) a value always has, when they are known while importing."""
-    done: dict[int, np.ndarray | None] = {}
-    for v in topological([value]):
-        if isinstance(v, Apply) and not isinstance(v.type, TensorType):
-            done[id(v)] = None
-            continue
-        found = _from_content(v)
-        if found is None and isinstance(v, Apply):
-            args = [None if a is None else done[id(a)] for a in v.args]
-            known = [None if a is None else Constant(a) for a in args]
-            if all(k is not None or a is None for k, a in zip(args, v.args, strict=True)):
-                results = evaluate_node(v.with_(args=tuple(known)), _FOLDED)
-                found = None if results is None else results[0]
-        done[id(v)] = found
-    return done[id(value)]
+    ROOM = 1 << 20  # bytes that a value computed here may exceed its operands by
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        # With the value itself, so that its id is not given to another one.
+        self.found: dict[int, tuple[Value, np.ndarray | None]] = {}
+
+    def of(self, value: Value) -> np.ndarray | None:
+        """The number(s) a value always has; None when it depends on data or is too large."""
+        stack = [value]
+        while stack:
+            v = stack[-1]
+            if id(v) in self.found:
+                stack.pop()
+                continue
+            single = isinstance(v.type, TensorType)  # type: ignore[attr-defined]
+            known = _from_content(v) if single else None
+            if known is None and single and isinstance(v, Apply):
+                parts = [self.found.get(id(o)) for o in operands(v)]
+                if all(p is None or p[1] is not None for p in parts):
+                    waiting = [o for o in operands(v) if id(o) not in self.found]
+                    if waiting:
+                        stack += waiting
+                        continue
+                    known = self._compute(v)
+            self.found[id(v)] = v, known
+            stack.pop()
+        return self.found[id(value)][1]
+
+    def _compute(self, v: Apply) -> np.ndarray | None:
+        args = tuple(None if a is None else Constant(self._known(a)) for a in v.args)
+        results = evaluate_node(v.with_(args=args), self.ROOM, self.budget)
+        return None if results is None else results[0]
+
+    def _known(self, v: Value) -> np.ndarray:
+        found = self.found[id(v)][1]
+        assert found is not None
+        return found
 
 
 def _from_content(value: Value) -> np.ndarray | None:

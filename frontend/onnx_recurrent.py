@@ -32,7 +32,7 @@ class _Direction:
 
     def __init__(self, n: OnnxNode, which: int, gates: int, attrs: rc.RecurrentAttrs) -> None:
         self.n, self.which, self.gates, self.attrs = n, which, gates, attrs
-        size = const_int(n.type(2).shape[-1])
+        size = const_int(n.shape(2, 3)[-1])
         if size is None:
             n.fail(f"the recurrent weight of {n.op_type} is {n.type(2)}: its size has to be known")
         self.hidden = size

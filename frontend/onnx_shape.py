@@ -56,7 +56,7 @@ def _range(n: OnnxNode) -> Value:
 
 def _eye_like(n: OnnxNode) -> Value:
     t = n.type(0)
-    rows, columns = (const_int(s) for s in t.shape)
+    rows, columns = (const_int(s) for s in n.shape(0, 2))
     if rows is None or columns is None:
         n.fail(f"EyeLike of {t} needs a constant shape")
     dtype = t.dtype
@@ -193,11 +193,11 @@ def _one_hot(n: OnnxNode) -> Value:
 
 # ---- resampling ---------------------------------------------------------------------------------
 def resize(n: OnnxNode) -> Value:
-    """Resize by index arithmetic: nearest or linear, sizes may be symbolic."""
+    """Resize by index arithmetic; sizes may be symbolic."""
     if n.opset < 11:
         return _upsample(n)
     t = n.type(0)
-    axes = [a % t.rank for a in n.attr("axes", range(t.rank))]
+    axes = [n.axis(a, t.rank) for a in n.attr("axes", range(t.rank))]
     sizes = (
         sizes_of(n.arg(3)) if n.opt(3) is not None and n.type(3).shape[0] is not Const(0) else None
     )
@@ -206,9 +206,11 @@ def resize(n: OnnxNode) -> Value:
         "mode": n.attr("mode", "nearest"),
         "coordinates": coordinates,
         "rounding": n.attr("nearest_mode", "round_prefer_floor"),
+        "cubic": n.attr("cubic_coeff_a", -0.75),
     }
     if sizes is not None:
         full = list(t.shape)
+        one_per_axis(n, "sizes", len(sizes), len(axes))
         for axis, size in zip(axes, sizes, strict=True):
             full[axis] = size
         return n.apply(rs.resize, n.arg(0), attrs=rs.ResizeAttrs(sizes=tuple(full), **how))
@@ -216,9 +218,16 @@ def resize(n: OnnxNode) -> Value:
     if scales is None:
         n.fail("Resize needs scales or sizes that are constants or computed from shapes")
     factors = [1.0] * t.rank
+    one_per_axis(n, "scales", scales.size, len(axes))
     for axis, scale in zip(axes, scales.reshape(-1), strict=True):
         factors[axis] = float(scale)
     return n.apply(rs.resize, n.arg(0), attrs=rs.ResizeAttrs(scales=tuple(factors), **how))
+
+
+def one_per_axis(n: OnnxNode, what: str, got: int, wanted: int) -> None:
+    """Refuses lists of another length than the number of axes resized."""
+    if got != wanted:
+        n.fail(f"{n.op_type} of {wanted} axes has {got} {what}")
 
 
 def _upsample(n: OnnxNode) -> Value:

@@ -4,10 +4,12 @@ Each is a module-level variable of its family's file, under its own name (with a
 underscore where Python uses the name): `ops.elementwise.add`, `ops.conv.conv`, `ops.shape.shape_`.
 """
 
+from ..ir.op import REGISTRY
 from . import (
     activations,
     codes,
     contract,
+    control,
     conv,
     count,
     elementwise,
@@ -27,8 +29,12 @@ from . import (
     shape,
 )
 
+OWN = frozenset(REGISTRY.values())
+"""The operators of the package, as opposed to those of its users."""
+
 __all__ = [
-    "activations", "codes", "contract", "conv", "count", "elementwise", "evaluate", "index",
-    "linalg", "norm", "order", "pieces", "pool", "quant", "recurrent", "reduce", "resize", "sample",
-    "scatter", "shape",
+    "OWN",
+    "activations", "codes", "contract", "control", "conv", "count", "elementwise", "evaluate",
+    "index", "linalg", "norm", "order", "pieces", "pool", "quant", "recurrent", "reduce", "resize",
+    "sample", "scatter", "shape",
 ]  # fmt: skip

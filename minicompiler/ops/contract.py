@@ -151,7 +151,9 @@ def _col2im_infer(x: Arg, a: Col2ImAttrs) -> TensorType:
     need_dtype("col2im", x, "f")
     need_rank("col2im", x, 3, 3)
     need_same("col2im", "numbers of patches", x.type.shape[2], product(a.patches))
-    channels = x.type.shape[1] // product(a.kernel)
+    count = product(a.kernel)
+    need_same("col2im", f"channels modulo {count} and 0", x.type.shape[1] % count, 0)
+    channels = x.type.shape[1] // count
     return result((x.type.shape[0], channels, *a.image), x.type.dtype)
 
 

@@ -88,7 +88,7 @@ def _conv_infer(x: Arg, w: Arg, *rest: Any) -> TensorType:
     if w.type.rank != rank:
         fail(f"conv: the weight {w.type} does not have the {rank} dimensions of the input {x.type}")
     out = w.type.shape[0]
-    if need_const("conv", "the number of output channels", out) % a.groups:
+    if a.groups < 1 or need_const("conv", "the number of output channels", out) % a.groups:
         fail(f"conv: {out} output channels do not divide into {a.groups} groups")
     channels = x.type.shape[1]
     if unequal(channels, w.type.shape[1] * a.groups):
@@ -235,7 +235,8 @@ def _transpose_infer(x: Arg, w: Arg, *rest: Any) -> TensorType:
     if w.type.rank != rank:
         fail(f"conv_transpose: the weight {w.type} and the input {x.type} differ in rank")
     need_same("conv_transpose", "channels and weight", x.type.shape[1], w.type.shape[0])
-    if need_const("conv_transpose", "the channel count", w.type.shape[0]) % a.groups:
+    channels = need_const("conv_transpose", "the channel count", w.type.shape[0])
+    if a.groups < 1 or channels % a.groups:
         fail(f"conv_transpose: {w.type.shape[0]} channels do not divide into {a.groups} groups")
     out = w.type.shape[1] * a.groups
     _check_bias("conv_transpose", bias, out)
@@ -278,9 +279,7 @@ def _transpose_compute(x: te.Tensor, w: te.Tensor, *rest: Any) -> te.Tensor:
         group = Const(0) if a.groups == 1 else o if og == 1 else o // og
         read = channel if a.groups == 1 else group * cg + channel
         within = o if a.groups == 1 else o - group * og if og > 1 else Const(0)
-        at = [
-            i[k] + (windows.kernel[k] - 1 - taps[k]) * windows.dilations[k] for k in range(r)
-        ]
+        at = [i[k] + (windows.kernel[k] - 1 - taps[k]) * windows.dilations[k] for k in range(r)]
         return wide_input[(n, read, *at)] * weight[(read, within, *taps)]
 
     shape = (x.shape[0], og * a.groups, *out)
@@ -308,9 +307,7 @@ def _transpose_reference(x: Array, w: Array, *rest: Any) -> Array:
                 )
             )
             out[(slice(None), slice(k * og, (k + 1) * og), *at)] += part
-    crop = tuple(
-        slice(b, n - e) for b, e, n in zip(windows.begin, windows.end, room, strict=True)
-    )
+    crop = tuple(slice(b, n - e) for b, e, n in zip(windows.begin, windows.end, room, strict=True))
     return _np_biased(out[(slice(None), slice(None), *crop)], bias)
 
 

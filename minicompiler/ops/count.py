@@ -22,7 +22,17 @@ from ..ir.tir import SERIAL, Alloc, Buffer, For, If, Stmt, Store, seq
 from ..ir.types import TensorType, int64
 from .draws import Draw, array, choice, flag, integer, shape
 from .order import local, merge_sort, sorting
-from .rules import axis_of, direct, need_dtype, need_rank, need_same, result, same_dtype, simplified
+from .rules import (
+    axis_of,
+    direct,
+    fail,
+    need_dtype,
+    need_rank,
+    need_same,
+    result,
+    same_dtype,
+    simplified,
+)
 from .scatter import Fresh, over
 
 Array = np.ndarray
@@ -63,6 +73,30 @@ def _head_samples(draw: Draw) -> tuple[list[Array], HeadAttrs]:
 head = register(
     Op("head", HeadAttrs, _head_infer, direct(_head_compute), _head_reference, _head_samples)
 )
+
+
+def _no_samples(draw: Draw) -> Any:
+    raise NotImplementedError("sampled as part of loops: tests/ops/test_control.py")
+
+
+# ---- number -------------------------------------------------------------------------------------
+def _number_infer(x: Arg, a: Counted) -> TensorType:
+    need_dtype("number", x, "i")
+    if any(s is not ONE for s in x.type.shape):
+        fail(f"number: {x.type} is not one integer")
+    return result((), x.type.dtype)
+
+
+number = Op(
+    "number",
+    Counted,
+    _number_infer,
+    direct(lambda x, a: te.compute((), lambda: x[(ZERO,) * len(x.shape)], "number")),
+    lambda x, a: x.reshape(()),
+    _no_samples,
+)
+"""An integer that is also a dimension. Not registered: its attributes say the value of its input,
+so there are no independent samples."""
 
 
 # ---- nonzero ------------------------------------------------------------------------------------

@@ -34,7 +34,15 @@ from ..ir.expr import (
     Var,
     walk,
 )
-from ..ir.graph import Apply, Constant, Function, Item, topological
+from ..ir.graph import (
+    Apply,
+    Constant,
+    Function,
+    Item,
+    applies,
+    nested_functions,
+    topological,
+)
 from ..ir.op import Counted
 from ..ir.tir import Buffer, PrimFunc
 from ..ir.types import DType
@@ -269,7 +277,9 @@ def _run(fn: Function, arrays: Sequence[Array], outer: Mapping[str, int]) -> lis
             if isinstance(size, Dim):
                 dims.setdefault(size.name, got)
         values[id(p)] = a
-    for v in topological(fn.results):
+    # A node may use a counted size without reading what tells it, so these come first.
+    counted = [v for v in applies(fn) if isinstance(v.attrs, Counted)]
+    for v in topological((*counted, *fn.results)):
         if isinstance(v, Constant):
             values[id(v)] = v.data
         elif isinstance(v, Item):
@@ -277,13 +287,18 @@ def _run(fn: Function, arrays: Sequence[Array], outer: Mapping[str, int]) -> lis
         elif isinstance(v, Apply):
             args = [None if a is None else values[id(a)] for a in v.args]
             if isinstance(v.attrs, Counted) and isinstance(v.attrs.dim, Dim):
-                dims[v.attrs.dim.name] = int(values[id(v.args[-1])])
+                dims[v.attrs.dim.name] = max(
+                    int(values[id(v.args[-1])].reshape(-1)[0]), v.attrs.dim.lo
+                )
             if isinstance(v.op, Function):
                 got = _run(v.op, [a for a in args if a is not None], dims)
                 values[id(v)] = got[0] if len(got) == 1 else tuple(got)
             else:
+                more = []
+                if nested_functions(v.attrs):
+                    more.append(lambda f, xs: _run(f, xs, dims))
                 with np.errstate(all="ignore"):
-                    values[id(v)] = v.op.reference(*args, bind_attrs(v.attrs, dims))
+                    values[id(v)] = v.op.reference(*args, bind_attrs(v.attrs, dims), *more)
     return [values[id(r)] for r in fn.results]
 
 

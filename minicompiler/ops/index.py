@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import te
-from ..ir.expr import Const, Expr, binary, cast, const_int, eq, select, wrap
+from ..ir.expr import Const, Expr, binary, cast, const_int, eq, minimum, select, wrap
 from ..ir.op import Arg, Op, register
 from ..ir.types import TensorType, index
 from .draws import Draw, array, choice, flag, integer, shape
@@ -29,6 +29,7 @@ from .rules import (
     need_rank,
     need_same,
     result,
+    same_size,
     simplified,
     symbolic,
     wrapped,
@@ -104,14 +105,23 @@ def _elements_infer(x: Arg, indices: Arg, a: GatherAttrs) -> TensorType:
     axis_of(a.axis, need_rank("gather_elements", x, 1), "gather_elements")
     if indices.type.rank != x.type.rank:
         fail(f"gather_elements: {x.type} and indices {indices.type} differ in rank")
+    for k, (size, room) in enumerate(zip(indices.type.shape, x.type.shape, strict=True)):
+        if k != a.axis % x.type.rank and same_size(minimum(size, room), size) is False:
+            fail(f"gather_elements: indices {indices.type} are longer than {x.type} at axis {k}")
     return TensorType(indices.type.shape, x.type.dtype)
 
 
 def _elements_compute(x: te.Tensor, indices: te.Tensor, a: GatherAttrs) -> te.Tensor:
     axis = a.axis % len(x.shape)
 
+    def place(k: int, i: Expr) -> Expr:
+        size, room = indices.shape[k], x.shape[k]
+        return i if same_size(minimum(size, room), size) else clamped(i, room)
+
     def body(*i: Expr) -> Expr:
-        return x[(*i[:axis], wrapped(indices[i], x.shape[axis]), *i[axis + 1 :])]
+        at = [place(k, e) for k, e in enumerate(i)]
+        at[axis] = wrapped(indices[i], x.shape[axis])
+        return x[tuple(at)]
 
     return te.compute(indices.shape, body, "gather_elements")
 
@@ -218,6 +228,8 @@ class OneHotAttrs:
 
 def _one_hot_infer(indices: Arg, values: Arg, a: OneHotAttrs) -> TensorType:
     need_dtype("one_hot", indices, "if")
+    need_rank("one_hot", values, 1, 1)
+    need_same("one_hot", "the number of values and 2", values.type.shape[0], 2)
     axis = axis_of(a.axis, indices.type.rank + 1, "one_hot")
     shape = indices.type.shape
     return result((*shape[:axis], a.depth, *shape[axis:]), values.type.dtype)

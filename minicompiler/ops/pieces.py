@@ -53,6 +53,8 @@ class ConcatAttrs:
 
 def _concat_infer(*rest: Any) -> TensorType:
     *xs, a = rest
+    if not xs:
+        fail("concat of nothing")
     first: Shape = xs[0].type.shape
     axis = axis_of(a.axis, len(first), "concat")
     total: Expr = Const(0)
@@ -493,11 +495,16 @@ class BlockAttrs:
     channels_first: bool = False
 
 
+def _need_block(op: str, a: BlockAttrs) -> None:
+    if a.block < 1:
+        fail(f"{op}: the block has the size {a.block}")
+
+
 def _to_space_infer(x: Arg, a: BlockAttrs) -> TensorType:
     need_rank("depth_to_space", x, 4, 4)
     n, c, h, w = x.type.shape
-    if (known := const_int(c)) is not None and known % (a.block**2):
-        fail(f"depth_to_space: {c} channels do not divide into squares of {a.block}")
+    _need_block("depth_to_space", a)
+    need_same("depth_to_space", f"channels modulo {a.block}^2 and 0", c % a.block**2, 0)
     return result((n, c // a.block**2, h * a.block, w * a.block), x.type.dtype)
 
 
@@ -547,9 +554,9 @@ depth_to_space = register(
 def _to_depth_infer(x: Arg, a: BlockAttrs) -> TensorType:
     need_rank("space_to_depth", x, 4, 4)
     n, c, h, w = x.type.shape
+    _need_block("space_to_depth", a)
     for s in (h, w):
-        if (known := const_int(s)) is not None and known % a.block:
-            fail(f"space_to_depth: size {s} does not divide into blocks of {a.block}")
+        need_same("space_to_depth", f"size modulo {a.block} and 0", s % a.block, 0)
     return result((n, c * a.block**2, h // a.block, w // a.block), x.type.dtype)
 
 

@@ -86,6 +86,8 @@ def _infer(name: str, kinds: str) -> Callable[[Arg, PoolAttrs], TensorType]:
         rank = need_rank(name, x, 3)
         if len(a.kernel) != rank - 2:
             fail(f"{name}: the kernel {a.kernel} does not fit the spatial axes of {x.type}")
+        if a.p < 1:
+            fail(f"{name}: the norm of order {a.p} does not exist")
         spatial = a.windows(name).check(name, x.type.shape[2:], x.type)
         return result((*x.type.shape[:2], *spatial), x.type.dtype)
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from .. import te
-from ..ir.expr import Call, Const, Expr, binary, cast, const
+from ..ir.expr import Call, Const, Expr, binary, cast, ceildiv, const
 from ..ir.op import Arg, Op, Precision, register
 from ..ir.types import DType, TensorType, dtype_of, float32, int32, uint8
 from . import codes
 from .draws import Draw, array, choice, flag, integer
-from .rules import axis_of, direct, fail, need_dtype, optional
+from .rules import axis_of, direct, fail, need_dtype, need_same, optional
 
 Array = np.ndarray
 
@@ -43,8 +43,27 @@ def _check(op: str, x: Arg, scale: Arg, zero: Arg | None, a: QuantizeAttrs) -> N
         axis_of(a.axis, max(x.type.rank, 1), op)
     if scale.type.rank > 1 and scale.type.rank != x.type.rank:
         fail(f"{op}: scales {scale.type} do not fit {x.type}")
+    for v in (scale, zero):
+        if v is not None:
+            _check_sizes(op, x, v, a)
     if zero is not None and {zero.type.rank, scale.type.rank} - {0, 1, x.type.rank}:
         fail(f"{op}: the zero points {zero.type} do not fit {x.type}")
+
+
+def _check_sizes(op: str, x: Arg, v: Arg, a: QuantizeAttrs) -> None:
+    """One number for all, or one for each slice or block of x along the axis."""
+    rank, shape = x.type.rank, v.type.shape
+    if v.type.rank == 1 and not a.block:
+        if rank and shape[0] is not Const(1):
+            need_same(op, "the axis and the scales", x.type.shape[a.axis % rank], shape[0])
+        return
+    if v.type.rank != rank:
+        return
+    for k, (size, own) in enumerate(zip(x.type.shape, shape, strict=True)):
+        if own is Const(1):
+            continue
+        wanted = ceildiv(size, a.block) if a.block and k == a.axis % rank else size
+        need_same(op, f"axis {k} and the scales", wanted, own)
 
 
 def _own(v: te.Tensor, i: tuple[Expr, ...], a: QuantizeAttrs) -> Expr:

@@ -158,13 +158,31 @@ def _np_sum_of(f: Callable[[Any], Any], after: Callable[[Any], Any] = lambda s: 
 
 
 
+def _np_max(x: Array, **how: Any) -> Array:
+    return np.max(x, initial=_least(x.dtype), **how)
+
+
+def _np_min(x: Array, **how: Any) -> Array:
+    return np.min(x, initial=_most(x.dtype), **how)
+
+
+def _least(dtype: np.dtype[Any]) -> Any:
+    """The maximum of nothing."""
+    return -np.inf if dtype.kind == "f" else False if dtype.kind == "b" else np.iinfo(dtype).min
+
+
+def _most(dtype: np.dtype[Any]) -> Any:
+    """The minimum of nothing."""
+    return np.inf if dtype.kind == "f" else True if dtype.kind == "b" else np.iinfo(dtype).max
+
+
 def _np_mean(x: Array, **how: Any) -> Array:
     return np.trunc(np.mean(x, **how)) if x.dtype.kind in "iu" else np.mean(x, **how)
 
 
 reduce_sum = _reduction("reduce_sum", te.sum, np.sum, content=lambda a, b: a + b)
-reduce_max = _reduction("reduce_max", te.max, np.max, content=lambda a, b: binary("max", a, b))
-reduce_min = _reduction("reduce_min", te.min, np.min, content=lambda a, b: binary("min", a, b))
+reduce_max = _reduction("reduce_max", te.max, _np_max, content=lambda a, b: binary("max", a, b))
+reduce_min = _reduction("reduce_min", te.min, _np_min, content=lambda a, b: binary("min", a, b))
 reduce_prod = _reduction(
     "reduce_prod",
     functools.partial(te.reduction, "prod"),
@@ -197,8 +215,10 @@ def _softmax_infer(x: Arg, a: AxisAttrs) -> TensorType:
 
 def _softmax_compute(x: te.Tensor, a: AxisAttrs) -> te.Tensor:
     source = widened(x)
-    e = te.exp(source - te.max(source, a.axis))
-    return te.astype(e / te.sum(e, a.axis), x.dtype)
+    # No difference is above 0; saying so makes the exponential cheaper.
+    e = te.exp(te.elementwise("min", source - te.max(source, a.axis), 0.0))
+    inverse = te.map_elements(lambda total: 1.0 / total, te.sum(e, a.axis), name="inverse")
+    return te.astype(e * inverse, x.dtype)
 
 
 def _softmax_reference(x: Array, a: AxisAttrs) -> Array:
@@ -342,7 +362,7 @@ class CumsumAttrs:
     reverse: bool = False
 
 
-def _cumulative(name: str, combiner: str, neutral: int, ufunc: np.ufunc) -> Op:
+def _cumulative(name: str, combine: str, neutral: int, ufunc: np.ufunc) -> Op:
     """Registers a running sum or product along an axis."""
 
     def infer(x: Arg, a: CumsumAttrs) -> TensorType:
@@ -354,16 +374,26 @@ def _cumulative(name: str, combiner: str, neutral: int, ufunc: np.ufunc) -> Op:
     def compute(x: te.Tensor, a: CumsumAttrs) -> te.Tensor:
         axis = a.axis % len(x.shape)
         source = widened(x)
-        (r,) = te.reduce_vars(1)
+        length = x.shape[axis]
+        rest = (*x.shape[:axis], *x.shape[axis + 1 :])
+        start = te.compute(rest, lambda *i: const(neutral, source.dtype), "start")
 
-        def body(*i: Expr) -> Expr:
-            low, high = (i[axis], r) if a.reverse else (r, i[axis])
-            counts = low < high if a.exclusive else low <= high
-            one = source[(*i[:axis], r, *i[axis + 1 :])]
-            return select(counts, one, const(neutral, source.dtype))
+        def update(t: Expr, now: tuple[te.Tensor, ...]) -> list[te.Tensor]:
+            at = length - 1 - t if a.reverse else t
 
-        made = te.compute(x.shape, body, name, (combiner, {r: x.shape[axis]}))
-        return te.astype(made, x.dtype)
+            def body(*i: Expr) -> Expr:
+                return binary(combine, now[0][i], source[(*i[:axis], at, *i[axis:])])
+
+            return [te.compute(rest, body, name)]
+
+        (sums,) = te.scan(length, [start], update, name)  # entry t: of the first t elements
+
+        def chosen(*i: Expr) -> Expr:
+            before = length - 1 - i[axis] if a.reverse else i[axis]
+            at = before if a.exclusive else before + 1
+            return sums[(at, *i[:axis], *i[axis + 1 :])]
+
+        return te.astype(te.compute(x.shape, chosen, name), x.dtype)
 
     def reference(x: Array, a: CumsumAttrs) -> Array:
         x = np.flip(x, a.axis) if a.reverse else x
@@ -395,5 +425,5 @@ def _cumulative(name: str, combiner: str, neutral: int, ufunc: np.ufunc) -> Op:
     )
 
 
-cumsum = _cumulative("cumsum", "sum", 0, np.add)
-cumprod = _cumulative("cumprod", "prod", 1, np.multiply)
+cumsum = _cumulative("cumsum", "add", 0, np.add)
+cumprod = _cumulative("cumprod", "mul", 1, np.multiply)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from .rules import (
     direct,
     fail,
     float32_inside,
+    need_dtype,
     number,
     result,
     simplified,
@@ -45,9 +47,10 @@ ROUNDINGS = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
 # ---- resize -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ResizeAttrs:
-    """Either sizes or scales, one per dimension. mode: nearest or linear.
+    """Either sizes or scales, one per dimension. mode: nearest, linear or cubic.
 
-    coordinates and rounding are ONNX's coordinate_transformation_mode and nearest_mode.
+    coordinates and rounding are ONNX's coordinate_transformation_mode and nearest_mode, cubic its
+    cubic_coeff_a.
     """
 
     sizes: tuple[Size, ...] = ()
@@ -55,6 +58,7 @@ class ResizeAttrs:
     mode: str = "nearest"
     coordinates: str = "half_pixel"
     rounding: str = "round_prefer_floor"
+    cubic: float = -0.75
 
 
 def ratio(scale: float) -> Fraction:
@@ -78,8 +82,8 @@ def _resize_infer(x: Arg, a: ResizeAttrs) -> TensorType:
         fail("resize takes either sizes or scales")
     if len(a.sizes or a.scales) != x.type.rank:
         fail(f"resize: {len(a.sizes or a.scales)} sizes or scales for {x.type}")
-    if a.mode not in ("nearest", "linear"):
-        fail(f"resize: mode {a.mode!r} is not supported", "supported: nearest, linear")
+    if a.mode not in ("nearest", "linear", "cubic"):
+        fail(f"resize: mode {a.mode!r} is not supported", "supported: nearest, linear, cubic")
     if a.coordinates not in COORDINATES:
         fail(f"resize: coordinates {a.coordinates!r} are not supported", ", ".join(COORDINATES))
     if a.rounding not in ROUNDINGS:
@@ -123,10 +127,10 @@ def _changes(size: Expr, out: Expr, a: ResizeAttrs, axis: int) -> bool:
 def _resize_compute(x: te.Tensor, a: ResizeAttrs) -> te.Tensor:
     shape = _output(x.shape, a)
     axes = [k for k, (s, o) in enumerate(zip(x.shape, shape, strict=True)) if _changes(s, o, a, k)]
-    if a.mode == "linear":
+    if a.mode != "nearest":
         y = widened(x)
         for k in axes:
-            y = _linear(y, shape[k], a, k)
+            y = (_linear if a.mode == "linear" else _cubic)(y, shape[k], a, k)
         return te.astype(y, x.dtype)
 
     def body(*i: Expr) -> Expr:
@@ -148,12 +152,40 @@ def _linear(x: te.Tensor, out: Expr, a: ResizeAttrs, axis: int) -> te.Tensor:
         n, d = _position(i[axis], size, out, a, axis)
         low = n // d
         weight = number(n - low * d, x.dtype) / number(d, x.dtype)
-        first, second = (
-            x[(*i[:axis], clamped(k, size), *i[axis + 1 :])] for k in (low, low + 1)
-        )
+        first, second = (x[(*i[:axis], clamped(k, size), *i[axis + 1 :])] for k in (low, low + 1))
         return first + (second - first) * weight
 
     return te.compute((*x.shape[:axis], out, *x.shape[axis + 1 :]), body, "resize")
+
+
+def _cubic(x: te.Tensor, out: Expr, a: ResizeAttrs, axis: int) -> te.Tensor:
+    """Cubic interpolation (Keys 1981) along one axis, with the edges repeated."""
+    size = x.shape[axis]
+
+    def body(*i: Expr) -> Expr:
+        n, d = _position(i[axis], size, out, a, axis)
+        low = n // d
+        t = number(n - low * d, x.dtype) / number(d, x.dtype)
+        total: Expr | None = None
+        for k, weight in zip(range(-1, 3), _keys(t, a.cubic), strict=True):
+            at = (*i[:axis], clamped(low + k, size), *i[axis + 1 :])
+            total = x[at] * weight if total is None else total + x[at] * weight
+        assert total is not None
+        return total
+
+    return te.compute((*x.shape[:axis], out, *x.shape[axis + 1 :]), body, "resize")
+
+
+def _keys(t: Any, a: float) -> list[Any]:
+    """The weights of the elements at -1, 0, 1, 2 for a position t between 0 and 1."""
+
+    def near(d: Any) -> Any:
+        return ((d * (a + 2.0) - (a + 3.0)) * d) * d + 1.0
+
+    def far(d: Any) -> Any:
+        return ((d * a - 5.0 * a) * d + 8.0 * a) * d - 4.0 * a
+
+    return [far(t + 1.0), near(t), near(1.0 - t), far(2.0 - t)]
 
 
 def _np_position(i: int, size: int, out: int, a: ResizeAttrs, axis: int) -> Fraction:
@@ -191,6 +223,11 @@ def _resize_reference(x: Array, a: ResizeAttrs) -> Array:
         low = [math.floor(p) for p in at]
         weight = np.array([p - f for p, f in zip(at, low, strict=True)], dtype=x.dtype)
         weight = weight.reshape([-1 if j == k else 1 for j in range(x.ndim)])
+        if a.mode == "cubic":
+            taps = [np.take(x, [f + j for f in low], k, mode="clip") for j in range(-1, 3)]
+            x = sum(v * w for v, w in zip(taps, _keys(weight, a.cubic), strict=True))
+            x = np.asarray(x, weight.dtype)
+            continue
         first = np.take(x, low, axis=k, mode="clip")
         x = first + (np.take(x, [f + 1 for f in low], axis=k, mode="clip") - first) * weight
     return np.asarray(x)
@@ -204,7 +241,7 @@ def _resize_samples(draw: Draw) -> tuple[list[Array], ResizeAttrs]:
         sizes = (*of[:2], *(integer(draw, 1, 7) for _ in of[2:]))
     else:
         scales = (1.0, 1.0, *(choice(draw, (1.0, 1.5, 2.0, 3.0)) for _ in of[2:]))
-    mode = choice(draw, ("nearest", "linear"))
+    mode = choice(draw, ("nearest", "linear", "cubic"))
     a = ResizeAttrs(sizes, scales, mode, choice(draw, COORDINATES), choice(draw, ROUNDINGS))
     return [array(draw, of, choice(draw, ("float32", "float64", "float16")))], a
 
@@ -231,6 +268,7 @@ class ResampleAttrs:
 
 
 def _resample_infer(x: Arg, weights: Arg, positions: Arg, a: ResampleAttrs) -> TensorType:
+    need_dtype("resample", x, "f")
     axis = axis_of(a.axis, x.type.rank, "resample")
     if weights.type.rank != 2 or positions.type.shape != weights.type.shape:
         fail(f"resample: weights {weights.type} and positions {positions.type} do not fit together")

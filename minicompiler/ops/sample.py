@@ -164,6 +164,7 @@ def _grid_infer(x: Arg, grid: Arg, a: GridSampleAttrs) -> TensorType:
     need_dtype("grid_sample", grid, "f")
     need_dtype("grid_sample", x, "f")
     need_same("grid_sample", "coordinates", grid.type.shape[-1], rank - 2)
+    need_same("grid_sample", "batches", grid.type.shape[0], x.type.shape[0])
     if a.mode not in MODES or a.padding not in PADDINGS:
         fail(f"grid_sample: mode {a.mode!r} with padding {a.padding!r} is not supported")
     return result((*x.type.shape[:2], *grid.type.shape[1:-1]), x.type.dtype)
@@ -301,6 +302,7 @@ def _roi_infer(x: Arg, rois: Arg, batch: Arg, a: RoiAlignAttrs) -> TensorType:
     need_rank("roi_align", batch, 1, 1)
     need_dtype("roi_align", batch, "i")
     need_same("roi_align", "numbers in a rectangle", rois.type.shape[1], 4)
+    need_same("roi_align", "rectangles and batch indices", rois.type.shape[0], batch.type.shape[0])
     dtype = same_dtype("roi_align", x, rois)
     if a.ratio < 1:
         fail("roi_align: a number of samples that depends on the rectangle is not supported")
@@ -420,7 +422,7 @@ class DeformConvAttrs:
 
 
 def _deform_infer(x: Arg, w: Arg, offset: Arg, *rest: Any) -> TensorType:
-    _, _, a = optional(rest, 2)
+    mask, bias, a = optional(rest, 2)
     rank = need_rank("deform_conv", x, 3)
     need_rank("deform_conv", w, rank, rank)
     need_rank("deform_conv", offset, rank, rank)
@@ -430,6 +432,21 @@ def _deform_infer(x: Arg, w: Arg, offset: Arg, *rest: Any) -> TensorType:
     kernel = [need_const("deform_conv", "the kernel", s) for s in w.type.shape[2:]]
     numbers = product(kernel) * (a.offset_groups * len(kernel))
     need_same("deform_conv", "offsets", offset.type.shape[1], numbers)
+    need_same("deform_conv", "batches", offset.type.shape[0], x.type.shape[0])
+    for what, whole, parts in (
+        ("channels", x.type.shape[1], a.offset_groups),
+        ("filters", w.type.shape[0], a.groups),
+    ):
+        need_same("deform_conv", f"{what} modulo {parts} groups and 0", whole % parts, 0)
+    if mask is not None:
+        need_rank("deform_conv", mask, rank, rank)
+        per_tap = product(kernel) * a.offset_groups
+        wanted = (x.type.shape[0], per_tap, *offset.type.shape[2:])
+        for size, own in zip(wanted, mask.type.shape, strict=True):
+            need_same("deform_conv", "the mask and the offsets", size, own)
+    if bias is not None:
+        need_rank("deform_conv", bias, 1, 1)
+        need_same("deform_conv", "the bias and the filters", bias.type.shape[0], w.type.shape[0])
     shape = (x.type.shape[0], w.type.shape[0], *offset.type.shape[2:])
     return result(shape, dtype)
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import te
-from ..ir.expr import Const, Expr, Load, Var, binary, cast, select
+from ..ir.expr import Const, Expr, Load, Var, binary, cast, minimum, select
 from ..ir.op import Arg, Op, register
 from ..ir.tir import SERIAL, Buffer, For, Stmt, Store, seq
 from ..ir.types import TensorType, index
@@ -31,7 +31,9 @@ from .rules import (
     need_const,
     need_dtype,
     need_rank,
+    need_same,
     same_dtype,
+    same_size,
     wide,
     wrapped,
 )
@@ -83,6 +85,11 @@ def _elements_infer(x: Arg, indices: Arg, updates: Arg, a: ScatterAttrs) -> Tens
     _check_reduction("scatter_elements", a.reduction, x)
     if not indices.type.rank == updates.type.rank == x.type.rank:
         fail(f"scatter_elements: {x.type}, {indices.type} and {updates.type} differ in rank")
+    for k, (size, other) in enumerate(zip(indices.type.shape, updates.type.shape, strict=True)):
+        need_same("scatter_elements", f"axis {k} of indices and updates", size, other)
+        room = x.type.shape[k]
+        if k != a.axis % x.type.rank and same_size(minimum(size, room), size) is False:
+            fail(f"scatter_elements: indices {indices.type} are longer than {x.type} at axis {k}")
     same_dtype("scatter_elements", x, updates)
     return x.type
 
@@ -96,10 +103,14 @@ def _elements_compute(
         source, where, values = ins
         (made,) = outs
 
+        def inner(k: int, i: Expr) -> Expr:
+            size, room = where.shape[k], source.shape[k]
+            return i if same_size(minimum(size, room), size) else clamped(i, room)
+
         def put(*i: Expr) -> Stmt:
-            at = wrapped(Load(where, i), source.shape[axis])
-            place = (*i[:axis], at, *i[axis + 1 :])
-            return _combined(a.reduction, made, place, Load(values, i))
+            place = [inner(k, e) for k, e in enumerate(i)]
+            place[axis] = wrapped(Load(where, i), source.shape[axis])
+            return _combined(a.reduction, made, tuple(place), Load(values, i))
 
         copy = over(source.shape, fresh, lambda *i: Store(made, i, Load(source, i)))
         return seq([copy, over(where.shape, fresh, put)])
@@ -164,6 +175,9 @@ def _nd_infer(x: Arg, indices: Arg, updates: Arg, a: ScatterAttrs) -> TensorType
     depth = need_const("scatter_nd", "the last size of the indices", indices.type.shape[-1])
     if depth > x.type.rank or updates.type.rank != indices.type.rank - 1 + x.type.rank - depth:
         fail(f"scatter_nd: positions {indices.type} and updates {updates.type} do not fit {x.type}")
+    wanted = (*indices.type.shape[:-1], *x.type.shape[depth:])
+    for k, (size, own) in enumerate(zip(wanted, updates.type.shape, strict=True)):
+        need_same("scatter_nd", f"axis {k} of the updates and what they replace", own, size)
     same_dtype("scatter_nd", x, updates)
     return x.type
 
@@ -236,6 +250,11 @@ def _write_infer(x: Arg, updates: Arg, start: Arg, a: WriteAtAttrs) -> TensorTyp
     need_rank("write_at", start, 1, 1)
     need_dtype("write_at", start, "i")
     same_dtype("write_at", x, updates)
+    for k, (size, other) in enumerate(zip(x.type.shape, updates.type.shape, strict=True)):
+        if k != a.axis % x.type.rank:
+            need_same("write_at", f"axis {k} of the tensor and of what is written", size, other)
+    count = start.type.shape[0]
+    need_same("write_at", "the batch and the number of positions", x.type.shape[0], count)
     return x.type
 
 

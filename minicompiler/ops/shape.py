@@ -88,6 +88,8 @@ def reshaped(x: Shape, a: ReshapeAttrs) -> Shape:
     have = simplified(product(x))
     rest = simplified(product(s for s in target if s is not None))
     found = tuple(simplified(have // rest) if s is None else s for s in target)
+    if None in target and rest is not Const(0) and unequal(have % rest, 0):
+        fail(f"reshape: {text(x)} has {have} elements, which {text(a.shape)} does not divide")
     if rest is not Const(0) and unequal(product(found), have):
         fail(
             f"reshape: {text(x)} has {have} elements, {text(a.shape)} holds {rest}",
