@@ -18,6 +18,8 @@ _WHERE = {
     "load": "runtime.module",
     "Module": "runtime.module",
     "Dim": "ir.expr",
+    "Extensions": "extensions",
+    "Limits": "limits",
     "Target": "target",
     "MinicompilerError": "errors",
 }

@@ -4,15 +4,18 @@
     compare(runners, seconds=3.0)        {"minicompiler": Times(...), "onnxruntime": Times(...)}
 
 The runners take turns in short blocks, so that whatever else the machine does meets all of them;
-each block begins with calls that are not counted. The ratio is taken per turn.
+each block begins with calls that are not counted. The ratio is taken per turn. Several runners
+under one name are concurrent callers, each in a thread of its own.
 """
 
 from __future__ import annotations
 
 import importlib
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +27,19 @@ Runner = Callable[[], Sequence[np.ndarray]]
 Prepare = Callable[[Mapping[str, np.ndarray]], Runner]  # inputs -> what runs the model on them
 _BLOCK_SECONDS = 0.05  # of counted calls per turn
 _MIN_TURNS = 5
+_SLOWER = 0.95  # ratio below which another runtime counts as faster
+_NOISY = 2.0  # p99 by median above which a measurement counts as disturbed
 _PAUSE_SECONDS = 0.05  # other runtimes' threads spin for a while after a call
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of the counted calls, turn by turn."""
+    """Seconds of the counted calls, turn by turn. walls: how long the calls of each turn took
+    together, which is less than their sum where callers run at the same time (default: their sum).
+    """
 
     turns: tuple[tuple[float, ...], ...]
+    walls: tuple[float, ...] = ()
 
     @property
     def calls(self) -> list[float]:
@@ -41,19 +49,29 @@ class Times:
         """Seconds: mean, median, p90, p99, best; calls per second; number of calls."""
         calls = self.calls
         p50, p90, p99 = (float(np.percentile(calls, p)) for p in (50, 90, 99))
-        mean = statistics.fmean(calls)
+        wall = sum(self.walls) if self.walls else sum(calls)
         return {
-            "mean": mean, "median": p50, "p90": p90, "p99": p99, "best": min(calls),
-            "calls_per_second": 1 / mean, "calls": len(calls),
+            "mean": statistics.fmean(calls), "median": p50, "p90": p90, "p99": p99,
+            "best": min(calls), "calls_per_second": len(calls) / wall, "calls": len(calls),
         }  # fmt: skip
 
+    def paces(self) -> list[float]:
+        """Per turn, the seconds that count for a ratio: the median call of a single caller, the
+        time of all calls by their number where there are several."""
+        if not self.walls:
+            return [statistics.median(turn) for turn in self.turns]
+        return [wall / len(turn) for wall, turn in zip(self.walls, self.turns, strict=True)]
 
-def compare(runners: Mapping[str, Runner], seconds: float) -> dict[str, Times]:
+
+def compare(runners: Mapping[str, Runner | Sequence[Runner]], seconds: float) -> dict[str, Times]:
     """Times all runners in turn, each for about `seconds` in all."""
-    for run in runners.values():  # the first call may start threads and allocate
-        run()
+    callers = {name: [r] if callable(r) else list(r) for name, r in runners.items()}
+    for together in callers.values():  # the first call may start threads and allocate
+        for run in together:
+            run()
     turns: dict[str, list[tuple[float, ...]]] = {name: [] for name in runners}
-    counts = {name: _count(run) for name, run in runners.items()}
+    walls: dict[str, list[float]] = {name: [] for name in runners}
+    counts = {name: _count(together[0]) for name, together in callers.items()}
     started = time.perf_counter()
     budget = seconds * len(runners)
     k = 0
@@ -62,26 +80,31 @@ def compare(runners: Mapping[str, Runner], seconds: float) -> dict[str, Times]:
         order = list(runners)
         for name in order[k % len(order) :] + order[: k % len(order)]:
             time.sleep(_PAUSE_SECONDS)
-            turns[name].append(_block(runners[name], counts[name]))
+            if len(callers[name]) == 1:
+                turns[name].append(_block(callers[name][0], counts[name]))
+            else:
+                times, wall = _together(callers[name], counts[name])
+                turns[name].append(times)
+                walls[name].append(wall)
         k += 1
-    return {name: Times(tuple(found)) for name, found in turns.items()}
+    return {name: Times(tuple(turns[name]), tuple(walls[name])) for name in runners}
 
 
 def ratios(own: Times, other: Times) -> tuple[float, float, float]:
     """How many times as fast `own` is: median over the turns, and the quartiles around it."""
-    each = [
-        statistics.median(b) / statistics.median(a)
-        for a, b in zip(own.turns, other.turns, strict=True)
-    ]
+    each = [b / a for a, b in zip(own.paces(), other.paces(), strict=True)]
     low, middle, high = (float(np.percentile(each, p)) for p in (25, 50, 75))
     return middle, low, high
 
 
 def _count(run: Runner) -> int:
-    """Calls per turn."""
-    start = time.perf_counter()
-    run()
-    return max(1, int(_BLOCK_SECONDS / (time.perf_counter() - start)))
+    """Calls per turn. The first calls after a pause are slower than the rest."""
+    times: list[float] = []
+    while sum(times) < _BLOCK_SECONDS / 5:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return max(1, int(_BLOCK_SECONDS / statistics.median(times)))
 
 
 def _block(run: Runner, count: int) -> tuple[float, ...]:
@@ -93,6 +116,88 @@ def _block(run: Runner, count: int) -> tuple[float, ...]:
         run()
         times.append(time.perf_counter() - start)
     return tuple(times)
+
+
+def _together(runners: Sequence[Runner], count: int) -> tuple[tuple[float, ...], float]:
+    """A block of each runner, all at the same time: seconds of all calls, and from the first to the
+    last."""
+    ready = threading.Barrier(len(runners))
+
+    def block(run: Runner) -> list[tuple[float, float]]:
+        for _ in range(max(1, count // 10)):  # warm-up
+            run()
+        ready.wait()
+        spans = []
+        for _ in range(count):
+            start = time.perf_counter()
+            run()
+            spans.append((start, time.perf_counter()))
+        return spans
+
+    with ThreadPoolExecutor(len(runners)) as pool:
+        spans = [span for found in pool.map(block, runners) for span in found]
+    wall = max(end for _, end in spans) - min(start for start, _ in spans)
+    return tuple(end - start for start, end in spans), wall
+
+
+# ---- what to try next ----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Measured:
+    """One setting and its result. dims: sizes that were asked for; open_dims: dimensions that could
+    be fixed; ratios: how many times as fast minicompiler is as each other runtime."""
+
+    threads: int
+    dims: Mapping[str, int]
+    open_dims: Sequence[str]
+    summary: Mapping[str, float]
+    ratios: Mapping[str, float]
+
+
+def hint(results: Sequence[Measured], cores: int, streams: int, model: str) -> str:
+    """One line that says what is worth trying next, from what was measured."""
+    for r in results:
+        for name, ratio in r.ratios.items():
+            if ratio < _SLOWER:
+                return (
+                    f"{name} is {1 / ratio:.2f} times as fast on {_threads(r.threads)}: "
+                    f"`minicompiler profile {model} --threads {r.threads}` shows where it is slow"
+                )
+    noisy = next((r for r in results if r.summary["p99"] > _NOISY * r.summary["median"]), None)
+    if noisy is not None:
+        times = noisy.summary["p99"] / noisy.summary["median"]
+        return (
+            f"p99 is {times:.1f} times the median on {_threads(noisy.threads)}: other programs "
+            "disturb, so stop them, use fewer --threads, or measure longer with --seconds 10"
+        )
+    tried = sorted({r.threads for r in results})
+    if len(tried) > 1:
+        same = [r for r in results if r.dims == results[0].dims]
+        best = max(same, key=lambda r: r.summary["calls_per_second"])
+        if best.threads < tried[-1]:
+            more = f"; --streams {cores} --threads 1 runs several calls at once"
+            return (
+                f"--threads {best.threads} is best, more do not pay at this size"
+                f"{more if streams == 1 else ''}"
+            )
+    elif tried[0] < cores:
+        return f"this machine has {cores} cores: --threads {tried[0]},{cores} compares"
+    loose = next((r for r in results if r.open_dims), None)
+    if loose is not None and len(results) == len(tried):
+        sizes = ",".join(f"{n}={loose.dims.get(n, 1)}" for n in loose.open_dims)
+        return (
+            f"compiled for every size of {', '.join(loose.open_dims)}: with a fixed size "
+            f"(--dims {sizes}) kernels may be faster, with several (batch=1,8) they are compared"
+        )
+    if streams == 1 and cores > 1:
+        return (
+            f"for throughput rather than latency, try --streams {cores} --threads 1; "
+            f"`minicompiler profile {model}` shows where the time goes"
+        )
+    return f"`minicompiler profile {model}` shows where the time goes"
+
+
+def _threads(n: int) -> str:
+    return f"{n} thread{'s' if n > 1 else ''}"
 
 
 # ---- other runtimes ------------------------------------------------------------------------------
@@ -109,9 +214,19 @@ def peer(name: str, path: str, threads: int) -> Prepare:
             hint=f"pip install {' '.join(packages)}",
         ) from None
     try:
-        return build(path, threads, *modules)
+        prepare = build(path, threads, *modules)
     except Exception as error:  # a foreign package raises what it likes
         raise MinicompilerError(f"{name} cannot load {path}: {error}") from error
+
+    def checked(feeds: Mapping[str, np.ndarray]) -> Runner:
+        try:
+            run = prepare(feeds)
+            run()
+        except Exception as error:  # as above
+            raise MinicompilerError(f"{name} cannot run {path}: {error}") from error
+        return run
+
+    return checked
 
 
 def _onnxruntime(path: str, threads: int, ort: Any) -> Prepare:
@@ -129,9 +244,11 @@ def _openvino(path: str, threads: int, openvino: Any) -> Prepare:
         "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
     }  # fmt: skip
-    request = core.compile_model(path, "CPU", settings).create_infer_request()
+    compiled = core.compile_model(path, "CPU", settings)
 
     def prepare(feeds: Mapping[str, np.ndarray]) -> Runner:
+        request = compiled.create_infer_request()  # serves one caller at a time
+
         def run() -> list[np.ndarray]:
             found = request.infer(dict(feeds), share_inputs=True, share_outputs=True)
             return [found[k] for k in range(len(found))]

@@ -1,8 +1,10 @@
 """The environment variables, all in one place, read each time they are used.
 
 MINICOMPILER_CACHE    folder of compiled kernels and tuning records (default: the user's cache)
-MINICOMPILER_CHECKED  1: verify every IR after every step (slow; always on in the tests)
-MINICOMPILER_DEBUG    0: quiet, 1: a line per stage on stderr, 2: also each stage's text
+MINICOMPILER_CHECKED  1: verify every step of the compiler, and every kernel while it runs (slow)
+MINICOMPILER_DEBUG    0 to 6: how much the compiler tells on stderr; see docs/debugging.md
+MINICOMPILER_DUMP     folder that every stage's artifact is written to
+MINICOMPILER_OVERRIDE folder of artifacts that replace those of kernels
 MINICOMPILER_THREADS  threads used by a module (default: the usable cores, see target.py)
 """
 
@@ -33,13 +35,32 @@ def checked() -> bool:
 
 
 def debug() -> int:
-    """How much the compiler tells on stderr: 0, 1 or 2."""
-    return _integer("MINICOMPILER_DEBUG", 0, 2) or 0
+    """How much the compiler tells on stderr, each level with those below it.
+
+    0: nothing, 1: stages and their seconds, 2: the graph after each pass, 3: what was fused, what
+    was not and why, 4: loop nests and schedule steps, 5: LLVM IR, 6: assembly.
+    """
+    return _integer("MINICOMPILER_DEBUG", 0, 6) or 0
+
+
+def dump_dir() -> Path | None:
+    """Where artifacts of stages are written, if anywhere."""
+    return _folder("MINICOMPILER_DUMP")
+
+
+def override_dir() -> Path | None:
+    """Where artifacts lie that replace those of kernels, if anywhere."""
+    return _folder("MINICOMPILER_OVERRIDE")
 
 
 def threads() -> int | None:
     """The number of threads asked for, or None to use the usable cores."""
     return _integer("MINICOMPILER_THREADS", 1, 4096)
+
+
+def _folder(name: str) -> Path | None:
+    value = os.environ.get(name, "").strip()
+    return Path(value).expanduser() if value else None
 
 
 def _integer(name: str, lo: int, hi: int) -> int | None:

@@ -12,7 +12,7 @@ A user's mistake raises one of the named errors; a mistake of the compiler raise
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 # A fused kernel can stem from hundreds of nodes; the first few are enough to find the place.
@@ -78,6 +78,29 @@ class MinicompilerError(Exception):
 
 class ImportModelError(MinicompilerError):
     """A model file cannot be read, or uses operators that are not supported."""
+
+
+class UnsupportedError(ImportModelError):
+    """A model uses operators that are not supported.
+
+    operators: the nodes of each such operator, by number; used: of every operator in the model.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        operators: Mapping[str, int] | None = None,
+        used: Mapping[str, int] | None = None,
+        excerpt: str = "",
+        hint: str = "",
+    ) -> None:
+        super().__init__(message, excerpt=excerpt, hint=hint)
+        self.operators = dict(operators or {})
+        self.used = dict(used or {})
+
+
+class LimitError(MinicompilerError):
+    """A model needs more nodes, bytes, time, ... to compile than `Limits` allow."""
 
 
 class ShapeError(MinicompilerError, ValueError):

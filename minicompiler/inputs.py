@@ -8,6 +8,7 @@ random_inputs(plan, sizes, {})                arrays of these sizes, the same on
 
 from __future__ import annotations
 
+import itertools
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -55,6 +56,28 @@ def single(dims: Mapping[str, Sequence[Bounds]]) -> dict[str, Bounds]:
         if len(values) > 1:
             raise MinicompilerError(f"--dims: several values of {name} are for bench only")
     return {name: values[0] for name, values in dims.items()}
+
+
+def cases(
+    dims: Mapping[str, Sequence[Bounds]], fixed: bool
+) -> tuple[dict[str, Bounds], list[dict[str, int]]]:
+    """The bounds to compile for, and the sizes to look at: every combination of the given ones.
+
+    {"batch": [1, 8]} gives {"batch": (1, 8)} and [{"batch": 1}, {"batch": 8}]; fixed: a compiled
+    model, whose bounds are what they are.
+    """
+    bounds: dict[str, Bounds] = {}
+    choices: dict[str, list[int]] = {}
+    for name, values in dims.items():
+        numbers = [v for v in values if isinstance(v, int)]
+        ranges = [v for v in values if not isinstance(v, int)]
+        if not fixed or ranges:
+            several = (min(numbers), max(numbers)) if len(numbers) > 1 else None
+            bounds[name] = ranges[0] if ranges else several or numbers[0]
+        if numbers:
+            choices[name] = numbers
+    combinations = itertools.product(*choices.values())
+    return bounds, [dict(zip(choices, c, strict=True)) for c in combinations]
 
 
 def sizes_for(plan: Plan, wanted: Mapping[str, int]) -> dict[str, int]:
@@ -121,12 +144,18 @@ def random_inputs(
         shape = tuple(evaluate(s, names) for s in t.shape)
         if t.name in given:
             made[t.name] = given[t.name]
-        elif dtype.kind in "biu":
-            # Small, because integers are mostly indices and masks.
-            made[t.name] = rng.integers(0, 2, shape).astype(dtype)
         else:
-            made[t.name] = rng.uniform(-1, 1, shape).astype(dtype)
+            made[t.name] = random_array(rng, dtype, shape)
     return made
+
+
+def random_array(
+    rng: np.random.Generator, dtype: np.dtype[Any], shape: Sequence[int]
+) -> np.ndarray:
+    """Floats in [-1, 1); integers 0 and 1, because they are mostly indices and masks."""
+    if dtype.kind in "biu":
+        return rng.integers(0, 2, shape).astype(dtype)
+    return rng.uniform(-1, 1, shape).astype(dtype)
 
 
 # ---- comparison ----------------------------------------------------------------------------------

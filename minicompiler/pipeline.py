@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from .artifacts import keeps_texts, record
 from .context import Context, Stage
 from .ir.graph import Function
 from .ir.text import function_text
@@ -20,8 +21,9 @@ from .lower.blocks import hoist_conditions, lower_blocks, unswitch
 from .passes.clean import drop_identities, eliminate_common_subexpr
 from .passes.fold import fold_constants
 from .passes.fold_bn import fold_batch_norm
-from .passes.fuse import fuse
+from .passes.fuse import decisions, fuse
 from .passes.layout import convert_layout
+from .passes.recognise import recognise
 from .passes.simplify import simplify
 
 T = TypeVar("T", bound=Any)
@@ -38,8 +40,8 @@ _TIDY: tuple[Pass[Function], ...] = (fold_constants, eliminate_common_subexpr)
 GRAPH_PASSES: dict[int, tuple[Pass[Function], ...]] = {
     0: (drop_identities, fuse),
     1: (*_CLEAN, fuse),
-    2: (*_CLEAN, fold_batch_norm, *_TIDY, fuse),
-    3: (*_CLEAN, fold_batch_norm, *_TIDY, convert_layout, fuse),
+    2: (*_CLEAN, fold_batch_norm, *_TIDY, recognise, fuse),
+    3: (*_CLEAN, fold_batch_norm, *_TIDY, convert_layout, recognise, fuse),
 }
 TIR_PASSES: tuple[Pass[PrimFunc], ...] = (lower_blocks, hoist_conditions, unswitch)
 
@@ -47,7 +49,13 @@ TIR_PASSES: tuple[Pass[PrimFunc], ...] = (lower_blocks, hoist_conditions, unswit
 def run(passes: Sequence[Pass[T]], subject: T, ctx: Context | None = None) -> T:
     """Applies passes in order; with a context, records each as a Stage, verified if checked."""
     before = None
+    if ctx is not None and ctx.options.checked and isinstance(subject, Function):
+        verify_function(subject)
+    if ctx is not None and keeps_texts(ctx) and isinstance(subject, Function):
+        before = function_text(subject)
     for step in passes:
+        if ctx is not None:
+            ctx.budget.check_time(where=step.__name__)
         start = time.perf_counter()
         subject = step(subject, ctx)
         seconds = time.perf_counter() - start
@@ -56,8 +64,9 @@ def run(passes: Sequence[Pass[T]], subject: T, ctx: Context | None = None) -> T:
         if ctx.options.checked and isinstance(subject, Function):
             verify_function(subject)
         text = ""
-        if ctx.options.record and isinstance(subject, Function):
+        if keeps_texts(ctx) and isinstance(subject, Function):
             now = function_text(subject)
             text, before = ("" if now == before else now), now
-        ctx.stages.append(Stage(subject.name, "graph", step.__name__, text, seconds))
+        details = decisions(subject) if step is fuse else {}
+        record(ctx, Stage(subject.name, "graph", step.__name__, text, seconds, details))
     return subject

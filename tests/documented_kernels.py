@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from minicompiler import te
-from minicompiler.ir.expr import Dim, maximum
+from minicompiler.ir.expr import Dim, Expr, maximum
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PrimFunc
 from minicompiler.ir.types import float32
@@ -80,6 +80,41 @@ def lstm_loop() -> PrimFunc:
     return from_tensors("lstm", [x, r], made, [r])
 
 
+def attention(
+    queries: int | Expr, keys: int | Expr, heads: int, size: int, batch: int | Expr = 1
+) -> PrimFunc:
+    """softmax(q k^T / 8 + mask) v per head, rows divided by their sums last. Heads lie side by
+    side in q, k, v and the result."""
+    q = te.placeholder("q", (batch, queries, heads * size), float32)
+    k, v = (te.placeholder(n, (batch, keys, heads * size), float32) for n in "kv")
+    mask = te.placeholder("mask", (queries, keys), float32)
+    (d,) = te.reduce_vars(1)
+    (j,) = te.reduce_vars(1)
+
+    def score(b: Expr, h: Expr, i: Expr, c: Expr) -> Expr:
+        return q[b, i, h * size + d] * k[b, c, h * size + d]
+
+    x = te.compute((batch, heads, queries, keys), score, "scores", ("sum", {d: size})) * 0.125
+    e = te.exp(x + mask - te.max(x + mask, -1))
+    total = te.sum(e, -1)
+
+    def value(b: Expr, h: Expr, i: Expr, c: Expr) -> Expr:
+        return e[b, h, i, j] * v[b, j, h * size + c]
+
+    o = te.compute((batch, heads, queries, size), value, "values", ("sum", {j: keys})) / total
+
+    def joined(b: Expr, i: Expr, c: Expr) -> Expr:
+        return o[b, c // size, i, c % size]
+
+    r = te.compute((batch, queries, heads * size), joined, "heads")
+    return from_tensors("attention", [q, k, v, mask], [r])
+
+
+def attention_heads() -> PrimFunc:
+    """12 heads of 64, 197 positions."""
+    return attention(197, 197, 12, 64)
+
+
 KERNELS: dict[str, Callable[[], PrimFunc]] = {
     "gemm": gemm,
     "conv3x3": conv3x3,
@@ -87,4 +122,5 @@ KERNELS: dict[str, Callable[[], PrimFunc]] = {
     "winograd": winograd,
     "layer_norm": layer_norm_rows,
     "lstm": lstm_loop,
+    "attention": attention_heads,
 }

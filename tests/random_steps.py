@@ -81,6 +81,15 @@ def rfactor(s: Schedule, pick: Pick) -> None:
     s.rfactor(block, pick(s.loops_of(block) or loop_names(s)))
 
 
+def skip(s: Schedule, pick: Pick) -> None:
+    s.skip(pick(block_names(s)))
+
+
+def rolling(s: Schedule, pick: Pick) -> None:
+    block = pick(block_names(s))
+    s.rolling(block, pick(s.loops_of(block) or loop_names(s)))
+
+
 def layout_for(rank: int, pick: Pick) -> list[list[int]] | None:
     """A permutation of the axes, one of them perhaps in blocks."""
     if rank == 0 or pick((True, False)):
@@ -108,7 +117,14 @@ def relayout(s: Schedule, pick: Pick) -> None:
     s.relayout(name, layout_for(len(buffers[name].shape), pick) or [[0, 1, 0]])
 
 
+def prefetch(s: Schedule, pick: Pick) -> None:
+    buffers = [b.name for b in (*s.func.params, *s.func.buffers)]
+    loops = loop_names(s)
+    s.prefetch(pick(buffers), pick(loops), pick((0, 16, 100)), pick([None, *loops]))
+
+
 STEPS = (
     split, split, split, fuse, reorder, reorder, mark, inline, compute_at, compute_at,
-    decompose_reduction, decompose_reduction, stage, stage, stage, relayout, rfactor,
+    decompose_reduction, decompose_reduction, stage, stage, stage, relayout, rfactor, rolling,
+    prefetch, prefetch, skip,
 )  # fmt: skip

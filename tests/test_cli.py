@@ -16,12 +16,12 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 from onnx import ModelProto
-from onnx_models import conv_net, mlp, model, node, numbers, reference_of
+from onnx_models import conv_net, mlp, numbers, reference_of
 from tolerance import assert_close
 
 import minicompiler as mc
 from minicompiler import bench, cli, inputs
-from minicompiler.errors import MinicompilerError, RunError
+from minicompiler.errors import InternalError, MinicompilerError, RunError
 
 Cli = Callable[..., Result]
 WIDE = {"COLUMNS": "200"}
@@ -162,24 +162,18 @@ def test_the_ratio_is_taken_turn_by_turn() -> None:
     assert own.summary()["mean"] == pytest.approx(7 / 3)
 
 
-# ---- inspect and cache ---------------------------------------------------------------------------
+# ---- inspect (tests/test_inspect.py) and cache ---------------------------------------------------
 def test_inspect_tells_operators_work_and_memory(call: Cli, tmp_path: Path) -> None:
     path = saved(conv_net("batch"), tmp_path)
     report = parsed(call("inspect", path, "--dims", "batch=1..4", "--json"))
     assert report["operators"]["conv"] == 3
     convolutions = 2 * (8 * 3 * 9 * 169 + 8 * 8 * 9 * 169 + 12 * 8 * 9 * 4)
-    assert convolutions < report["flops"] < 1.1 * convolutions
-    assert report["memory_bytes"]["arena"] > 0
+    (size,) = report["sizes"]
+    assert convolutions < size["flops"] < 1.1 * convolutions
+    assert size["memory_bytes"]["arena"] > 0
     assert report["dims"] == {"batch": [1, 4, 1]}
     text = call("inspect", path).stdout
     assert "operator" in text and "parameters" in text
-
-
-def test_inspect_lists_what_is_not_supported(call: Cli, tmp_path: Path) -> None:
-    nodes = [node("StringNormalizer", "x", "y"), node("RegexFullMatch", "x", "z")]
-    path = saved(model(nodes, {"x": numbers(3)}, ["y", "z"]), tmp_path)
-    result = call("inspect", path, code=1)
-    assert "StringNormalizer" in result.stderr and "RegexFullMatch" in result.stderr
 
 
 def test_the_cache_can_be_seen_and_cleared(
@@ -240,6 +234,24 @@ def test_ctrl_c_ends_with_130(call: Cli, net: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(inputs, "read_inputs", interrupted)
     assert "interrupted" in call("run", net, code=130).stderr
+    assert parsed(call("run", net, "--json", code=130))["error"] == "KeyboardInterrupt"
+
+
+def test_an_error_is_one_document_too(call: Cli, net: Path) -> None:
+    result = call("run", net, "--dims", "width=2", "--json", code=2)
+    report = parsed(result)
+    assert report["error"] == "ImportModelError" and "width" in report["message"]
+    assert report["text"] in result.stderr
+
+
+def test_a_mistake_of_the_compiler_has_its_own_exit_code(
+    call: Cli, net: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise InternalError("a value is read before it is made")
+
+    monkeypatch.setattr(inputs, "read_inputs", broken)
+    assert "InternalError: a value is read" in call("run", net, code=4).stderr
 
 
 # ---- dimensions and differences ------------------------------------------------------------------

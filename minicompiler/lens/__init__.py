@@ -1,0 +1,1 @@
+"""Looking into a compilation: what every stage did (explain), and which one went wrong (verify)."""

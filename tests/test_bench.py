@@ -1,0 +1,136 @@
+"""Timing of models and peers: concurrent callers, ratios with their spread, the hint."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx_models import conv_net, mlp
+
+import minicompiler as mc
+from minicompiler import bench, cli
+from minicompiler.bench import Measured, Times
+from minicompiler.errors import MinicompilerError
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    """x[batch, 20] -> y[batch, 7]"""
+    path = tmp_path / "net.onnx"
+    onnx.save(mlp("batch"), path)
+    return path
+
+
+def run(*args: str | Path, code: int = 0) -> Any:
+    """The JSON of a command that ends with `code`."""
+    result = CliRunner().invoke(cli.main, [str(a) for a in args])
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout)
+
+
+# ---- callers at the same time --------------------------------------------------------------------
+def test_streams_call_at_the_same_time() -> None:
+    """Eight calls that sleep overlap: together they take less than one after the other."""
+    seen: set[int] = set()
+
+    def sleep() -> list[np.ndarray]:
+        seen.add(threading.get_ident())
+        time.sleep(0.004)
+        return []
+
+    alone, together = (bench.compare({"x": [sleep] * n}, 0.1)["x"] for n in (1, 8))
+    assert len(seen) > 8
+    assert not alone.walls and len(together.walls) == len(together.turns) >= 5
+    one, eight = (t.summary()["calls_per_second"] for t in (alone, together))
+    assert eight > 3 * one
+    assert together.summary()["median"] >= 0.004
+    # Paces count throughput when there are several callers.
+    assert max(together.paces()) < 0.004 <= min(alone.paces())
+
+
+def test_a_summary_counts_wall_time_of_concurrent_calls() -> None:
+    both = Times(((1.0, 1.0, 1.0, 1.0), (2.0, 2.0, 2.0, 2.0)), (2.0, 4.0))
+    found = both.summary()
+    assert found["mean"] == 1.5 and found["calls"] == 8 and found["best"] == 1.0
+    assert found["calls_per_second"] == pytest.approx(8 / 6)
+    assert both.paces() == [0.5, 1.0]
+    slower = Times(both.turns, (4.0, 8.0))
+    assert bench.ratios(both, slower) == (2.0, 2.0, 2.0)
+
+
+def test_streams_on_one_module(net: Path) -> None:
+    report = run("bench", net, "--streams", "3", "--threads", "2", "--seconds", "0.1",
+                 "--against", "onnxruntime", "--json")  # fmt: skip
+    (result,) = report["results"]
+    assert report["streams"] == result["streams"] == 3
+    other = result["runtimes"]["onnxruntime"]
+    assert 0 < other["ratio_quartiles"][0] <= other["ratio"] <= other["ratio_quartiles"][1]
+    assert other["difference"] < 1e-5 and result["compile_seconds"] > 0
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
+def test_batch_names_the_first_axis(net: Path, tmp_path: Path) -> None:
+    report = run("bench", net, "--batch", "1,3", "--seconds", "0.1", "--json")
+    assert [r["dims"] for r in report["results"]] == [{"batch": 1}, {"batch": 3}]
+    saved = tmp_path / "m.mc"
+    mc.compile(str(net), dims={"batch": (1, 8)}).save(saved)
+    report = run("bench", saved, "--batch", "2", "--seconds", "0.1", "--json")
+    assert report["results"][0]["dims"] == {"batch": 2}
+    onnx.save(conv_net(1), tmp_path / "fixed.onnx")
+    report = run("bench", tmp_path / "fixed.onnx", "--batch", "2", "--json", code=2)
+    assert "its sizes are fixed" in report["message"]
+
+
+# ---- the hint ------------------------------------------------------------------------------------
+def measured(threads: int = 2, median: float = 1.0, p99: float = 1.1, **changes: Any) -> Measured:
+    summary = {"median": median, "p99": p99, "calls_per_second": 1 / median}
+    fields: dict[str, Any] = {"dims": {"batch": 1}, "open_dims": [], "ratios": {}}
+    return Measured(threads, summary=summary, **{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("results", "cores", "streams", "words"),
+    [
+        ([measured(ratios={"openvino": 0.5})], 2, 1, "openvino is 2.00 times as fast on 2 threads"),
+        ([measured(p99=3.0)], 2, 1, "p99 is 3.0 times the median"),
+        ([measured(1, 1.0), measured(2, 1.5)], 2, 1, "--threads 1 is best, more do not pay"),
+        ([measured(1)], 4, 1, "this machine has 4 cores: --threads 1,4"),
+        ([measured(dims={}, open_dims=["batch"])], 2, 1, "--dims batch=1"),
+        ([measured()], 2, 1, "--streams 2 --threads 1"),
+        ([measured()], 2, 2, "`minicompiler profile net.onnx` shows where the time goes"),
+        ([measured(1, 2.0), measured(2, 1.0)], 2, 2, "shows where the time goes"),
+    ],
+)
+def test_the_hint_follows_from_what_was_measured(
+    results: list[Measured], cores: int, streams: int, words: str
+) -> None:
+    assert words in bench.hint(results, cores, streams, "net.onnx")
+
+
+def test_the_hint_is_one_line(net: Path) -> None:
+    result = CliRunner().invoke(cli.main, ["bench", str(net), "--seconds", "0.1"])
+    assert result.stdout.splitlines()[-1].startswith("hint: ")
+
+
+# ---- peers ---------------------------------------------------------------------------------------
+def test_a_peer_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, net: Path) -> None:
+    def build(path: str, threads: int, *_: Any) -> Any:
+        def prepare(feeds: Mapping[str, np.ndarray]) -> Any:
+            def run() -> Any:
+                raise ValueError("no kernel for this")
+
+            return run
+
+        return prepare
+
+    monkeypatch.setitem(bench.PEERS, "torch", (build, ("numpy",)))
+    with pytest.raises(MinicompilerError, match=r"torch cannot run net\.onnx: no kernel for this"):
+        bench.peer("torch", "net.onnx", 1)({})

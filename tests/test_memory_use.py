@@ -1,0 +1,62 @@
+"""Memory while compiling and afterwards, on a model of 100 MB."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from memory_use import limits, measured
+from onnx_models import model, node, numbers
+
+import minicompiler as mc
+from minicompiler.prepare import _contiguous, settle
+
+SIZE = 2560
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_weights_are_held_once_and_packed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table that is read by rows and, transposed, by a product; and two other products."""
+    monkeypatch.setenv("MINICOMPILER_CACHE", str(tmp_path / "cache"))
+    table, one, two = (numbers(SIZE * 2, SIZE) / SIZE for _ in range(3))
+    nodes = [
+        node("Gather", "table ids", "x"), node("MatMul", "x one", "a"),
+        node("Relu", "a", "b"), node("MatMul", "b two", "c"),
+        node("Transpose", "table", "t", perm=[1, 0]), node("MatMul", "c t", "y"),
+    ]  # fmt: skip
+    weights = {"table": table, "one": one.T, "two": two}
+    weights = {k: np.ascontiguousarray(v) for k, v in weights.items()}
+    proto = model(nodes, {"ids": np.arange(3)}, ["y"], weights)
+    path = tmp_path / "net.onnx"
+    onnx.save(proto, path)
+    use = measured(str(path))
+    peak, resident = limits(use)
+    assert use["weights"] == pytest.approx(3 * SIZE * SIZE * 8, rel=0.01)
+    assert use["peak"] <= peak
+    # The table counts once: as it is read by rows, it stays in the mapped file.
+    assert use["resident"] - use["baseline"] <= resident
+    (y,) = mc.compile(path, record=False)(np.arange(3))
+    want = np.maximum(table[:3] @ weights["one"], 0) @ two @ table.T
+    np.testing.assert_allclose(y, want, atol=1e-4 * np.abs(want).max())
+
+
+def test_a_small_constant_does_not_keep_the_file_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    np.arange(4000, dtype=np.float32).tofile(path)
+    mapped = np.memmap(path, np.float32, "r")
+    own = np.ones(3)
+    kept, same = settle([mapped[5:9], own])
+    assert kept.base is None and kept.tolist() == [5, 6, 7, 8] and same is own
+
+
+def test_a_transposed_matrix_is_copied_in_tiles() -> None:
+    for shape in ((70, 200), (64, 64), (3, 500), (129, 65)):
+        a = numbers(*shape)
+        copied = _contiguous(a.T)
+        assert copied.flags.c_contiguous
+        np.testing.assert_array_equal(copied, a.T)
