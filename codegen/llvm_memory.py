@@ -299,8 +299,9 @@ class Memory(Values):
                 for key in [k for k in scope.values if isinstance(k, tuple) and s.buffer in k]:
                     if key[0] == "column":
                         del scope.values[key]
-        if self.combines_lanes(s):
-            s = s.with_(value=self.combined(s))
+        lanes_of_one = self.combined_lanes(s)
+        if lanes_of_one is not None:
+            s = s.with_(value=self.combined(s, lanes_of_one))
         buffer, indices = s.buffer, s.indices
         value = self.value(s.value)
         mask = self.masks[-1] if self.masks else None
@@ -368,21 +369,23 @@ class Memory(Values):
         return found.name
 
     # ---- all lanes into one element -------------------------------------------------------------
-    def combines_lanes(self, s: Store) -> bool:
-        """C = combine(C, x) where only x has lanes."""
-        if self.vector is None or type(s.value) is not Binary or type(s.value.a) is not Load:
-            return False
-        own, v = s.value.a, self.vector[0]
-        same = own.buffer is s.buffer and own.indices == s.indices
-        return same and v not in free_vars(own) and v in free_vars(s.value.b)
+    def combined_lanes(self, s: Store) -> Expr | None:
+        """x, where the store is C = combine(C, x) in either order and only x has lanes."""
+        if self.vector is None or type(s.value) is not Binary:
+            return None
+        v = self.vector[0]
+        for own, x in ((s.value.a, s.value.b), (s.value.b, s.value.a)):
+            if type(own) is Load and own.buffer is s.buffer and own.indices == s.indices:
+                return x if v not in free_vars(own) and v in free_vars(x) else None
+        return None
 
-    def combined(self, s: Store) -> Expr:
+    def combined(self, s: Store, x: Expr) -> Expr:
         """The value of such a store with x combined pairwise: halves, then halves of those."""
         assert isinstance(s.value, Binary)
         t = s.value.dtype
-        x = self.value(s.value.b)
-        scalar, lanes = value_type(t), x.lanes
-        name = x.name
+        found = self.value(x)
+        scalar, lanes = value_type(t), found.lanes
+        name = found.name
         while lanes > 1:
             ty, lanes = vector(scalar, lanes), lanes // 2
             low, high = [
@@ -398,7 +401,7 @@ class Memory(Values):
         self.count += 1
         made = Var(f"lanes{self.count}", t)
         self.names[made], self.level[made] = name, len(self.scopes) - 1
-        return Binary(s.value.op, s.value.a, made)
+        return Binary(s.value.op, Load(s.buffer, s.indices), made)
 
     def scatter(self, s: Store, value: Operand) -> None:
         """Lane by lane, in order: of several lanes that store to one element the last one wins."""

@@ -93,13 +93,13 @@ def _scan(n: OnnxNode) -> tuple[Any, ...]:
         ]
         results = n.branch("body", *state, *parts)
         state = list(results[: len(state)])
-        for made, value, axis in zip(stacked, results[len(state) :], out_axes, strict=False):
+        for pile, value, axis in zip(stacked, results[len(state) :], out_axes, strict=False):
             at = axis if axis >= 0 else axis + type_of(value).rank + 1
-            made.append(n.apply(sh.unsqueeze, value, attrs=sh.UnsqueezeAttrs((at,)), name=""))
+            pile.append(n.apply(sh.unsqueeze, value, attrs=sh.UnsqueezeAttrs((at,)), name=""))
     whole = []
-    for made, axis, back in zip(stacked, out_axes, reverse, strict=True):
-        at = axis if axis >= 0 else axis + type_of(made[0]).rank
-        whole.append(_joined(n, made[::-1] if back else made, at))
+    for pile, axis, back in zip(stacked, out_axes, reverse, strict=True):
+        at = axis if axis >= 0 else axis + type_of(pile[0]).rank
+        whole.append(_joined(n, pile[::-1] if back else pile, at))
     return (*state, *whole)
 
 

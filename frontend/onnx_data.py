@@ -52,13 +52,13 @@ def tensor_array(
     if tensor.data_location == TensorProto.EXTERNAL:
         return _external(tensor, folder, file, dtype, shape, size)
     if raw is not None or tensor.HasField("raw_data"):
-        raw = tensor.raw_data if raw is None else raw
-        if len(raw) != size:
+        data = tensor.raw_data if raw is None else raw
+        if len(data) != size:
             raise ImportModelError(
-                f"{file}: {what} of shape {list(shape)} needs {size} bytes, found {len(raw)}",
+                f"{file}: {what} of shape {list(shape)} needs {size} bytes, found {len(data)}",
                 hint="the file may be truncated",
             )
-        return np.frombuffer(raw, dtype).reshape(shape)
+        return np.frombuffer(data, dtype).reshape(shape)
     try:
         return np.asarray(numpy_helper.to_array(tensor)).astype(dtype, copy=False)
     except (ValueError, TypeError) as e:

@@ -79,7 +79,7 @@ def _without_weights(data: memoryview) -> tuple[bytes, list[memoryview | None]]:
         parts += [_key(_INITIALIZER, len(tensor)), tensor]
         weights.append(weight)
     inner = b"".join(parts)
-    whole = []
+    whole: list[bytes | memoryview] = []
     for field, begin, _, b in _fields(data, _GRAPH):
         whole += [_key(_GRAPH, len(inner)), inner] if field == _GRAPH else [data[begin:b]]
     return b"".join(whole), weights

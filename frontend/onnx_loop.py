@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from minicompiler.ir.arith import Arith
-from minicompiler.ir.expr import ZERO, Const, Dim, Expr, const_int, free_vars, maximum, wrap
+from minicompiler.ir.expr import ZERO, Const, Dim, Expr, const_int, free_vars, maximum
 from minicompiler.ir.graph import (
     Constant,
     Function,
@@ -159,16 +159,16 @@ def run(
     first = _both(n, start, None if trips is None else _less(n, zero, trips))
     given = [zero, *[_size(n, own[j].shape[axis]) for j, axis in sizes]]
     given += _padded(n, states, sizes)
-    attrs = ct.LoopAttrs(
-        body, len(params), n.dim(f"{n.loc.name}.iteration", None).name, most if rows else ZERO
-    )  # type: ignore[arg-type]
+    iteration = n.dim(f"{n.loc.name}.iteration", None).name
+    room: Expr = most if rows and most is not None else ZERO
+    attrs = ct.LoopAttrs(body, len(params), iteration, room)
     found = items(n.apply(ct.loop, first, *given, *captured, attrs=attrs, name=""))
     done, ends = found[0], found[1 : 1 + len(counts)]
     last = _cut(n, found[1 + len(counts) : len(params)], ends, sizes)
     stacks: Sequence[Value] = found[len(params) :]
     exact = _always(n, going) and _always(n, start) and not told
     if not exact:
-        stacks = [_head(n, s, done, 0, wrap(most)) for s in stacks]  # type: ignore[arg-type]
+        stacks = [_head(n, s, done, 0, room) for s in stacks]
     return (*last, *stacks)
 
 

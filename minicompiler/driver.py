@@ -42,9 +42,9 @@ from .context import Context, Options, Stage
 from .errors import InternalError, MinicompilerError
 from .extensions import Extensions
 from .frontend import onnx as onnx_frontend
-from .ir.arith import dims_of, evaluate_int
+from .ir.arith import Arith, dims_of, evaluate_int
 from .ir.equal import structural_key
-from .ir.expr import ZERO, Dim, Expr, binary, eq, substitute, wrap
+from .ir.expr import ZERO, Const, Dim, Expr, binary, eq, substitute, wrap
 from .ir.graph import (
     Apply,
     Constant,
@@ -173,22 +173,34 @@ def import_model(
 
 
 def run_time_guards(fn: Function) -> list[tuple[Expr, str]]:
-    """The equalities of sizes that type rules took for granted, each with the node that needs
-    it."""
+    """What type rules took for granted, each with the node that needs it: sizes that are equal, and
+    sizes that are not negative (a window larger than the image)."""
     found: dict[Expr, str] = {}
     nodes = [v for f in every_function(fn) for v in applies(f)]
     counted = any(isinstance(v.attrs, Counted) for v in nodes)
-    if not function_dims(fn) and not counted:
+    known = frozenset(function_dims(fn))
+    if not known and not counted:
         return []
     for v in nodes:
         if isinstance(v.op, Function):
             continue
         with assumptions() as pairs:
             v.op.infer(*[None if a is None else arg_of(a) for a in v.args], v.attrs)
+        where = str(v.locs[0]) if v.locs else v.op.name
         for a, b in pairs:
-            where = str(v.locs[0]) if v.locs else v.op.name
             found.setdefault(eq(a, b), f"{where} needs {a} = {b}")
+        for t in v.type if isinstance(v.type, tuple) else (v.type,):
+            for size in t.shape:
+                if _may_be_negative(size, known):
+                    found.setdefault(size >= ZERO, f"{where} makes {t}")
     return list(found.items())
+
+
+def _may_be_negative(size: Expr, known: frozenset[Dim]) -> bool:
+    """Whether a size has to be looked at when a call tells the dimensions `known`."""
+    if isinstance(size, Const | Dim) or not known.issuperset(dims_of([size])):
+        return False
+    return Arith().prove(size >= ZERO) is not True
 
 
 def optimise(fn: Function, ctx: Context) -> Function:
@@ -309,16 +321,17 @@ _fingerprint: list[str] = []
 
 
 def _stamp(target: Target) -> str:
-    """Version, sources of the compiler, and the target."""
+    """Version, the sources that make kernels, and the target."""
     if not _fingerprint:
         digest = hashlib.blake2b(digest_size=16)
         top = Path(__file__).parent
-        from . import codegen, frontend, schedules
+        from . import codegen, schedules
 
-        folders = [top, *[Path(m.__path__[0]) for m in (codegen, frontend, schedules)]]
-        for folder in folders:
-            for path in sorted(folder.rglob("*.py")):
-                digest.update(path.read_bytes())
+        layers = [top / name for name in ("ir", "ops", "passes", "lower", "runtime")]
+        layers += [Path(m.__path__[0]) for m in (codegen, schedules)]
+        files = [f for folder in layers for f in folder.rglob("*.py")]
+        for path in sorted([*files, *(top / f"{n}.py" for n in ("driver", "pipeline", "te"))]):
+            digest.update(path.read_bytes())
         _fingerprint.append(digest.hexdigest())
     return f"{VERSION} {_fingerprint[0]} {json.dumps(target.to_json(), sort_keys=True)}"
 

@@ -185,22 +185,40 @@ def apply(s: Schedule) -> None:
     for name in [*reversed(order), nest.scores]:
         s.compute_at(name, home)
 
-    tiled = rows > 1
-    whose = shared[0] if own else None
-
-    # ---- the rows: scores, what happens to them, all in thread-local memory ---------------------
-    place = home
+    # ---- what is done per row: everything up to the second product ------------------------------
+    place, tiled = home, rows > 1
     if size:
         place, order = _roll(s, nest, order, home, size)
-    packed = []
-    for name in (nest.scores, nest.values) if tiled else ():
-        out = s.block(name)[0].body.indices
-        lane = out[nest.column] if name == nest.scores else nest.lane
-        wide = width if name == nest.scores else across
-        packed.append(_pack(s, name, lane, wide, whose, height or WORTH_A_COPY))
+    packed, whose = [], shared[0] if own else None
+    if tiled:
+        column = s.block(nest.scores)[0].body.indices[nest.column]
+        readers = height or WORTH_A_COPY
+        packed.append(_pack(s, nest.scores, column, width, whose, readers))
+        packed.append(_pack(s, nest.values, nest.lane, across, whose, readers))
+    _hold_rows(s, nest, order, place, width, tiled)
+
+    # ---- the second product, the last block -----------------------------------------------------
+    if size:
+        _hold_sums(s, nest, home, place, across)
+    else:
+        _second_product(s, nest, v_o)
+    if nest.last != nest.values:
+        elementwise.vector_tile(s, nest.last, s.loops_of(nest.last)[-len(tile) - 1])
+    for copy in packed:
+        if copy is not None:
+            _fill_panels(s, f"{copy}_in", whose)
+    for name in nest.after:
+        elementwise.one_block(s, name)
+    s.mark(shared[0], PARALLEL)
+
+
+def _hold_rows(
+    s: Schedule, nest: _Nest, order: list[str], place: str, width: int, tiled: bool
+) -> None:
+    """The scores of a tile of rows and the blocks after them, in memory of `place`, in vectors."""
     buffers = {n: s.block(n)[0].body.buffer.name for n in (nest.scores, *order)}
     if tiled:
-        j_o, first = _tile_of_scores(s, nest, place, width)
+        around, first = _tile_of_scores(s, nest, place, width)
     else:
         rows_rule.schedule_reduction(s, nest.scores, place)
     cuts = {n: _cut_columns(s, n, nest.column, place, width) for n in order}
@@ -212,35 +230,24 @@ def apply(s: Schedule) -> None:
         else:
             held = s.stage(buffer, place, Scope.LOCAL)
             if n == nest.scores and tiled:
-                _in_registers(s, n, held, j_o, first)
+                _in_registers(s, n, held, around, first)
     for n, cut in cuts.items():
         if cut is not None:
             _mark_columns(s, n, place, cut)
 
-    # ---- their product with the other operand ---------------------------------------------------
+
+def _second_product(s: Schedule, nest: _Nest, at: str) -> None:
+    """One register tile of the second product per iteration of `at`, over all columns."""
     block, path = s.block(nest.values)
-    out = block.body.buffer.name
-    if size:
-        _hold_sums(s, nest, home, place, across)
-        out = s.block(nest.values)[0].body.buffer.name
-        v_o = s.loops_of(nest.values)[-4]
-        _in_registers(s, nest.values, out, v_o)
-    else:
-        inside = _below(s, nest.values, v_o)
-        (k,) = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
-        if inside != [k, *[n for n in inside if n != k]]:
-            s.reorder(k, *[n for n in inside if n != k])
-        first = s.decompose_reduction(nest.values, k)
-        # The last block may read the tile at i // n and i % n: a box of the product's axes.
-        boxed = IndexMap.identity(len(block.body.indices)) if nest.last != nest.values else None
-        _in_registers(s, nest.values, out, v_o, first, boxed)
-    if nest.last != nest.values:
-        elementwise.vector_tile(s, nest.last, s.loops_of(nest.last)[-len(tile) - 1])
-    for buffer in filter(None, packed):
-        _fill_panels(s, f"{buffer}_in", whose)
-    for name in nest.after:
-        elementwise.one_block(s, name)
-    s.mark(shared[0], PARALLEL)
+    (k,) = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
+    inside = _below(s, nest.values, at)
+    wanted = [k, *[n for n in inside if n != k]]
+    if inside != wanted:
+        s.reorder(*wanted)
+    first = s.decompose_reduction(nest.values, k)
+    # The last block may read the tile at i // n and i % n: a box of the product's axes.
+    boxed = IndexMap.identity(len(block.body.indices)) if nest.last != nest.values else None
+    _in_registers(s, nest.values, block.body.buffer.name, at, first, boxed)
 
 
 def _columns(s: Schedule, nest: _Nest, rows: int) -> int:
@@ -252,7 +259,7 @@ def _columns(s: Schedule, nest: _Nest, rows: int) -> int:
         return 0
     count = const_int(s.block(nest.scores)[0].body.buffer.shape[nest.column])
     long = count is not None and 2 * 4 * rows * count > s.target.caches[1] // 2
-    return s.choose("columns", (0, 64, 256, 512, 1024), 512 if long else 0)  # type: ignore[no-any-return]
+    return s.choose("columns", (0, 64, 256, 512, 1024), 512 if long else 0)
 
 
 def _is_maximum(s: Schedule, name: str) -> bool:
@@ -332,6 +339,7 @@ def _hold_sums(s: Schedule, nest: _Nest, home: str, place: str, across: int) -> 
         rows = [x for x in below if x.var.name != place]
         if len(rows) == 1 and rows[0].kind is SERIAL:
             s.mark(rows[0].var.name, UNROLL)
+    _in_registers(s, nest.values, s.block(nest.values)[0].body.buffer.name, v_o)
 
 
 def _vector_width(s: Schedule, loop: str, width: int, divided: bool) -> int:

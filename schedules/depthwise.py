@@ -39,11 +39,15 @@ class _Nest:
 
 def applies(s: Schedule) -> bool:
     """The only reduction is over windows, and what follows it is elementwise."""
-    reductions = [b for b in analysis.blocks(s.func) if analysis.is_reduction(b)]
-    if len(reductions) != 1 or _analyse(s, reductions[0]) is None:
+    every = list(analysis.blocks(s.func))
+    sums = [b for b in every if analysis.is_reduction(b)]
+    if len(sums) != 1 or _analyse(s, sums[0]) is None:
         return False
-    made = {reductions[0].body.buffer}
-    for b in _followers(s, reductions[0]):
+    followers = _followers(s, sums[0])
+    if every[every.index(sums[0]) + 1 :] != followers:
+        return False
+    made = {sums[0].body.buffer}
+    for b in followers:
         made.add(b.body.buffer)
         at = [i for x in analysis.block_loads(b) if x.buffer in made for i in x.indices]
         if any(const_int(i) is None and i not in b.body.indices for i in at):
@@ -55,7 +59,7 @@ def _analyse(s: Schedule, block: Block) -> _Nest | None:
     update = analysis.update_operand(block)
     if update is None or any(type(e) is Call for e in walk(update[1])):
         return None
-    if any(not isinstance(i.value, Var) for i in block.iters):
+    if not block.body.indices or any(not isinstance(i.value, Var) for i in block.iters):
         return None
     spatial = {i.var: i for i in block.iters if not i.reduce}
     reduce = {i.var: i for i in block.iters if i.reduce}
@@ -64,7 +68,7 @@ def _analyse(s: Schedule, block: Block) -> _Nest | None:
     last = at[layout.splits()[-1][0]]
     in_memory = [at[axis] for axis, _, modulus in layout.splits() if modulus == 0]
     order = [spatial[i] for i in in_memory if i in spatial]
-    if last not in spatial:
+    if last not in spatial or len(order) != len(spatial):
         return None
     vector = spatial[last]
     # Every operand is a window or has just the axes of the vector and the window.
@@ -79,7 +83,7 @@ def _analyse(s: Schedule, block: Block) -> _Nest | None:
         return None
     moving = [free_vars(i) for i in windows[0].indices]
     slides = {v for used in moving if used & spatial.keys() for v in used & reduce.keys()}
-    # Of the axes along which a window has an extent, the innermost in memory.
+    # A tile runs along the innermost axis that matters to what the windows slide over.
     lines = [i for i in order if i is not vector and any(i.var in used for used in moving)]
     if slides != reduce.keys() or not lines:
         return None
@@ -125,7 +129,8 @@ def apply(s: Schedule) -> None:
     line, column = s.split(_loop(nest.line), _columns(s, nest), "mask")
     place = {id(nest.vector): outer, id(nest.line): line}
     order = [place.get(id(i)) or _loop(i) for i in nest.order]
-    unrolled = [_loop(i) for i in nest.along if (const_int(i.extent) or 99) <= WRITTEN_OUT]
+    short = [i for i in nest.along if (const_int(i.extent) or WRITTEN_OUT + 1) <= WRITTEN_OUT]
+    unrolled = [_loop(i) for i in short]
     taps = [n for n in map(_loop, nest.taps) if n not in unrolled] + unrolled
     s.reorder(*order, *parts, *taps, column, lane)
     # ---- weights, what comes after, the register tile -------------------------------------------
@@ -178,7 +183,8 @@ def _loop(it: Iter) -> str:
 
 
 def _columns(s: Schedule, nest: _Nest) -> int:
-    """How many neighbours along a line are one tile: the fewest tiles, then the smallest."""
+    """How many neighbours along a line are one tile: what takes the least time, when each tile
+    takes as long as one neighbour more."""
     extent = const_int(nest.line.extent)
     best = TILE
     if extent is not None:

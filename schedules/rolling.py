@@ -138,7 +138,7 @@ def _siblings(s: Schedule, outer: analysis.Path, loop: For) -> tuple[list[Stmt],
         return list(outer[-1].stmts), None
     start = next(k for k, p in enumerate(s.func.phases) if analysis.contains(p, loop))
     found: list[Stmt] = []
-    numbers = []
+    numbers: list[int] = []
     for k, p in enumerate(s.func.phases[start:], start):
         for x in p.stmts if isinstance(p, Seq) else (p,):
             if any(isinstance(y, For) and y.kind is PARALLEL for y in statements(x)):

@@ -118,7 +118,10 @@ def _group_loops(s: Schedule, last: str) -> list[str] | None:
         return None
     loop_of = {i.var: i.value for i in block.iters if isinstance(i.value, Var)}
     around = [x.var.name for x in analysis.loops_in(path)]
-    *whole, grouped = shared.pop()
+    at = shared.pop()
+    if not at:
+        return None
+    *whole, grouped = at
     divided = type(grouped) is Binary and grouped.op == "floordiv" and const_int(grouped.b)
     if not divided or any(i not in loop_of for i in (*whole, grouped.a)):
         return None
@@ -142,10 +145,13 @@ def _one_row(s: Schedule, name: str, top: str) -> None:
     lanes = elementwise.lanes_for(s, block)
     loop = inner[-1]
     extent = const_int(s.loop(loop)[0].extent)
-    if extent is not None and extent <= lanes:
+    vector = s.target.vector_bytes // 4
+    if extent is not None and extent <= vector:
         s.mark(loop, VECTOR)
         return
-    _, v = s.split(loop, lanes, "mask")
+    # Whoever fills a row fills at least as much of it as anyone reads.
+    short = extent is not None and extent <= lanes
+    _, v = s.split(loop, vector if short else lanes, "mask")
     s.mark(v, VECTOR)
 
 

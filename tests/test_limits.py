@@ -120,7 +120,7 @@ def test_model_bytes_count_the_file_and_the_files_beside_it(tmp_path: Path) -> N
     path = tmp_path / "net.onnx"
     onnx.save(proto, path, save_as_external_data=True, location="w.bin", size_threshold=0)
     assert path.stat().st_size < 1000
-    with pytest.raises(LimitError, match='(?s)takes? .* bytes, the limit is 4000.*"w"'):
+    with pytest.raises(LimitError, match=r'(?s)takes? .* bytes, the limit is 4000.*"w"'):
         mc.compile(path, limits=Limits(model_bytes=4000))
     with pytest.raises(LimitError, match="the limit is 100"):
         mc.compile(path.read_bytes(), limits=Limits(model_bytes=100))

@@ -37,7 +37,16 @@ from minicompiler.schedules.schedule import Step
 
 from .compare import WRONG, deviation
 from .evaluate import Exact
-from .kernel import State, invoke, is_small, making_of, run, run_in_memory, shared_places
+from .kernel import (
+    State,
+    invoke,
+    is_small,
+    making_of,
+    run,
+    run_in_memory,
+    shared_places,
+    with_sizes,
+)
 from .memory import from_memory, one_to_one, physical_shape, poisoned, to_memory
 
 Array = np.ndarray
@@ -226,7 +235,7 @@ def blame_kernel(
     assert ctx.target is not None
     target = ctx.target
     making = making_of(case.fn, case.constant, ctx)
-    states, dims = making.states, making.dims(case.dims)
+    states, dims = making.states, with_sizes(case.dims, making.sizes)
     failures: dict[int, str] = {}
 
     def bad(k: int) -> bool:

@@ -81,9 +81,10 @@ class Making:
     prepared: tuple[Prepared, ...]
     sizes: Sizes
 
-    def dims(self, known: Mapping[str, int]) -> dict[str, int]:
-        """The sizes that the kernel's functions mention, from those of the model."""
-        return {**known, **{d.name: evaluate_int(size, known) for d, size in self.sizes}}
+
+def with_sizes(dims: Mapping[str, int], named: Sizes) -> dict[str, int]:
+    """The dimensions of the model, and what a kernel calls sizes that follow from them."""
+    return {**dims, **{d.name: evaluate_int(size, dims) for d, size in named}}
 
 
 def making_of(fn: Function, constant: tuple[bool, ...], ctx: Context) -> Making:

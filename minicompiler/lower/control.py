@@ -146,7 +146,7 @@ def _loop(v: Apply, a: LoopAttrs) -> list[Step]:
             steps.append(Reserve(stack))
             last.append(_copy(row, stack, True, _iteration(a) * _bytes(type_of(row))))
     # All new states, before any of them takes the place of an old one.
-    moved = []
+    moved: list[Value] = []
     for x, p in zip(made, states, strict=False):
         if isinstance(x, Input | Constant) or any(x is m for m in moved):
             t = Input("next", p.type)

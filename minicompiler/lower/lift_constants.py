@@ -13,6 +13,7 @@ import dataclasses
 
 from minicompiler.ir.expr import Dim, Expr, Load, free_vars, rewrite
 from minicompiler.ir.tir import (
+    Alloc,
     Block,
     Buffer,
     For,
@@ -46,7 +47,8 @@ def lift_constants(func: PrimFunc) -> tuple[PrimFunc, tuple[Prepared, ...]]:
     later = [written_buffers(p) for p in func.phases]
     for k in range(len(func.phases)):
         phase = func.phases[k]  # with what was prepared before in place
-        written, read = written_buffers(phase), read_buffers(phase)
+        own = {s.buffer for s in statements(phase) if isinstance(s, Alloc)}
+        written, read = written_buffers(phase) - own, read_buffers(phase) - own
         inputs = read - written
         alone = all(written.isdisjoint(w) for w in later[k + 1 :] + later[:k])
         if (

@@ -70,7 +70,7 @@ def _cond_reference(flag: Array, *args: Any) -> Any:
 
 
 def _no_samples(draw: Draw) -> Any:
-    raise NotImplementedError("control flow is sampled as whole graphs: tests/ops/test_control.py")
+    raise NotImplementedError("sampled as whole graphs: tests/frontend/test_control.py")
 
 
 cond = Op("cond", CondAttrs, _cond_infer, (), _cond_reference, _no_samples, variadic=True)

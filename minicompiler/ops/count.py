@@ -76,7 +76,7 @@ head = register(
 
 
 def _no_samples(draw: Draw) -> Any:
-    raise NotImplementedError("sampled as part of loops: tests/ops/test_control.py")
+    raise NotImplementedError("sampled as part of loops: tests/frontend/test_control.py")
 
 
 # ---- number -------------------------------------------------------------------------------------
@@ -305,6 +305,7 @@ class SuppressionAttrs:
 
 def _suppression_infer(boxes: Arg, scores: Arg, a: SuppressionAttrs) -> tuple[TensorType, ...]:
     need_rank("non_max_suppression", boxes, 3, 3)
+    need_same("non_max_suppression", "numbers of a box and 4", boxes.type.shape[2], 4)
     need_rank("non_max_suppression", scores, 3, 3)
     need_dtype("non_max_suppression", boxes, "f")
     same_dtype("non_max_suppression", boxes, scores)

@@ -304,9 +304,14 @@ class LrnAttrs:
     bias: float = 1.0
 
 
+MOST_CHANNELS = 1 << 14  # of one window: more take for ever
+
+
 def _lrn_infer(x: Arg, a: LrnAttrs) -> TensorType:
     need_dtype("lrn", x, "f")
     need_rank("lrn", x, 2)
+    if not 1 <= a.size <= MOST_CHANNELS:
+        fail(f"lrn: a window of {a.size} channels, 1 to {MOST_CHANNELS} are supported")
     return x.type
 
 

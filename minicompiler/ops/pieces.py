@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import te
 from ..ir.arith import Arith
-from ..ir.expr import Const, Expr, all_of, binary, const, const_int, select, wrap
+from ..ir.expr import Const, Expr, all_of, binary, const, const_int, minimum, select, wrap
 from ..ir.op import Arg, Op, register
 from ..ir.types import TensorType
 from .draws import Draw, array, choice, flag, integer, shape
@@ -383,6 +383,12 @@ def _pad_infer(x: Arg, a: PadAttrs) -> TensorType:
         fail(f"pad: {len(a.begin)} + {len(a.end)} numbers for {x.type}")
     if a.mode not in ("constant", "edge", "reflect", "wrap"):
         fail(f"pad: mode {a.mode!r} is none of constant, edge, reflect, wrap")
+    if a.mode == "reflect":
+        for k, (size, *added) in enumerate(zip(x.type.shape, a.begin, a.end, strict=True)):
+            for more in added:
+                # Further out the image would have to be reflected again.
+                what = f"axis {k} of {x.type} reflected by {more}, and as much as it has"
+                need_same("pad", what, minimum(wrap(more), wrap(size) - 1), more)
     return result(_pad_shape(x.type.shape, a), x.type.dtype)
 
 

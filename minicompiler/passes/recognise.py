@@ -133,7 +133,8 @@ def _match(output: Apply, readers: Readers) -> _Match | None:
     if not isinstance(x, Apply) or len(readers[id(x)]) > 1 or x.type != t:
         return None
     depth = -2 if x.attrs.transpose_a else -1
-    if not _private(x, *x.args) or type_of(x.args[0]).shape[depth] is ONE:
+    left = x.args[0]
+    if left is None or not _private(x, *x.args) or type_of(left).shape[depth] is ONE:
         return None
     tail: list[Apply] = []
     last: Value = output
@@ -224,8 +225,9 @@ def _scalar(v: Apply) -> tuple[int, float] | None:
     """(position of the other argument, number) of a node with one number among two arguments."""
     for k, a in enumerate(v.args[:2]):
         other = v.args[1 - k] if len(v.args) == 2 else None
-        number = isinstance(a, Constant) and a.data.size == 1
-        if number and other is not None and type_of(other) == v.type:
+        if other is None or not isinstance(a, Constant) or a.data.size != 1:
+            continue
+        if type_of(other) == v.type:
             return 1 - k, float(a.data.reshape(-1)[0])
     return None
 

@@ -104,7 +104,8 @@ def split_drops_the_tail(patch: Patch) -> None:
         extent = s.loop(name)[0].extent
         outer, inner = real(s, name, factor, tail)
         loop, _ = s.loop(outer)
-        if isinstance(extent, Const) and extent.value % factor and extent.value > factor:
+        tail_is_needed = isinstance(extent, Const) and extent.value % factor
+        if tail_is_needed and extent.value > factor and not name.startswith("k"):
             s.swap(loop, loop.with_(extent=Const(extent.value // factor)))
         return outer, inner
 

@@ -17,10 +17,10 @@ def drawn(rng: np.random.Generator, *shape: int) -> Array:
 
 
 def network() -> tuple[Function, dict[str, Array]]:
-    """x[batch, 8, 7, 7] -> y[batch, 21]: something for every pass to do, and feeds for it."""
+    """x[batch, 8, 5, 5] -> y[batch, 21]: something for every pass to do, and feeds for it."""
     rng = np.random.default_rng(0)
     net = Builder("net")
-    x = net.input("x", ("batch", 8, 7, 7))
+    x = net.input("x", ("batch", 8, 5, 5))
     pads = {"pads_begin": (1, 1), "pads_end": (1, 1)}
     norm = np.linspace(0.5, 2, 8, dtype=np.float32)
     h = net.conv(x, drawn(rng, 8, 8, 3, 3), **pads)
@@ -31,7 +31,7 @@ def network() -> tuple[Function, dict[str, Array]]:
     g = net.add(net.leaky_relu(g, alpha=0.1), net.leaky_relu(g, alpha=0.3))
     p = net.reduce_mean(g, axes=(2, 3), keepdims=False)
     y = net.softmax(net.matmul(p, drawn(rng, 8, 21)))
-    feeds = {"x": rng.uniform(-2, 2, (2, 8, 7, 7)).astype(np.float32)}
+    feeds = {"x": rng.uniform(-2, 2, (2, 8, 5, 5)).astype(np.float32)}
     return net.function(y=y), feeds
 
 

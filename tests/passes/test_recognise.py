@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
 from onnx_models import numbers
 from tolerance import assert_close
 
@@ -121,7 +123,9 @@ def test_the_function_reads_operands_apart(golden: Callable[[str, str], None]) -
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-@pytest.mark.parametrize("sizes", [(1, 1, 2), (2, 5, 7), (1, 1, 40), (3, 37, 37), (1, 70, 150)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 2), (2, 5, 7), (1, 1, 40), (3, 37, 37), (1, 70, 150), (1, 5, 6000)]
+)
 def test_compiled_attention_is_right(name: str, sizes: tuple[int, int, int]) -> None:
     fn = GRAPHS[name](*sizes)
     values = feeds(fn, *sizes)
@@ -165,6 +169,42 @@ def test_memory_is_linear_in_the_sequence() -> None:
             names[name] = evaluate(size, names)
         sizes.append(sum(evaluate(s, names) for s in (plan.arena, plan.shared, plan.local)))
     assert sizes[2] <= 2.2 * sizes[1] <= 2.2 * 2.2 * sizes[0]
+
+
+# ---- the ONNX operator ---------------------------------------------------------------------------
+OPERATOR: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
+    "plain": ({"q": (2, 3, 4, 8), "k": (2, 3, 6, 8), "v": (2, 3, 6, 8)}, {}),
+    "mask": ({"q": (2, 3, 4, 8), "k": (2, 3, 6, 8), "v": (2, 3, 6, 8), "mask": (4, 6)}, {}),
+    "causal": ({"q": (1, 3, 6, 8), "k": (1, 3, 6, 8), "v": (1, 3, 6, 8)}, {"is_causal": 1}),
+    "softcap": (
+        {"q": (1, 3, 4, 8), "k": (1, 3, 6, 8), "v": (1, 3, 6, 8)},
+        {"scale": 0.3, "softcap": 2.0},
+    ),
+    "grouped": ({"q": (2, 6, 4, 8), "k": (2, 3, 6, 8), "v": (2, 3, 6, 8)}, {}),
+    "grouped_rows": (
+        {"q": (2, 4, 48), "k": (2, 6, 24), "v": (2, 6, 24)},
+        {"q_num_heads": 6, "kv_num_heads": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OPERATOR)
+def test_the_onnx_operator_is_one_kernel(case: str) -> None:
+    shapes, attributes = OPERATOR[case]
+    values = {n: numbers(*s, seed=k) for k, (n, s) in enumerate(shapes.items())}
+    proto = helper.make_node("Attention", [*shapes], ["y"], **attributes)
+    ports = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, v.shape) for n, v in values.items()
+    ]
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([proto], "attention", ports, [result])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    (want,) = ReferenceEvaluator(model).run(None, values)
+    module = mc.compile(model)
+    (got,) = module(*values.values())
+    assert_close(got, want, 64, largest=1)
+    assert sum("fused_attention" in c.kernel for c in module.plan.calls) == 1
+    assert not any("softmax" in c.kernel or "matmul" in c.kernel for c in module.plan.calls)
 
 
 # ---- what stays apart ----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,15 @@ def test_the_first_node_that_makes_infinities_is_named() -> None:
     m = mc.compile(logarithm(), checked=True)
     with pytest.warns(RuntimeWarning, match=r'Log "n_b" \(net:2\) makes infinities'):
         m(np.array([1, 0, 1, 3], np.float32))
+
+
+def test_a_mask_of_minus_infinity_is_no_news() -> None:
+    m = model([node("Where", "c x low", "y")], {"c": np.ones(3, bool), "x": numbers(3)}, ["y"],
+              {"low": np.float32(-np.inf)})  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (y,) = mc.compile(m, checked=True)(np.array([True, False, True]), numbers(3))
+    assert np.isneginf(y[1])
 
 
 def changed(right: CheckedModule, order: tuple[int, ...], **plan: Any) -> CheckedModule:

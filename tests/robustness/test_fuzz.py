@@ -15,7 +15,7 @@ import pytest
 from mutations import mutated_model, mutated_module
 from onnx_models import mlp
 
-CASES = 300
+CASES = 200
 
 
 def test_damaged_files_end_with_an_error_or_a_right_result(tmp_path: Path) -> None:

@@ -151,10 +151,9 @@ def test_sums_over_rows_are_refused() -> None:
 
 
 # ---- attention -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("keys", [128, 150])
-def test_attention_in_blocks_of_columns(keys: int) -> None:
-    sample = Sample(attention(9, keys, 2, 8))
-    s = schedule(sample.func, AVX2, {"columns": 64}, after_step=verify_tir)
+def test_attention_in_blocks_of_columns() -> None:
+    sample = Sample(attention(7, 70, 2, 8))
+    s = schedule(sample.func, AVX2, {"columns": 64})
     assert "rolling" in [step.primitive for step in s.steps]
     verify_tir(s.func, finished=True)
     for got, want in zip(sample.run(s.func), sample.run(), strict=True):

@@ -112,12 +112,12 @@ BIG: dict[str, Callable[[], Sample]] = {
     "conv_depthwise": lambda: Sample(conv(groups=8, layouts={0: NCHW8C, -1: NCHW8C})),
     "winograd2": lambda: Sample(winograd(2, 4)),
     "winograd4": lambda: Sample(winograd(4, 5)),
-    "attention": lambda: Sample(attention(13, 21, 3, 8)),
-    "attention_tails": lambda: Sample(attention(7, 37, 2, 20)),
+    "attention": lambda: Sample(attention(7, 21, 2, 8)),
+    "attention_tails": lambda: Sample(attention(3, 35, 1, 12)),
     "attention_one_row": lambda: Sample(attention(1, 37, 3, 16)),
     "attention_dynamic": lambda: Sample(
-        attention(Dim("n", 1, 64), Dim("m", 1, 64), 2, 16, Dim("b", 1, 8)),
-        {"n": 10, "m": 19, "b": 2},
+        attention(Dim("n", 1, 64), Dim("m", 1, 64), 2, 8, Dim("b", 1, 8)),
+        {"n": 7, "m": 18, "b": 2},
     ),
     "normalised_products": lambda: Sample(normalised_products()),
     "softmax_big": lambda: Sample(softmax_of(5, 45)),
@@ -126,7 +126,9 @@ BIG: dict[str, Callable[[], Sample]] = {
     ),
     "max_pool_blocked": lambda: Sample(
         operator(
-            "max_pool", [(1, 8, 5, 9)], PoolAttrs(kernel=(3, 3), strides=(1, 2), **SAME),
+            "max_pool",
+            [(1, 8, 5, 9)],
+            PoolAttrs(kernel=(3, 3), strides=(1, 2), **SAME),
             layouts={0: NCHW8C, -1: NCHW8C},
         )
     ),
