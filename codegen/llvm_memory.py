@@ -397,7 +397,8 @@ class Memory(Values):
             ]
             if lanes == 1:
                 half = [self.op(f"extractelement <1 x {scalar}> {h}, i64 0") for h in half]
-            name = self.operation(s.value.op, *half, t, lanes, vector(scalar, lanes))
+            ty = vector(scalar, lanes)
+            name = self.operation(s.value.op, half[0], half[1], t, lanes, ty)
         self.count += 1
         made = Var(f"lanes{self.count}", t)
         self.names[made], self.level[made] = name, len(self.scopes) - 1

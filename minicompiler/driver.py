@@ -482,8 +482,7 @@ def write_kernel(
         names.append(name + ending)
         for step in pipeline.TIR_PASSES:
             f = _timed(
-                ctx, fn.name + ending, "tir", step.__name__,
-                lambda f=f, step=step: step(f, ctx), script,
+                ctx, fn.name + ending, "tir", step.__name__, partial(step, f, ctx), script,
             )  # fmt: skip
             if checked:
                 verify_tir(f, True, facts, bounds=step is lower_blocks)
@@ -492,7 +491,7 @@ def write_kernel(
             f = f.with_(dims=dims, sizes=sizes)
         # Symbols are shown without the hash, as an override may name them.
         e = _timed(
-            ctx, fn.name + ending, "code", "llvm", lambda f=f: write(f),
+            ctx, fn.name + ending, "code", "llvm", partial(write, f),
             lambda r: r.text.replace(name, fn.name),
         )  # fmt: skip
         emitted = emitted or e

@@ -42,13 +42,12 @@ class _Nest:
 @dataclasses.dataclass
 class _Cut:
     """A block whose columns are cut: the loop over vectors, and for reductions the buffer and block
-    of the partial results, their init, and the init of what combines them."""
+    of the partial results, and their init."""
 
     loop: str
     buffer: str = ""
     partial: str = ""
     start: str = ""
-    combined_start: str = ""
 
 
 # How the last block tells one coordinate of the second product: a loop, or a loop divided by n
@@ -468,10 +467,8 @@ def _cut_columns(s: Schedule, name: str, column: int, home: str, width: int) -> 
         return _Cut(j_o)
     partial, buffer = s.rfactor(name, j_i)
     start = s.decompose_reduction(partial, j_o)
-    after = _below(s, name, home)
-    if len(after) > 1:
-        s.reorder(after[-1], *after[:-1])
-    return _Cut(j_o, buffer, partial, start, s.decompose_reduction(name, after[-1]))
+    s.decompose_reduction(name, s.loops_of(name)[-1])
+    return _Cut(j_o, buffer, partial, start)
 
 
 def _mark_columns(s: Schedule, name: str, home: str, cut: _Cut) -> None:
@@ -481,8 +478,7 @@ def _mark_columns(s: Schedule, name: str, home: str, cut: _Cut) -> None:
         return
     elementwise.vector_tile(s, cut.partial, cut.loop)
     elementwise.vector_tile(s, cut.start, home)
-    for n in [*_below(s, name, home), *_below(s, cut.combined_start, home)]:
-        s.mark(n, UNROLL)
+    elementwise.vector_tile(s, name, home)
 
 
 def _in_registers(

@@ -35,7 +35,7 @@ def prefetch(s: Schedule, name: str, loop_name: str, ahead: int, turns_name: str
     if loop.kind is VECTOR:
         s.refuse(f"{loop_name} is a vector loop: its iterations are one", loop)
     arith = analysis.arith_of(s.func)
-    inner = {x.var: ZERO for x in analysis.loops(loop.body)}
+    inner: dict[Expr, Expr] = {x.var: ZERO for x in analysis.loops(loop.body)}
     places: dict[tuple[Expr, ...], Load] = {}
     for block in analysis.blocks(loop.body):
         values = analysis.values_of(block)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from minicompiler.ir.expr import Binary, Call, Const, Load, Var, const_int, free_vars, walk
+from minicompiler.ir.expr import Binary, Call, Const, Expr, Load, Var, const_int, free_vars, walk
 from minicompiler.ir.tir import PARALLEL, VECTOR, Block, Iter, Scope
 
 from . import analysis, elementwise, streaming
@@ -116,13 +116,15 @@ def _group_loops(s: Schedule, last: str) -> list[str] | None:
     shared = {x.indices for x in analysis.operand_loads(block) if x.buffer in made}
     if others or len(shared) != 1 or len({b.shape for b in made}) != 1:
         return None
-    loop_of = {i.var: i.value for i in block.iters if isinstance(i.value, Var)}
+    loop_of: dict[Expr, Var] = {i.var: i.value for i in block.iters if isinstance(i.value, Var)}
     around = [x.var.name for x in analysis.loops_in(path)]
     at = shared.pop()
     if not at:
         return None
     *whole, grouped = at
-    divided = type(grouped) is Binary and grouped.op == "floordiv" and const_int(grouped.b)
+    if type(grouped) is not Binary or grouped.op != "floordiv":
+        return None
+    divided = const_int(grouped.b)
     if not divided or any(i not in loop_of for i in (*whole, grouped.a)):
         return None
     names = [str(loop_of[i]) for i in (*whole, grouped.a)]

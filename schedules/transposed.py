@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from minicompiler.ir.expr import Load, Var, const_int
+from minicompiler.ir.expr import Load, Select, Var, const_int, walk
 from minicompiler.ir.tir import UNROLL, VECTOR, Scope
 
 from . import analysis, elementwise
@@ -64,10 +64,12 @@ def _crossing(s: Schedule, name: str, order: list[str]) -> tuple[Load, list[list
     lanes = s.target.vector_bytes // 4
     sizes = [const_int(s.loop(n)[0].extent) for n in order]
     steps = [elementwise.steps(s, name, s.loop(n)[0].var) for n in order]
+    # Elements that may not exist can only be loaded as a box, and a tile of fused axes is none.
+    conditional = any(type(e) is Select for e in walk(block.body.value))
     groups: list[list[int]] = []
     for k, inner in enumerate(steps):
         size = sizes[k]
-        if groups and size is not None:
+        if groups and size is not None and not conditional:
             pairs = zip(steps[groups[-1][-1]], inner, strict=True)
             if all(a is not None and b is not None and a == b * size for a, b in pairs):
                 groups[-1].append(k)
