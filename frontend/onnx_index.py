@@ -89,6 +89,8 @@ def _hardmax(n: OnnxNode) -> Value:
     """1 at the first maximum along the axis, else 0; before opset 13 the axes from `axis` on."""
     x, t = n.arg(0), n.type(0)
     axis = n.attr("axis", -1 if n.opset >= 13 else 1) % max(t.rank, 1)
+    if any(const_int(s) == 0 for s in t.shape):
+        return n.apply(el.identity, x)
     if n.opset < 13:
         rows = (product(t.shape[:axis]), product(t.shape[axis:]))
         x = n.apply(sh.reshape, x, attrs=sh.ReshapeAttrs(rows), name="")

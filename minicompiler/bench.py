@@ -216,7 +216,10 @@ def peer(name: str, path: str, threads: int) -> Prepare:
     try:
         prepare = build(path, threads, *modules)
     except Exception as error:  # a foreign package raises what it likes
-        raise MinicompilerError(f"{name} cannot load {path}: {error}") from error
+        lower = "set model.ir_version to a version that it supports, and save the model again"
+        raise MinicompilerError(
+            f"{name} cannot load {path}: {error}", hint=lower if "IR version" in str(error) else ""
+        ) from error
 
     def checked(feeds: Mapping[str, np.ndarray]) -> Runner:
         try:

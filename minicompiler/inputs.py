@@ -116,7 +116,8 @@ def _numpy_file(path: str) -> Any:
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        known = isinstance(error, OSError) and error.strerror
+        reason = known or "it is no .npy or .npz file of plain numbers, or is cut off"
         raise MinicompilerError(f"{path} cannot be read as numpy data: {reason}") from None
 
 

@@ -197,7 +197,8 @@ class Output:
         return progress
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table; columns whose name starts with ">" are aligned to the right."""
+        """A table; columns whose name starts with ">" are aligned to the right, and those without
+        any entry are left out."""
         if self.as_json or not rows:
             return
         from rich import box
@@ -207,10 +208,11 @@ class Output:
         made = Table(
             title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold"
         )
-        for c in columns:
+        used = [k for k in range(len(columns)) if any(str(row[k]) for row in rows)]
+        for c in (columns[k] for k in used):
             made.add_column(c.removeprefix(">"), justify="right" if c.startswith(">") else "left")
         for row in rows:
-            made.add_row(*(escape(str(cell)) for cell in row))
+            made.add_row(*(escape(str(row[k])) for k in used))
         self._out.print(made)
 
     def finish(self, data: Mapping[str, Any]) -> None:
@@ -237,9 +239,9 @@ def say_interface(out: Output, opened: Opened) -> None:
         for t in tensors:
             out.say(f"{kind:7} {t}")
     for d in plan.dims:
-        top = "any size" if d.hi is None else f"to {d.hi}"
+        top = ", without a limit" if d.hi is None else f" to {d.hi}"
         step = f", multiples of {d.multiple_of}" if d.multiple_of > 1 else ""
-        out.say(f"dim     {d.name}: from {d.lo} {top}{step}")
+        out.say(f"dim     {d.name}: from {d.lo}{top}{step}")
 
 
 # ---- tables of numbers ---------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Iter, Scope
 from . import analysis, elementwise
 from .schedule import Schedule
 
+_ROWS = 32  # of a matrix that are copied into panels together
+
 
 @dataclasses.dataclass
 class _Nest:
@@ -369,7 +371,9 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
     # ---- threads --------------------------------------------------------------------------------
     _share(s, [*outer, *([rows_outer] if rows_outer else []), v_o], name)
     for b in [x.name for x in analysis.blocks(s.func)]:
-        if b in alive and _is_root_preparation(s, b, name):
+        if b not in alive or not _is_root_preparation(s, b, name):
+            continue
+        if packed is None or b != f"{packed}_in" or not _copy_panels(s, b):
             elementwise.one_block(s, b)
 
 
@@ -542,6 +546,35 @@ def _pack(
         parts.append([a, 1, 0] if size == 0 else [a, size, 0] if size > 0 else [a, 1, -size])
     parts.append([axis, 1, width])
     return s.stage(buffer.name, None, Scope.GLOBAL, parts)
+
+
+def _copy_panels(s: Schedule, name: str) -> bool:
+    """Schedules the copy of a matrix into panels: a few of its rows go to all panels before the
+    next ones, since a panel's part of a row is one cache line, far from that of the next row.
+    False, with nothing changed, for any other copy."""
+    block, _ = s.block(name)
+    (load,) = analysis.operand_loads(block) or (None,)
+    lanes = s.loops_of(name)
+    if load is None or load.buffer.layout is not None or len(lanes) != 2:
+        return False
+    panels, rows = block.iters[-1], block.iters[0]
+    arith = analysis.arith_of(s.func)
+    along = elementwise.strides(load.buffer, load.indices, panels.var, arith)
+    apart = elementwise.strides(load.buffer, load.indices, rows.var, arith)
+    width = _block_of(block.body.buffer.layout, len(block.iters) - 1)
+    count = const_int(rows.extent)
+    columns = const_int(panels.extent)
+    if along != 1 or apart is None or width < 2 or columns is None or columns % width:
+        return False
+    if count is not None and count < 2 * _ROWS:
+        return False
+    order = elementwise.memory_order(s, name)
+    panel, depth, inner, vector = order[0], order[1], order[2:-1], order[-1]
+    far, near = s.split(depth, max(1, _ROWS // (16 if inner else 1)), "guard")
+    s.reorder(far, panel, near, *inner, vector)
+    s.mark(vector, VECTOR)
+    elementwise.threads_over(s, [far, panel], name)
+    return True
 
 
 def _axis_is_reduced(nest: _Nest, load: Load, axis: int) -> bool:

@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from minicompiler.errors import InternalError, ScheduleError
+from minicompiler.ir.expr import ZERO
 from minicompiler.ir.tir import PrimFunc
 from minicompiler.target import Target
 
@@ -46,13 +48,28 @@ def schedule(
     after_step: Callable[[PrimFunc], None] | None = None,
     rules: Sequence[Rule] = RULES,
 ) -> Schedule:
-    """The schedule of the first rule that applies. `decisions` replaces its default choices."""
+    """The schedule of the first rule that applies. `decisions` replaces its default choices.
+
+    Raises ScheduleError where the decisions do not fit, InternalError where a rule fails by itself.
+    """
     s = Schedule(func, target, decisions, after_step)
     # The statements of an extern have no blocks: what other phases compute stays where it is.
     plain = all(next(analysis.blocks(p), None) is not None for p in func.phases)
-    for rule in rules if plain else rules[-1:]:
+    # In a loop without iterations every condition is both true and false: nothing to gain or prove.
+    empty = any(loop.extent is ZERO for loop in analysis.loops(func))
+    for rule in rules if plain and not empty else rules[-1:]:
         if rule.applies(s):
             s.rule = rule.name
-            rule.apply(s)
+            try:
+                rule.apply(s)
+            except ScheduleError as e:
+                if decisions:
+                    raise
+                raise InternalError(
+                    f"schedule rule {rule.name!r} failed: {e.message}",
+                    e.locs,
+                    e.excerpt,
+                    "this is a mistake of the rule: please report it with this text",
+                ) from e
             return s
     raise AssertionError("the last rule always applies")

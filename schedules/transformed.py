@@ -160,8 +160,7 @@ def apply(s: Schedule) -> None:
     shared = [*batch, t_o] if local else [*batch, t_o, channels]
     top = s.fuse(*shared) if len(shared) > 1 else shared[0]
     s.mark(top, PARALLEL)
-    for name in filters:
-        elementwise.one_block(s, name, parallel=False)
+    _filter_block(s, filters, width)
 
 
 def _reads_constants(s: Schedule, load: Load) -> bool:
@@ -217,6 +216,35 @@ def _data_block(s: Schedule, data: list[str], at: str | None, width: int) -> Non
     else:
         top = s.fuse(*tiles, c_o)
         s.mark(top, PARALLEL)
+
+
+def _filter_block(s: Schedule, filters: list[str], width: int) -> None:
+    """The transformed filter: per vector of outputs and input channel, all transform rows at once.
+    What it reads is gathered into registers first, so that no element is fetched twice."""
+    name = filters[-1]
+    first, second, out, channel = s.loops_of(name)
+    out_o, out_i = s.split(out, width, "mask")
+    s.reorder(out_o, channel, first, second, out_i)
+    for earlier in reversed(filters[:-1]):
+        s.compute_at(earlier, channel)
+    (source,) = {x.buffer for x in analysis.operand_loads(s.block(filters[0])[0])}
+    rank = len(source.shape)
+    layout = [*[[k, 1, 0] for k in range(1, rank)], [0, 1, 0]]
+    read = s.stage(source.name, channel, Scope.REGISTER, layout)
+    for n in (first, second):
+        s.mark(n, UNROLL)
+    s.mark(out_i, VECTOR)
+    for earlier in (f"{read}_in", *filters[:-1]):
+        loops = s.loops_of(earlier)
+        inner = loops[loops.index(channel) + 1 :]
+        inner = [n for n in inner if const_int(s.loop(n)[0].extent) != 1]
+        along = max(inner, key=lambda n: const_int(s.loop(n)[0].extent) or 0)  # the outputs
+        s.reorder(*[n for n in inner if n != along], along)
+        for n in inner:
+            s.mark(n, VECTOR if n == along else UNROLL)
+        if earlier in filters:
+            buffer = s.block(earlier)[0].body.buffer
+            s.stage(buffer.name, channel, Scope.REGISTER, buffer.layout)
 
 
 def _hold(s: Schedule, name: str, at: str) -> None:

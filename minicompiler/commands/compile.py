@@ -49,6 +49,8 @@ def command(
         raise MinicompilerError(f"{model} is compiled already")
     out = Output(as_json)
     path = output or str(Path(model).with_suffix(".mc"))
+    if os.path.exists(path) and os.path.samefile(path, model):
+        raise MinicompilerError(f"--output {path} is the model itself", hint="name another file")
     with out.busy(f"compiling {Path(model).name}"):
         opened = open_model(
             model, single(parse_dims(dims)), threads, target, level, parse_limits(limits)

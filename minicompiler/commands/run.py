@@ -67,9 +67,9 @@ def command(
         except OSError as error:
             raise MinicompilerError(f"{output} cannot be written: {error.strerror}") from None
     rows = [_statistics(name, a) for name, a in results.items()]
-    out.table(
-        "Outputs", ["name", "type", ">min", ">mean", ">max"], [list(r.values()) for r in rows]
-    )
+    columns = ("name", "type", "min", "mean", "max")
+    cells = [[r.get(c, "") for c in columns] for r in rows]
+    out.table("Outputs", ["name", "type", ">min", ">mean", ">max"], cells)
     report: dict[str, Any] = {"outputs": rows}
     errors: dict[str, float] = {}
     if check:

@@ -58,6 +58,7 @@ class Arith:
         self._memo: dict[Expr, Expr] = {}
         self._polys: dict[Expr, Poly] = {}
         self._intervals: dict[Expr, Interval] = {}
+        self._told: dict[Expr, Interval] = {}  # of atoms that are no variables, by facts
         self._with_fact = False
         self._values: tuple[dict[Expr, int | None], ...] = tuple({} for _ in range(_POINTS))
         self._valid: list[bool | None] = [False] * _POINTS  # none until all facts are known
@@ -85,21 +86,23 @@ class Arith:
                 known = self._without_quotient(known)
 
     def _narrow(self, fact: Poly) -> None:
-        """A fact about one variable is its range."""
+        """A fact about one atom is its range."""
         most = fact.get((), 0)
         for m, c in fact.items():
-            if (
-                len(fact) - (() in fact) == 1
-                and len(m) == 1
-                and m[0] in self.ranges
-                and c in (1, -1)
-            ):
-                low, high = self.ranges[m[0]]
+            if len(fact) - (() in fact) != 1 or len(m) != 1 or c not in (1, -1):
+                continue
+            atom = m[0]
+            if atom in self.ranges:
+                low, high = self.ranges[atom]
                 if c < 0 and type(high) is Const and high.value > most:
-                    self.ranges[m[0]] = low, Const(most)
+                    self.ranges[atom] = low, Const(most)
                 elif c > 0 and type(low) is Const and low.value < -most:
-                    self.ranges[m[0]] = Const(-most), high
-                self._intervals.clear()
+                    self.ranges[atom] = Const(-most), high
+            elif type(atom) is Binary:
+                known = self._told.get(atom, (None, None))
+                told = (None, most) if c < 0 else (-most, None)
+                self._told[atom] = _both(known, told)
+            self._intervals.clear()
 
     # ---- polynomials --------------------------------------------------------------------------
     def poly(self, e: Expr) -> Poly:
@@ -286,7 +289,10 @@ class Arith:
         found = self._intervals.get(e)
         if found is None:
             self._intervals[e] = (None, None)  # cut cycles through ranges
-            found = self._intervals[e] = self._interval(e)
+            found = self._interval(e)
+            if e in self._told:
+                found = _both(found, self._told[e])
+            self._intervals[e] = found
         return found
 
     def _interval(self, e: Expr) -> Interval:
@@ -750,6 +756,13 @@ def _negated(m: Monomial, c: int) -> Expr:
     for a in m[1:]:
         term = Binary("mul", term, a)
     return Binary("mul", term, Const(c))
+
+
+def _both(a: Interval, b: Interval) -> Interval:
+    """The values that lie in two intervals."""
+    lows = [x for x in (a[0], b[0]) if x is not None]
+    highs = [x for x in (a[1], b[1]) if x is not None]
+    return max(lows, default=None), min(highs, default=None)
 
 
 def _mul_bounds(a: Interval, b: Interval) -> Interval:

@@ -159,6 +159,8 @@ class _Verifier:
         if isinstance(s, For):
             self.loop(s, p)
             self.ranges[s.var] = (ZERO, s.extent - 1)
+            if const_int(s.extent) is None and self.arith((), {}).prove(s.extent > ZERO) is None:
+                inside = dataclasses.replace(inside, facts=(*p.facts, s.extent > ZERO))
             if const_int(s.extent) != 0:  # the main part of a cut that is all tail never runs
                 self.stmt(s.body, inside)
         elif isinstance(s, Seq):

@@ -103,7 +103,8 @@ def from_tensors(
     done: set[te.Extern | te.Scan] = set()
     for t in order:
         if t.body is not None:
-            phases.append(_stage(t, buffers, unique))
+            if ZERO not in t.shape:  # an empty tensor has no elements to compute
+                phases.append(_stage(t, buffers, unique))
         elif t.source is not None and t.source not in done:
             done.add(t.source)
             if isinstance(t.source, te.Scan):
@@ -403,10 +404,14 @@ def _scan(  # type: ignore[no-untyped-def]
     starts = []
     for x, h in zip(scan.init, scan.outputs, strict=True):
         first = x if x.body is not None else te.compute(x.shape, lambda *i, x=x: x[i])
+        if ZERO in x.shape:
+            continue
         axes = (*te.axis_vars(1), *first.axes)
         start = te.Tensor(x.name, (ONE, *x.shape), x.dtype, axes, first.body)
         name = unique(f"{buffers[h].name}_start")
         starts.append(_stage(start, {**buffers, start: buffers[h]}, unique, name=name))
+    if scan.steps is ZERO or all(ZERO in x.shape for x in scan.next):
+        return starts, []
     loop = Var(unique("t"))
     nests, inside = [], []
     for x in _reductions_late(_inline(list(scan.stages), scan.next)):

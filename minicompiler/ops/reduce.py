@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .. import te
-from ..ir.expr import Binary, Call, Const, Expr, binary, const, eq, product, select
+from ..ir.expr import Binary, Call, Const, Expr, binary, const, const_int, eq, product, select
 from ..ir.op import Arg, Op, Precision, register
 from ..ir.types import TensorType, int64
 from .draws import FLOATS, Draw, array, choice, flag, integer, shape, some_axes
@@ -23,6 +23,7 @@ from .rules import (
     axes_of,
     axis_of,
     direct,
+    fail,
     float32_inside,
     need_dtype,
     need_rank,
@@ -282,6 +283,8 @@ def _arg_infer(x: Arg, a: ArgAttrs) -> TensorType:
     need_dtype("argmax", x, "fi")
     need_rank("argmax", x, 1)
     axis = axis_of(a.axis, x.type.rank, "argmax")
+    if const_int(x.type.shape[axis]) == 0:
+        fail(f"argmax: axis {axis} of {x.type} is empty, so it has no extreme element")
     kept = [Const(1) if k == axis else s for k, s in enumerate(x.type.shape)]
     return result(kept if a.keepdims else kept[:axis] + kept[axis + 1 :], int64)
 

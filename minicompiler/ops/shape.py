@@ -87,10 +87,12 @@ def reshaped(x: Shape, a: ReshapeAttrs) -> Shape:
         fail(f"reshape: {text(a.shape)} leaves more than one size open")
     have = simplified(product(x))
     rest = simplified(product(s for s in target if s is not None))
+    if None in target and rest is Const(0):
+        fail(f"reshape: {text(a.shape)} has no elements whatever -1 stands for")
     found = tuple(simplified(have // rest) if s is None else s for s in target)
-    if None in target and rest is not Const(0) and unequal(have % rest, 0):
+    if None in target and unequal(have % rest, 0):
         fail(f"reshape: {text(x)} has {have} elements, which {text(a.shape)} does not divide")
-    if rest is not Const(0) and unequal(product(found), have):
+    if unequal(product(found), have):
         fail(
             f"reshape: {text(x)} has {have} elements, {text(a.shape)} holds {rest}",
             "one size of the target may be -1",
