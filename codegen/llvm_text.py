@@ -166,9 +166,7 @@ class Writer:
                 return found
         ty = f"<{lanes} x {scalar}>"
         first = self.op(f"insertelement {ty} poison, {scalar} {v.name}, i64 0")
-        name = self.op(
-            f"shufflevector {ty} {first}, {ty} poison, <{lanes} x i32> zeroinitializer"
-        )
+        name = self.op(f"shufflevector {ty} {first}, {ty} poison, <{lanes} x i32> zeroinitializer")
         result = self.scopes[-1].values[key] = Operand(name, lanes)
         return result
 

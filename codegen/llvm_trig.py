@@ -66,9 +66,7 @@ def _large(x: Expr) -> tuple[Expr, Expr]:
     # x = mantissa * 2**s. Bits of 2/pi with weights above 2**(1 - s) give multiples of 4.
     skipped = minimum(binary("shr", raw, 23), 254) - (127 + 23 + 2)
     word = binary("shr", skipped, 5)
-    pairs = [
-        const(_TWO_OVER_PI[k] << 32 | _TWO_OVER_PI[k + 1], uint64) for k in range(6)
-    ]
+    pairs = [const(_TWO_OVER_PI[k] << 32 | _TWO_OVER_PI[k + 1], uint64) for k in range(6)]
 
     def chosen(values: list[Expr]) -> Expr:
         result = values[-1]

@@ -99,9 +99,7 @@ class Preparation:
     def _library(self, kernel: Kernel) -> Library:
         if kernel.name not in self.libraries:
             exports = [kernel.name, *[p[0] for p in kernel.prepared]]
-            self.libraries[kernel.name] = Library(
-                kernel.code, exports, kernel_symbols()
-            )
+            self.libraries[kernel.name] = Library(kernel.code, exports, kernel_symbols())
         return self.libraries[kernel.name]
 
     def _constant(self, v: Apply, k: int) -> Future[Array]:

@@ -361,6 +361,8 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
             s.mark(inner, UNROLL)
             if packed is not None and nest.wide.buffer.constant and row_o is not None:
                 fetch_ahead(s, name, packed, last, row_o, v_o)
+    if row_o is not None and len(depth) > 1 and depth[0] != last:
+        _fetch_rows(s, nest, depth[0], rows)
     if tile[0] != v_i:
         s.mark(tile[0], UNROLL)
     s.mark(v_i, VECTOR)
@@ -431,6 +433,24 @@ def fetch_ahead(s: Schedule, name: str, operand: str, loop: str, turns: str, pan
     # Both parts stay in the second-level cache, and what it holds already need not be fetched.
     if size > s.target.caches[1] and 4 * part <= s.target.caches[1]:
         s.prefetch(operand, loop, panel, turns)
+
+
+def _fetch_rows(s: Schedule, nest: _Nest, loop: str, rows: int) -> None:
+    """While a tile goes through one block of a blocked operand, the next tile's part of that block
+    is fetched: a short run of lines, far from the tile's next block, that no hardware foresees."""
+    buffer = nest.broad.buffer
+    size, passes = buffer.dtype.bytes, const_int(nest.vector.extent)
+    for n in buffer.physical_shape:
+        size *= const_int(n) or 1
+    if len(nest.reduce) != 1 or buffer.scope is not Scope.PARAM or passes is None:
+        return
+    arith = analysis.arith_of(s.func)
+    step = elementwise.strides(buffer, nest.broad.indices, nest.rows[-1].var, arith)
+    # It pays where the operand comes from beyond the second-level cache, and not once in many.
+    if step is None or step <= 0 or size <= s.target.caches[1] or passes > 512:
+        return
+    lines = -(-rows * step * buffer.dtype.bytes // 64)
+    s.prefetch(buffer.name, loop, rows * step, None, lines)
 
 
 def _plain_rows(nest: _Nest) -> bool:

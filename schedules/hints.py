@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from minicompiler.ir.expr import ZERO, Const, Expr, Load, ceildiv, const_int, free_vars, substitute
+from minicompiler.ir.expr import ZERO, Const, Expr, Load, const_int, free_vars, substitute
 from minicompiler.ir.tir import VECTOR, For, Prefetch, Scope, Seq, Stmt, seq
 
 from . import analysis, elementwise
@@ -25,9 +25,17 @@ LINE_BYTES = 64
 MOST_LINES = 64
 
 
-def prefetch(s: Schedule, name: str, loop_name: str, ahead: int, turns_name: str | None) -> None:
+def prefetch(
+    s: Schedule,
+    name: str,
+    loop_name: str,
+    ahead: int,
+    turns_name: str | None,
+    count: int | None,
+) -> None:
     """See the module text. ahead: elements in memory order. turns: a loop around `loop` in whose
-    iterations `loop` reads the same; each asks for its part of the lines."""
+    iterations `loop` reads the same; each asks for its part of the lines. count: lines that an
+    iteration reads, if they are not what lies between it and the next."""
     buffer = s.buffer(name)
     loop, path = s.loop(loop_name)
     if buffer.scope not in (Scope.PARAM, Scope.GLOBAL):
@@ -52,7 +60,7 @@ def prefetch(s: Schedule, name: str, loop_name: str, ahead: int, turns_name: str
     if not stride or stride < 0:
         s.refuse(f"iterations of {loop_name} do not walk forward through {name}", loop)
         return
-    lines = -(-stride * buffer.dtype.bytes // LINE_BYTES)
+    lines = count or -(-stride * buffer.dtype.bytes // LINE_BYTES)
     if lines > MOST_LINES:
         s.refuse(f"an iteration of {loop_name} moves on by {lines} cache lines of {name}", loop)
     line = LINE_BYTES // buffer.dtype.bytes
@@ -65,8 +73,8 @@ def prefetch(s: Schedule, name: str, loop_name: str, ahead: int, turns_name: str
             s.refuse(f"{turns_name} is not a loop around {loop_name}", loop)
         if any(turns.var in free_vars(i) for i in place.indices):
             s.refuse(f"iterations of {turns_name} read different parts of {name}", turns)
-        count = const_int(turns.extent)
-        each = 1 if count is None else int(const_int(ceildiv(Const(lines), Const(count))) or 1)
+        passes = const_int(turns.extent)
+        each = 1 if passes is None else -(-lines // passes)
         for k in range(each):
             mine = arith.simplify((turns.var * each + k) % lines * line + ahead)
             parts.append(Prefetch(place, mine))

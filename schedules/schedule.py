@@ -265,16 +265,25 @@ class Schedule:
             layout=None if imap is None else layout_to(imap),
         )
 
-    def prefetch(self, buffer: str, loop: str, ahead: int, turns: str | None = None) -> None:
+    def prefetch(
+        self,
+        buffer: str,
+        loop: str,
+        ahead: int,
+        turns: str | None = None,
+        lines: int | None = None,
+    ) -> None:
         """Each iteration of `loop` asks for the memory `ahead` elements behind what it reads of a
-        buffer; if a loop around it, `turns`, reads the same again, each time for a part of it."""
+        buffer (so many cache lines); if a loop around it, `turns`, reads the same again, each time
+        for a part of it."""
         self._apply(
             "prefetch",
-            lambda: hints.prefetch(self, buffer, loop, ahead, turns),
+            lambda: hints.prefetch(self, buffer, loop, ahead, turns, lines),
             buffer=buffer,
             loop=loop,
             ahead=ahead,
             turns=turns,
+            lines=lines,
         )
 
     def rolling(self, block: str, loop: str) -> str:

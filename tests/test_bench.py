@@ -134,3 +134,12 @@ def test_a_peer_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, net: Path) 
     monkeypatch.setitem(bench.PEERS, "torch", (build, ("numpy",)))
     with pytest.raises(MinicompilerError, match=r"torch cannot run net\.onnx: no kernel for this"):
         bench.peer("torch", "net.onnx", 1)({})
+
+
+def test_a_model_too_new_for_a_peer_comes_with_a_hint(tmp_path: Path) -> None:
+    m = mlp("batch")
+    m.ir_version = 99
+    onnx.save(m, tmp_path / "new.onnx")
+    with pytest.raises(MinicompilerError, match="onnxruntime cannot load") as error:
+        bench.peer("onnxruntime", str(tmp_path / "new.onnx"), 1)
+    assert "model.ir_version" in error.value.hint

@@ -204,6 +204,7 @@ def test_the_cache_can_be_seen_and_cleared(
         (["run", "TEXT"], "is not an ONNX model"),
         (["run", "NOTHING.onnx"], "does not exist"),
         (["compile", "TEXT"], "is not an ONNX model"),
+        (["compile", "NET", "-o", "NET"], "is the model itself"),
     ],
 )
 def test_a_mistake_ends_with_a_message(
@@ -215,6 +216,12 @@ def test_a_mistake_ends_with_a_message(
     result = call(*named, code=2)
     assert words.replace("ERROR", "MinicompilerError") in result.stderr
     assert result.stdout == ""
+
+
+def test_a_batch_may_be_empty(call: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "conv.onnx"
+    onnx.save(conv_net(0), path)
+    assert "float32[0, 5]" in call("run", path, "--check", "reference").stdout
 
 
 def test_a_compiled_model_keeps_its_ranges(call: Cli, net: Path, tmp_path: Path) -> None:

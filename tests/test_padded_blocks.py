@@ -45,4 +45,3 @@ def test_padded_blocks(channels: int) -> None:
     module = mc.compile(fn, threads=2)
     for got, want in zip(module(x), run_reference(fn, [x]), strict=True):
         assert_close(got, want, 9 * channels)
-

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import os
 import re
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from minicompiler import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
-DOCUMENTS = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if p.exists()]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 ROWS = re.findall(r"^\| ([^|]+) \| `(\w+)` \| (\S+\.py) \|$", README, re.M)
 
 pytestmark = pytest.mark.skipif(not README, reason="runs in a checkout only")
@@ -34,17 +36,24 @@ def test_where_is_x_has_rows() -> None:
     assert len(ROWS) == section("Where is X").count("\n| ") - 1 >= 20
 
 
+def defined_in(body: Sequence[ast.stmt]) -> set[str]:
+    """The names that statements define: `function`, `Class`, `Class.method`, `VARIABLE`."""
+    found = set()
+    for statement in body:
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            found.add(statement.name)
+        if isinstance(statement, ast.ClassDef):
+            found |= {f"{statement.name}.{name}" for name in defined_in(statement.body)}
+        targets = getattr(statement, "targets", [getattr(statement, "target", None)])
+        found |= {t.id for t in targets if isinstance(t, ast.Name)}
+    return found
+
+
 @pytest.mark.parametrize(("feature", "name", "file"), ROWS)
 def test_where_is_x_names_what_exists(feature: str, name: str, file: str) -> None:
     path = ROOT / file
     assert path.is_file(), f"{feature}: no file {file}"
-    defined = set()
-    for statement in ast.parse(path.read_text()).body:
-        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-            defined.add(statement.name)
-        targets = getattr(statement, "targets", [getattr(statement, "target", None)])
-        defined |= {t.id for t in targets if isinstance(t, ast.Name)}
-    assert name in defined, f"{feature}: {file} defines no {name}"
+    assert name in defined_in(ast.parse(path.read_text()).body), f"{feature}: {file}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
@@ -53,6 +62,29 @@ def test_links_lead_somewhere(document: Path) -> None:
     local = [link for link in links if "://" not in link]
     missing = [link for link in local if not (document.parent / link).exists()]
     assert missing == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_a_linked_name_is_defined_there(document: Path) -> None:
+    """[`name`](file.py), in any document."""
+    links = re.findall(r"\[`([\w.]+)`\]\(([^)#]+\.py)\)", document.read_text())
+    assert links or document.name != "CONTRIBUTING.md"
+    for name, file in links:
+        body = ast.parse((document.parent / file).read_text()).body
+        assert name in defined_in(body), f"{file} defines no {name}"
+
+
+def test_the_commands_for_contributors_exist() -> None:
+    """The files and markers that the first block of CONTRIBUTING.md names."""
+    block = (ROOT / "CONTRIBUTING.md").read_text().split("```sh\n")[1].split("```")[0]
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = re.search(r"\.\[([\w,]+)\]", block)
+    assert extras
+    assert set(extras[1].split(",")) <= set(setup["project"]["optional-dependencies"])
+    markers = {m.split(":")[0] for m in setup["tool"]["pytest"]["ini_options"]["markers"]}
+    assert set(re.findall(r"-m (?!venv)(\w+)", block)) <= markers
+    paths = re.findall(r"tests/\S+", block)
+    assert paths and all((ROOT / p).exists() for p in paths)
 
 
 def test_the_two_commands_are_what_ci_runs() -> None:

@@ -60,8 +60,10 @@ class Arith:
         self._intervals: dict[Expr, Interval] = {}
         self._told: dict[Expr, Interval] = {}  # of atoms that are no variables, by facts
         self._with_fact = False
+        # (polynomial, _with_fact): the smallest depth at which no proof of >= 0 was found.
+        self._unproved: dict[tuple[frozenset[tuple[Monomial, int]], bool], int] = {}
         self._values: tuple[dict[Expr, int | None], ...] = tuple({} for _ in range(_POINTS))
-        self._valid: list[bool | None] = [False] * _POINTS  # none until all facts are known
+        self._valid: list[bool | None] = [None] * _POINTS  # whether a point satisfies all facts
         self.facts: list[Poly] = []  # each polynomial is known to be >= 0
         facts = tuple(facts)
         if facts:  # Bounds are understood before facts about them, or each would ask for the other.
@@ -69,7 +71,6 @@ class Arith:
                 self.poly(low), self.poly(high)
         for fact in facts:
             self._learn(fact)
-        self._valid = [None] * _POINTS
 
     def _learn(self, fact: Expr) -> None:
         if type(fact) is Binary and fact.op == "and":
@@ -83,6 +84,8 @@ class Arith:
             while known is not None:
                 self.facts.append(known)
                 self._narrow(known)
+                self._valid = [None] * _POINTS
+                self._unproved.clear()
                 known = self._without_quotient(known)
 
     def _narrow(self, fact: Poly) -> None:
@@ -103,6 +106,8 @@ class Arith:
                 told = (None, most) if c < 0 else (-most, None)
                 self._told[atom] = _both(known, told)
             self._intervals.clear()
+            for values in self._values:
+                values.clear()
 
     # ---- polynomials --------------------------------------------------------------------------
     def poly(self, e: Expr) -> Poly:
@@ -352,6 +357,17 @@ class Arith:
             return True
         if all(not m for m in p) or depth > 6 or self._refuted(p):
             return False
+        # Terms can be bounded in any order, and all orders of a subset end at the same polynomial.
+        key = frozenset(p.items()), self._with_fact
+        if depth >= self._unproved.get(key, 7):
+            return False
+        if self._proved(p, depth):
+            return True
+        self._unproved[key] = depth
+        return False
+
+    def _proved(self, p: Poly, depth: int) -> bool:
+        """`nonneg` where numbers alone do not decide."""
         # Eliminate the innermost variable by its symbolic bound (innermost: not in another's
         # range).
         for v in self._elimination_order(p):

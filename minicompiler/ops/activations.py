@@ -1,6 +1,6 @@
 """Activation functions, most with parameters: more rows of the table in elementwise.py.
 
-    leaky_relu = unary("leaky_relu", lambda e, a: select(e < 0.0, e * a.alpha, e), ...)
+leaky_relu = unary("leaky_relu", lambda e, a: select(e < 0.0, e * a.alpha, e), ...)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What `samples` of operators are drawn with; Hypothesis is imported only when a sample is drawn.
 
-    axis = integer(draw, -2, 1)
-    x = array(draw, (2, 3), "float32")       values from a drawn seed, so that shrinking stays fast
+axis = integer(draw, -2, 1)
+x = array(draw, (2, 3), "float32")       values from a drawn seed, so that shrinking stays fast
 """
 
 from __future__ import annotations

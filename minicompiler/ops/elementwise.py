@@ -260,6 +260,8 @@ logical_not = unary(
     to=bool_,
     content=lambda e: ~truth(e),
 )
+
+
 def _all_ones(dtype: DType) -> Expr:
     return const(-1 if dtype.is_signed else (1 << dtype.bits) - 1, dtype)
 

@@ -182,9 +182,7 @@ def _nd_compute(x: te.Tensor, indices: te.Tensor, a: GatherNdAttrs) -> te.Tensor
     lead = len(indices.shape) - 1
 
     def body(*i: Expr) -> Expr:
-        at = [
-            wrapped(indices[(*i[:lead], Const(k))], x.shape[b + k]) for k in range(depth)
-        ]
+        at = [wrapped(indices[(*i[:lead], Const(k))], x.shape[b + k]) for k in range(depth)]
         return x[(*i[:b], *at, *i[lead:])]
 
     return te.compute((*indices.shape[:-1], *x.shape[b + depth :]), body, "gather_nd")

@@ -1,6 +1,6 @@
 """Matrix products.
 
-    matmul(a[..., m, k], b[..., k, n]) -> [..., m, n]     numpy's semantics, batches broadcast
+matmul(a[..., m, k], b[..., k, n]) -> [..., m, n]     numpy's semantics, batches broadcast
 """
 
 from __future__ import annotations

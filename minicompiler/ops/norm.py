@@ -1,7 +1,7 @@
 """Normalisations. All compute in float32 at least.
 
-    batch_norm(x[n, c, ...], scale[c], bias[c], mean[c], var[c]; epsilon)     inference only
-    layer_norm(x, scale?, bias?; axis, epsilon)     over the axes from `axis` to the last
+batch_norm(x[n, c, ...], scale[c], bias[c], mean[c], var[c]; epsilon)     inference only
+layer_norm(x, scale?, bias?; axis, epsilon)     over the axes from `axis` to the last
 """
 
 from __future__ import annotations
@@ -231,9 +231,7 @@ def _group_norm_infer(x: Arg, s: Arg, b: Arg, a: GroupNormAttrs) -> TensorType:
     return x.type
 
 
-def _group_norm_compute(
-    x: te.Tensor, s: te.Tensor, b: te.Tensor, a: GroupNormAttrs
-) -> te.Tensor:
+def _group_norm_compute(x: te.Tensor, s: te.Tensor, b: te.Tensor, a: GroupNormAttrs) -> te.Tensor:
     wide_x = widened(x)
     channels = need_const("group_norm", "the number of channels", x.shape[1])
     per = channels // (a.groups or channels)

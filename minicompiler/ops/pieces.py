@@ -144,9 +144,7 @@ def _parts(x: Shape, a: SplitAttrs) -> tuple[int, list[Expr]]:
 def _split_infer(x: Arg, a: SplitAttrs) -> tuple[TensorType, ...]:
     axis, sizes = _parts(x.type.shape, a)
     shape = x.type.shape
-    return tuple(
-        TensorType((*shape[:axis], s, *shape[axis + 1 :]), x.type.dtype) for s in sizes
-    )
+    return tuple(TensorType((*shape[:axis], s, *shape[axis + 1 :]), x.type.dtype) for s in sizes)
 
 
 def _split_compute(x: te.Tensor, a: SplitAttrs) -> tuple[te.Tensor, ...]:
@@ -220,9 +218,7 @@ def _tile_compute(x: te.Tensor, a: TileAttrs) -> te.Tensor:
 
 def _tile_samples(draw: Draw) -> tuple[list[Array], TileAttrs]:
     of = shape(draw, 0, 3)
-    return [array(draw, of, choice(draw, MOVED))], TileAttrs(
-        tuple(integer(draw, 1, 3) for _ in of)
-    )
+    return [array(draw, of, choice(draw, MOVED))], TileAttrs(tuple(integer(draw, 1, 3) for _ in of))
 
 
 tile = register(

@@ -1,9 +1,9 @@
 """What type rules and computes share: sizes that may be symbolic, broadcasting, accumulators.
 
-    same_size(n, 4)              None: undecided until run time (True, False: proven)
-    broadcast("add", a, b)       numpy's rule on Args, or ShapeError naming both shapes
-    axis_of(-1, 4, "softmax")    3
-    elements(f, x, y)            te tensor of f(x[i], y[i]); 16-bit floats are computed in float32
+same_size(n, 4)              None: undecided until run time (True, False: proven)
+broadcast("add", a, b)       numpy's rule on Args, or ShapeError naming both shapes
+axis_of(-1, 4, "softmax")    3
+elements(f, x, y)            te tensor of f(x[i], y[i]); 16-bit floats are computed in float32
 """
 
 from __future__ import annotations

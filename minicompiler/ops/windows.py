@@ -1,8 +1,8 @@
 """Sliding windows over spatial axes: what convolution and pooling share.
 
-    w = Windows.of("conv", 2, kernel=(3, 3), strides=(2,), pads_begin=(1, 1))
-    w.output((224, 224))            (112, 112); also for symbolic sizes, ceil_mode included
-    padded(x, 2, w, value=0)        te tensor with a border wherever a window may leave x
+w = Windows.of("conv", 2, kernel=(3, 3), strides=(2,), pads_begin=(1, 1))
+w.output((224, 224))            (112, 112); also for symbolic sizes, ceil_mode included
+padded(x, 2, w, value=0)        te tensor with a border wherever a window may leave x
 """
 
 from __future__ import annotations

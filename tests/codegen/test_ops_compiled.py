@@ -275,12 +275,15 @@ def test_empty_tensors() -> None:
         (REGISTRY["add"], [f, np.ones(3, np.float32)], REGISTRY["add"].attrs()),
         (sums, [f], sums.attrs(axes=(0,), keepdims=False)),
         (sums, [f], sums.attrs(axes=(1,), keepdims=True)),
+        (sums, [np.zeros((0, 4, 576), np.float32)], sums.attrs(axes=(2,), keepdims=False)),
+        (REGISTRY["conv"], [np.zeros((0, 3, 9, 9), np.float32), np.ones((8, 3, 3, 3), np.float32)],
+         REGISTRY["conv"].attrs()),
         (REGISTRY["matmul"], [np.zeros((2, 0), np.float32), f], REGISTRY["matmul"].attrs()),
         (REGISTRY["matmul"], [f, np.ones((3, 4), np.float32)], REGISTRY["matmul"].attrs()),
         (REGISTRY["softmax"], [f], REGISTRY["softmax"].attrs(-1)),
         (REGISTRY["gather"], [np.ones((4, 2), np.float32), i], REGISTRY["gather"].attrs(0)),
         (cat, [f, np.ones((2, 3), np.float32)], cat.attrs(0)),
         (REGISTRY["transpose"], [f], REGISTRY["transpose"].attrs((1, 0))),
-    ]
+    ]  # fmt: skip
     for case, got in zip(cases, compiled(cases), strict=True):
         assert_close(got[0], reference(case)[0])

@@ -58,7 +58,16 @@ def test_a_right_model_has_no_culprit(threads: int) -> None:
     assert all(0 <= r.deviation.relative < 1e-5 for r in report.rows)
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
+ONE_OF_A_KIND = {f.kind: f for f in reversed(FAULTS)}.values()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(f, id=str(f), marks=() if f in ONE_OF_A_KIND else pytest.mark.nightly)
+        for f in FAULTS
+    ],
+)
 def test_the_guilty_step_is_named_and_reproduced(
     fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,9 +184,7 @@ def test_pools_agree_with_onnxruntime(
         "pads": [pads[0]] * 2 + [pads[1]] * 2,
         "ceil_mode": ceil,
     }
-    a = PoolAttrs(
-        (kernel,) * 2, (stride,), (pads[0],), (pads[1],), (), bool(ceil), bool(include)
-    )
+    a = PoolAttrs((kernel,) * 2, (stride,), (pads[0],), (pads[1],), (), bool(ceil), bool(include))
     agrees("max_pool", [x], a, onnx_run("MaxPool", [x], given_attrs))
     averaged = onnx_run("AveragePool", [x], {**given_attrs, "count_include_pad": include})
     agrees("avg_pool", [x], a, averaged)
@@ -447,6 +445,10 @@ def test_symbolic_computes_evaluate_at_every_size() -> None:
     (lambda: op("add", value(2), value(2, dtype=int64)), "different element types"),
     (lambda: op("reshape", value(B, 6), [0, 7]), "has batch*6 elements"),
     (lambda: op("reshape", value(B), value(2, dtype=int64)), "computed from data"),
+    (lambda: op("reshape", value(2, 3), shape=(2, 0), allow_zero=True), "has 6 elements"),
+    (lambda: op("reshape", value(B, 3), shape=(0, 2), allow_zero=True), "has batch*3 elements"),
+    (lambda: op("reshape", value(0, 3), [0, -1]), "whatever -1 stands for"),
+    (lambda: op("argmax", value(2, 0), axis=1), "axis 1 of float32[2, 0] is empty"),
     (lambda: op("conv", value(1, 3, 4, 4), value(8, 2, 3, 3)), "the input has 3 channels"),
     (lambda: op("max_pool", value(1, 3, 2, 2), kernel=(3, 3)), "does not fit spatial axis 0"),
     (lambda: op("softmax", value(2, 3), axis=2), "axis 2 is out of range"),
