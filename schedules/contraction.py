@@ -449,6 +449,8 @@ def _fetch_rows(s: Schedule, nest: _Nest, loop: str, rows: int) -> None:
     # It pays where the operand comes from beyond the second-level cache, and not once in many.
     if step is None or step <= 0 or size <= s.target.caches[1] or passes > 512:
         return
+    if const_int(s.loop(loop)[0].extent) == 1:
+        return
     lines = -(-rows * step * buffer.dtype.bytes // 64)
     s.prefetch(buffer.name, loop, rows * step, None, lines)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import ZERO, Const, Expr, Load, const_int, free_vars, substitute
 from minicompiler.ir.tir import VECTOR, For, Prefetch, Scope, Seq, Stmt, seq
 
@@ -56,11 +57,7 @@ def prefetch(
     if len(places) != 1:
         s.refuse(f"{name} is read at {len(places)} places inside {loop_name}, not at one", loop)
     (place,) = places.values()
-    stride = elementwise.strides(buffer, place.indices, loop.var, arith)
-    if not stride or stride < 0:
-        s.refuse(f"iterations of {loop_name} do not walk forward through {name}", loop)
-        return
-    lines = count or -(-stride * buffer.dtype.bytes // LINE_BYTES)
+    lines = count or _lines_between(s, place, loop, arith)
     if lines > MOST_LINES:
         s.refuse(f"an iteration of {loop_name} moves on by {lines} cache lines of {name}", loop)
     line = LINE_BYTES // buffer.dtype.bytes
@@ -79,6 +76,15 @@ def prefetch(
             mine = arith.simplify((turns.var * each + k) % lines * line + ahead)
             parts.append(Prefetch(place, mine))
     s.swap(loop, loop.with_(body=seq([*parts, loop.body])))
+
+
+def _lines_between(s: Schedule, place: Load, loop: For, arith: Arith) -> int:
+    """Cache lines from what one iteration reads to what the next one does."""
+    stride = elementwise.strides(place.buffer, place.indices, loop.var, arith)
+    if not stride or stride < 0:
+        s.refuse(f"iterations of {loop.var} do not walk forward through {place.buffer.name}", loop)
+        return 0
+    return -(-stride * place.buffer.dtype.bytes // LINE_BYTES)
 
 
 def drop_stale(s: Schedule) -> None:

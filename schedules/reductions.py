@@ -68,7 +68,8 @@ def decompose_reduction(s: Schedule, name: str, loop_name: str) -> str:
         if analysis.repeats(block, x):
             s.refuse(f"loop {x.var} repeats all of the reduction {name}", x)
     stays_private(s, block, path[: path.index(loop)], block.body.buffer, reads=False)
-    if outer_vars(s, block) & {x.var for x in inside}:
+    used = frozenset[Expr]().union(*map(free_vars, (block.init.value, *block.init.indices)))
+    if used & {x.var for x in inside}:
         s.refuse(
             f"where block {name} stores depends on the loops around it",
             block,
