@@ -22,6 +22,7 @@ from minicompiler.ir.expr import (
     const_int,
     eq,
     free_vars,
+    maximum,
     minimum,
     rewrite,
     select,
@@ -318,6 +319,11 @@ def _unconditional(block: Block, tile: Buffer, arith: Arith) -> Block:
     def cap(e: Expr) -> Expr | None:
         return capped.get(e)
 
+    lasts = {c.a: c.b - 1 for c in dropped if type(c) is Binary and c.op == "lt"}
+
+    def at_last(e: Expr) -> Expr | None:
+        return lasts.get(e)
+
     kept = [c for c in analysis.where_parts(block) if c not in dropped]
     inside = Arith({**arith.ranges, **{i.var: (ZERO, i.extent - 1) for i in block.iters}}, kept)
 
@@ -338,11 +344,15 @@ def _unconditional(block: Block, tile: Buffer, arith: Arith) -> Block:
                 moved.append(True)
             indices.append(i)
         if moved:  # one index capped: cap all that depend on the same point
-            indices = [
-                rewrite(substitute(i, mapping), cap) if free_vars(i) & tail_iters else i
-                for i in indices
-            ]
+            indices = [capped_index(i) if free_vars(i) & tail_iters else i for i in indices]
         return Load(e.buffer, tuple(indices))
+
+    def capped_index(i: Expr) -> Expr:
+        value = substitute(i, mapping)
+        made = rewrite(value, cap)
+        # What guards the load (padding) is asked of the point beyond, not of the last valid one.
+        last = rewrite(value, at_last)
+        return made if inside.prove(last >= ZERO) is True else maximum(made, ZERO)
 
     body = block.body.with_(value=rewrite(block.body.value, clamp))
     init = None if block.init is None else block.init.with_(value=rewrite(block.init.value, clamp))

@@ -89,23 +89,29 @@ class Arith:
                 known = self._without_quotient(known)
 
     def _narrow(self, fact: Poly) -> None:
-        """A fact about one atom is its range."""
-        most = fact.get((), 0)
-        for m, c in fact.items():
-            if len(fact) - (() in fact) != 1 or len(m) != 1 or c not in (1, -1):
-                continue
-            atom = m[0]
+        """A fact about one atom is its range. A positive product of some that are not negative:
+        none of them is 0."""
+        terms = [(m, c) for m, c in fact.items() if m]
+        if len(terms) != 1:
+            return
+        (atoms, c) = terms[0]
+        most = fact.get((), 0) // abs(c)
+        if len(atoms) > 1:
+            lows = [self.interval(a)[0] for a in atoms]
+            if c < 0 or most >= 0 or any(low is None or low < 0 for low in lows):
+                return
+            most = -1
+        for atom in atoms:
             if atom in self.ranges:
                 low, high = self.ranges[atom]
                 if c < 0 and type(high) is Const and high.value > most:
                     self.ranges[atom] = low, Const(most)
                 elif c > 0 and type(low) is Const and low.value < -most:
                     self.ranges[atom] = Const(-most), high
-            elif type(atom) is Binary:
-                known = self._told.get(atom, (None, None))
+            else:
                 told = (None, most) if c < 0 else (-most, None)
-                self._told[atom] = _both(known, told)
-            self._intervals.clear()
+                self._told[atom] = _both(self._told.get(atom, (None, None)), told)
+        self._intervals.clear()
             for values in self._values:
                 values.clear()
 
