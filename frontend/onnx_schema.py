@@ -107,7 +107,7 @@ def _fail(message: str, loc: Loc, hint: str = "") -> NoReturn:
     raise ImportModelError(message, (loc,), hint=hint)
 
 
-# Operators that ONNX's own test models use without inputs, though the specification says at least 1.
+# Operators that ONNX's own models use without inputs, though the specification wants at least 1.
 _EMPTY = frozenset({"SequenceConstruct"})
 
 

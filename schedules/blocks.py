@@ -330,7 +330,9 @@ def tail_conditions(block: Block, arith: Arith) -> list[Expr]:
     if not parts:
         return []
     spatial = [i for i in block.iters if not i.reduce]
-    in_range = [i.value < i.extent for i in spatial] + [i.value >= ZERO for i in spatial]
+    # No block runs where an extent is 0, so what divides by one is known to be positive.
+    in_range = [i.extent > ZERO for i in spatial]
+    in_range += [i.value < i.extent for i in spatial] + [i.value >= ZERO for i in spatial]
     inside = Arith(arith.ranges, in_range)
     return [c for c in parts if inside.prove(c) is True]
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from minicompiler.ir.expr import (
     TRUE,
+    Binary,
     Const,
     Expr,
     Load,
+    Var,
     all_of,
     binary,
     ceildiv,
@@ -332,19 +334,33 @@ def _adds_lanes(block: Block, loop: For) -> bool:
 
 
 def _moves_on(s: Schedule, block: Block, loop: For) -> bool:
-    """True when each iteration stores beyond what the one before stored: a staged buffer written
-    back, whose place the store itself names."""
+    """True when no two iterations store to one element: a staged buffer written back, whose place
+    the store itself names. Where the loop is several fused ones, its digits i // n and i % n may
+    each choose the place along an axis of their own."""
     arith = analysis.arith_of(s.func)
     inner = [x.var for x in analysis.loops(loop.body)]
     values = analysis.values_of(block)
+    digits: set[Expr] = set()
     for index in block.body.indices:
-        at = substitute(index, values)
-        low, high = arith.bound(at, inner, -1), arith.bound(at, inner, +1)
-        if low is not None and high is not None and loop.var in free_vars(at):
-            following = substitute(low, {loop.var: loop.var + 1})
+        at = arith.simplify(substitute(index, values))
+        moving = {a for m in arith.poly(at) for a in m if loop.var in free_vars(a)}
+        if len(moving) != 1:
+            continue
+        digit = moving.pop()
+        place = Var("_digit")
+        low, high = (arith.bound(rewrite(at, {digit: place}.get), inner, k) for k in (-1, +1))
+        if low is not None and high is not None:
+            following = substitute(low, {place: place + 1})
             if arith.prove(high < following) is True:
-                return True
-    return False
+                digits.add(digit)
+
+    def told(e: Expr) -> bool:
+        return e in digits or any(
+            type(d) is Binary and d.op == "mod" and d.a is e and told(arith.simplify(e // d.b))
+            for d in digits
+        )
+
+    return told(loop.var)
 
 
 def relayout(s: Schedule, name: str, layout: IndexMap) -> None:

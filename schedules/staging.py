@@ -224,7 +224,8 @@ def _points_inside(
     canonical: dict[Expr, Expr] = {x.var: Var(f"_t{k}") for k, x in enumerate(chosen[id(pattern)])}
     ranges = {Var(f"_t{k}"): (ZERO, n - 1) for k, n in enumerate(shape)}
     conditions = [substitute(c, canonical) for c in tail]
-    inside = Arith({**arith.ranges, **ranges}, conditions)
+    some = [i.extent > ZERO for i in pattern.iters]  # or nothing runs
+    inside = Arith({**arith.ranges, **ranges}, [*some, *conditions])
     # Where `p < n` holds p is min(p, n - 1), also where p is taken apart (p // w, p % w).
     capped = {
         inside.simplify(c.a): minimum(c.a, c.b - 1)

@@ -112,8 +112,8 @@ class Arith:
                 told = (None, most) if c < 0 else (-most, None)
                 self._told[atom] = _both(self._told.get(atom, (None, None)), told)
         self._intervals.clear()
-            for values in self._values:
-                values.clear()
+        for values in self._values:
+            values.clear()
 
     # ---- polynomials --------------------------------------------------------------------------
     def poly(self, e: Expr) -> Poly:

@@ -367,12 +367,15 @@ class _Verifier:
         ranges: dict[Expr, tuple[Expr, Expr]] | None,
     ) -> str:
         """ "" when 0 <= i < room is proved, else what could not be. Iterator ranges say it most
-        simply; where they do not, the iterators' values and `where` may."""
-        bad = ""
+        simply; where they do not, the iterators' values and `where` may. A clamp is simplest
+        without the conditions, under which it is none."""
+        low = high = False
         attempts = [(i, conditions, ranges or self.ranges)]
         if own:
             values = tuple(substitute(c, own) for c in conditions)
             attempts.append((substitute(i, own), values, self.ranges))
+        if conditions:
+            attempts.append((i, (), ranges or self.ranges))
         for e, facts, known in attempts:
             facts = (*p.facts, *facts)
             if self.equal:
@@ -380,11 +383,11 @@ class _Verifier:
                 facts = tuple(map(self.same, facts))
                 known = {v: (self.same(lo), self.same(hi)) for v, (lo, hi) in known.items()}
             arith = self.arith(facts, known)
-            low, high = arith.prove(e >= ZERO) is True, arith.prove(e < room) is True
+            low = low or arith.prove(e >= ZERO) is True
+            high = high or arith.prove(e < room) is True
             if low and high:
                 return ""
-            bad = bad or (">= 0" if not low else f"below {room}")
-        return bad
+        return f"below {room}" if low else ">= 0"
 
     def same(self, e: Expr) -> Expr:
         """`e` with one name for dimensions that are equal."""

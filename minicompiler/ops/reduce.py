@@ -1,7 +1,7 @@
 """Reductions over axes, softmax among them; cumulative sums and positions of extrema.
 
-    reduce_mean(x; axes=(-1,), keepdims=True)   axes None: all of them
-    argmax(x; axis=1)                           the first position of the largest element
+reduce_mean(x; axes=(-1,), keepdims=True)   axes None: all of them
+argmax(x; axis=1)                           the first position of the largest element
 """
 
 from __future__ import annotations
@@ -156,9 +156,6 @@ def _np_sum_of(f: Callable[[Any], Any], after: Callable[[Any], Any] = lambda s: 
     return lambda x, **how: after(np.sum(f(x), **how))
 
 
-
-
-
 def _np_max(x: Array, **how: Any) -> Array:
     return np.max(x, initial=_least(x.dtype), **how)
 
@@ -195,9 +192,7 @@ reduce_l1 = _reduction("reduce_l1", _sum_of(magnitude), _np_sum_of(np.abs))
 reduce_l2 = _reduction(
     "reduce_l2", _sum_of(lambda e: e * e, "sqrt"), _np_sum_of(np.square, np.sqrt), "f"
 )
-reduce_sum_square = _reduction(
-    "reduce_sum_square", _sum_of(lambda e: e * e), _np_sum_of(np.square)
-)
+reduce_sum_square = _reduction("reduce_sum_square", _sum_of(lambda e: e * e), _np_sum_of(np.square))
 reduce_log_sum = _reduction(
     "reduce_log_sum", _sum_of(lambda e: e, "log"), _np_sum_of(lambda x: x, np.log), "f", (0.1, 2)
 )

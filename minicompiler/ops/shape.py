@@ -290,9 +290,7 @@ def _squeezed(x: Shape, a: SqueezeAttrs) -> tuple[int, ...]:
 
 def _squeeze_infer(x: Arg, a: SqueezeAttrs) -> TensorType:
     gone = _squeezed(x.type.shape, a)
-    return TensorType(
-        tuple(s for k, s in enumerate(x.type.shape) if k not in gone), x.type.dtype
-    )
+    return TensorType(tuple(s for k, s in enumerate(x.type.shape) if k not in gone), x.type.dtype)
 
 
 def _squeeze_compute(x: te.Tensor, a: SqueezeAttrs) -> te.Tensor:
@@ -543,9 +541,7 @@ def _arange_infer(a: ArangeAttrs) -> TensorType:
 
 
 def _arange_compute(a: ArangeAttrs) -> te.Tensor:
-    return te.compute(
-        (_arange_count(a),), lambda i: cast(i * a.step + a.start, a.dtype), "arange"
-    )
+    return te.compute((_arange_count(a),), lambda i: cast(i * a.step + a.start, a.dtype), "arange")
 
 
 def _arange_reference(a: ArangeAttrs) -> Array:

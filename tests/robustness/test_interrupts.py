@@ -21,6 +21,9 @@ import numpy as np
 import minicompiler as mc
 from onnx_models import conv_net, numbers
 
+# A background job of a shell ignores the signal, and so would its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def interrupted(run, seconds):
     timer = threading.Timer(seconds, os.kill, [os.getpid(), signal.SIGINT])
     try:
@@ -95,6 +98,7 @@ def test_the_command_line_ends_with_130(tmp_path: Path) -> None:
         process = subprocess.Popen(
             command, cwd=tmp_path, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as above
         )  # fmt: skip
         # From its first kernel in the cache on, the program is in the middle of compiling.
         deadline = time.monotonic() + 60
