@@ -221,3 +221,17 @@ def test_facts_about_ranges_do_not_go_round_in_circles() -> None:
     arith = Arith({A: below((N + 7) // 8), B: below(8)}, [A * 8 + B < N])
     assert arith.prove(A * 8 + B <= N - 1) is True
     assert arith.prove(all_of([eq(A, ZERO), A < 0])) is False
+
+
+def test_facts_narrow_what_is_no_variable() -> None:
+    n, i, k = Dim("n", 0, 99), Var("i"), Var("k")
+    ranges = {i: (ZERO, Const(9)), k: (ZERO, Const(3))}
+    high, low = (i - k) // 2, (k - i) // 3
+    assert Arith(ranges).prove(high * 2 + low >= 0) is None
+    assert Arith(ranges, [Const(0) <= high, Const(0) <= low]).prove(high * 2 + low >= 0) is True
+    # n*6 - 6 > 0: n > 1
+    assert Arith({}, [Const(0) < n * 6 - 6]).prove(n >= 2) is True
+    assert Arith({}, [Const(0) < n * 6 - 6]).prove(n >= 3) is None
+    # A product that is positive has no factor 0.
+    assert Arith({}, [Const(0) < n * (n // 4)]).prove(n // 4 >= 1) is True
+    assert Arith({}, [Const(0) < (n - 9) * (n // 4)]).prove(n // 4 >= 1) is None

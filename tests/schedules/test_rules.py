@@ -18,7 +18,7 @@ from tolerance import assert_close
 
 import minicompiler.ops  # noqa: F401
 from minicompiler import te
-from minicompiler.errors import ScheduleError
+from minicompiler.errors import InternalError, ScheduleError
 from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import Dim, Expr, Load, Var, maximum, rewrite, substitute
 from minicompiler.ir.layout import IndexMap
@@ -39,7 +39,8 @@ from minicompiler.ir.verify_tir import verify_tir
 from minicompiler.lower.to_tir import from_tensors
 from minicompiler.ops.conv import ConvAttrs
 from minicompiler.ops.pool import PoolAttrs
-from minicompiler.schedules.cpu import RULES, schedule
+from minicompiler.ops.reduce import ArgAttrs, ReduceAttrs
+from minicompiler.schedules.cpu import RULES, Rule, schedule
 from minicompiler.target import Target
 
 AVX2, SSE = Target.parse("cpu:avx2"), Target.parse("cpu:sse")
@@ -132,6 +133,23 @@ BIG: dict[str, Callable[[], Sample]] = {
             layouts={0: NCHW8C, -1: NCHW8C},
         )
     ),
+    "max_pool_dynamic": lambda: Sample(  # of one column, which is all border
+        operator("max_pool", [(2, 1, Dim("n", 1, 64))], PoolAttrs((3,), (), (1,), (1,))), {"n": 1}
+    ),
+    "conv_one_pixel": lambda: Sample(  # 4 * 5 weights of a channel are no whole vectors
+        operator("conv", [(1, 4, 1), (4, 4, 5)], ConvAttrs((), (2,), (2,)))
+    ),
+    "sum_of_columns_dynamic": lambda: Sample(
+        operator(
+            "reduce_sum",
+            [(Dim("n", 1, 64), Dim("m", 1, 64), Dim("k", 1, 64))],
+            ReduceAttrs((1,), False),
+        ),
+        {"n": 2, "m": 9, "k": 11},
+    ),
+    "argmax_dynamic": lambda: Sample(
+        operator("argmax", [(2, Dim("n", 1, 64))], ArgAttrs(1, False, True)), {"n": 19}
+    ),
     "lstm": lambda: Sample(recurrence("lstm", 4)),
     "gru": lambda: Sample(recurrence("gru", 3)),
     "exp": lambda: Sample(operator("exp", [(3, 4, 9)])),
@@ -187,6 +205,13 @@ def test_every_point_verifies(name: str) -> None:
 def test_decisions_that_are_no_option_are_refused() -> None:
     with pytest.raises(ScheduleError, match="choice rows = 99"):
         schedule(matmul_of(13, 40, 35), AVX2, {"rows": 99})
+
+
+def test_a_rule_that_fails_is_a_mistake_of_the_compiler() -> None:
+    rule = Rule("hasty", lambda s: True, lambda s: s.mark("k0", "vector"))
+    with pytest.raises(InternalError, match="schedule rule 'hasty' failed: mark") as caught:
+        schedule(matmul_of(5, 7, 6), AVX2, rules=(rule,))
+    assert ">" in caught.value.excerpt and "report" in caught.value.hint
 
 
 # ---- names --------------------------------------------------------------------------------------
