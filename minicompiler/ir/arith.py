@@ -340,6 +340,15 @@ class Arith:
         return None, None
 
     def _poly_interval(self, p: Poly) -> Interval:
+        factored: Interval = (None, None)
+        if len(p) > 1 and () not in p:  # n*m - 2*n is n*(m - 2), which has a sign
+            shared = next((a for a in next(iter(p)) if all(a in m for m in p)), None)
+            if shared is not None:
+                rest: Poly = {}
+                for m, c in p.items():
+                    k = m.index(shared)
+                    rest[m[:k] + m[k + 1 :]] = c
+                factored = _mul_bounds(self.interval(shared), self._poly_interval(rest))
         low: int | None = 0
         high: int | None = 0
         for m, c in p.items():
@@ -354,7 +363,7 @@ class Arith:
                 lo, hi = (None if lo is None else lo * c), (None if hi is None else hi * c)
             low = None if low is None or lo is None else low + lo
             high = None if high is None or hi is None else high + hi
-        return low, high
+        return _both((low, high), factored)
 
     def nonneg(self, p: Poly, depth: int = 0) -> bool:
         """True when the polynomial is known to be >= 0."""
