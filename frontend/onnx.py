@@ -286,10 +286,10 @@ class _Importer:
         raise UnsupportedError(
             f"{self.file} uses {count} operator{'s' if count > 1 else ''} that "
             f"{'are' if count > 1 else 'is'} not supported",
-            {op: len(names) for op, names in missing.items()},
-            used,
             excerpt="\n".join(lines),
             hint="give compile() converters for them: docs/extending.md",
+            operators={op: len(names) for op, names in missing.items()},
+            used=used,
         )
 
     # ---- nodes ----------------------------------------------------------------------------------

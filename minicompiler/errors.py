@@ -89,12 +89,15 @@ class UnsupportedError(ImportModelError):
     def __init__(
         self,
         message: str,
-        operators: Mapping[str, int] | None = None,
-        used: Mapping[str, int] | None = None,
+        locs: Sequence[SourceLoc] = (),
         excerpt: str = "",
         hint: str = "",
+        where: str = "",
+        *,
+        operators: Mapping[str, int] | None = None,
+        used: Mapping[str, int] | None = None,
     ) -> None:
-        super().__init__(message, excerpt=excerpt, hint=hint)
+        super().__init__(message, locs, excerpt, hint, where)
         self.operators = dict(operators or {})
         self.used = dict(used or {})
 
