@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import te
+from ..errors import ShapeError
 from ..ir.expr import ONE, Const, Expr, all_of, binary, const, eq, product, select, wrap
 from ..ir.op import Arg, Op, Precision, register
 from ..ir.types import TensorType
@@ -150,6 +151,12 @@ class Col2ImAttrs:
 def _col2im_infer(x: Arg, a: Col2ImAttrs) -> TensorType:
     need_dtype("col2im", x, "f")
     need_rank("col2im", x, 3, 3)
+    for name in ("kernel", "strides", "pads_begin", "pads_end", "dilations"):
+        if len(getattr(a, name)) != len(a.image):
+            raise ShapeError(
+                f"col2im: the image has {len(a.image)} axes, {name} {len(getattr(a, name))}",
+                hint="one number per axis of the image",
+            )
     need_same("col2im", "numbers of patches", x.type.shape[2], product(a.patches))
     count = product(a.kernel)
     need_same("col2im", f"channels modulo {count} and 0", x.type.shape[1] % count, 0)

@@ -455,6 +455,8 @@ def test_symbolic_computes_evaluate_at_every_size() -> None:
     (lambda: op("concat", value(2, 3), value(2, 4)), "sizes of dimension 1 do not match"),
     (lambda: op("transpose", value(2, 3), perm=(0, 0)), "is not an order"),
     (lambda: op("gather", value(2, 3), 5), "index 5 is out of range"),
+    (lambda: op("col2im", value(1, 5, 5), image=(5, 5), kernel=(1, 5), strides=(1, 1),
+                pads_begin=(0, 0), pads_end=(0, 0), dilations=(1,)), "2 axes, dilations 1"),
 ])  # fmt: skip
 def test_refusals_say_what_is_wrong(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ShapeError) as caught:
