@@ -527,6 +527,8 @@ def test_a_forked_child_works(mlp: Module) -> None:
 def test_ctrl_c_leaves_the_module_usable(mlp: Module) -> None:
     m = with_threads(mlp, 2)
     expected = m(rows(64))
+    # Processes that a shell starts in the background ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     for delay in range(20):
         timer = threading.Timer(0.0005 * delay, signal.raise_signal, [signal.SIGINT])
         with pytest.raises(KeyboardInterrupt):
@@ -534,6 +536,7 @@ def test_ctrl_c_leaves_the_module_usable(mlp: Module) -> None:
             while True:
                 m(rows(64))
         timer.join()
+    signal.signal(signal.SIGINT, before)
     assert same(m(rows(64)), expected)
     assert same(m(rows(2)), mlp(rows(2)))
 
