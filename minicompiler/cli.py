@@ -10,8 +10,11 @@ to COMMANDS.
 
 from __future__ import annotations
 
+import _thread
 import importlib
 import json
+import sys
+import time
 from typing import Any
 
 import click
@@ -32,6 +35,7 @@ class _Commands(click.Group):
         return list(COMMANDS)
 
     def invoke(self, ctx: click.Context) -> Any:
+        sys.unraisablehook = _interrupt_again
         try:
             return super().invoke(ctx)
         except MinicompilerError as error:
@@ -42,6 +46,19 @@ class _Commands(click.Group):
             _report(ctx, "KeyboardInterrupt", "interrupted", "interrupted")
             click.echo("interrupted", err=True)
             ctx.exit(INTERRUPTED)
+
+
+def _interrupt_again(lost: sys.UnraisableHookArgs) -> None:
+    """A Ctrl-C that arrives in a destructor cannot leave it: it is raised anew a moment later."""
+    if lost.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(lost)
+        return
+
+    def again() -> None:
+        time.sleep(0.01)
+        _thread.interrupt_main()
+
+    _thread.start_new_thread(again, ())  # no lock of `threading`: the destructor may run under it
 
 
 def _report(ctx: click.Context, kind: str, message: str, text: str) -> None:

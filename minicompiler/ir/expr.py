@@ -22,22 +22,39 @@ from .types import DType, bool_, index, int64
 
 Value = Union["Expr", int, float, bool]
 _lock = threading.RLock()
-_table: weakref.WeakValueDictionary[tuple[Any, ...], Expr] = weakref.WeakValueDictionary()
+_table: dict[tuple[Any, ...], weakref.ref[Expr]] = {}
+_limit = _FEWEST = 20_000
+"""So many entries make the next expression sweep the table."""
 
 
 def _made(cls: type[Expr], key: tuple[Any, ...], fields: tuple[Any, ...]) -> Any:
     """Interns a new expression. Only this takes a lock: two threads that compile at the same time
-    must
-    not make two objects of one expression, because identity is equality."""
+    must not make two objects of one expression, because identity is equality."""
     with _lock:
-        found = _table.get(key)
+        ref = _table.get(key)
+        found = None if ref is None else ref()
         if found is None:
             found = object.__new__(cls)
             found._fields = fields
             found._free = found._text = None
             found._init(*fields)
-            _table[key] = found
+            _table[key] = weakref.ref(found)
+            if len(_table) > _limit:
+                _sweep()
         return found
+
+
+def _sweep() -> None:
+    """Drops the entries of dead expressions, all at once: a callback for each, as a
+    WeakValueDictionary has it, costs time and swallows a Ctrl-C that arrives during it."""
+    global _limit
+    keys = list(_table)
+    # From the newest on, because an entry's key keeps the expression's children alive.
+    while keys:
+        key = keys.pop()
+        if _table[key]() is None:
+            del _table[key]
+    _limit = max(_FEWEST, 2 * len(_table))
 
 
 class Expr:
@@ -53,7 +70,8 @@ class Expr:
 
     def __new__(cls, *fields: Any) -> Any:
         key = (cls, *fields)
-        found = _table.get(key)
+        ref = _table.get(key)
+        found = None if ref is None else ref()
         return _made(cls, key, fields) if found is None else found
 
     def _init(self, *fields: Any) -> None:
@@ -183,7 +201,8 @@ class Const(Expr):
         else:
             value = bool(value) if dtype.is_bool else int(value)
             key = (cls, value, dtype)
-        found = _table.get(key)
+        ref = _table.get(key)
+        found = None if ref is None else ref()
         return _made(cls, key, (value, dtype)) if found is None else found
 
     def _init(self, *fields: Any) -> None:

@@ -113,3 +113,30 @@ def test_the_command_line_ends_with_130(tmp_path: Path) -> None:
             entry.unlink()
     assert codes == {130}
     assert not (tmp_path / "net.mc").exists()
+
+
+def test_an_interrupt_that_a_destructor_swallows_comes_again(tmp_path: Path) -> None:
+    out = script(
+        """
+        import time
+        from minicompiler.cli import main
+
+        class Last:
+            def __del__(self):
+                signal.raise_signal(signal.SIGINT)
+
+        @main.command("work")
+        def work():
+            last = Last()
+            del last
+            time.sleep(60)
+            print("to the end")
+
+        try:
+            main(["work"])
+        except SystemExit as end:
+            print(end.code)
+        """,
+        tmp_path,
+    )
+    assert out.split() == ["130"]
