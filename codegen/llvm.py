@@ -77,8 +77,6 @@ class _Emitter(Memory):
         for k, d in enumerate(f.dims):
             self.names[d], self.level[d] = f"%dim.{k}", 0
             args.append(f"i64 %dim.{k}")
-        for d, size in f.sizes:
-            self.names[d], self.level[d] = self.index(size), 0
         args.append("ptr noalias %workspace")
         for b in f.buffers:
             offset = self.shared

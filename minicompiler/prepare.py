@@ -16,41 +16,19 @@ import ctypes
 import mmap
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .ir.graph import Apply, Constant, Value
 from .ir.types import DType
+from .kernel import Kernel
 from .runtime.loader import Library
-from .runtime.plan import Size
 from .runtime.pool import kernel_symbols
 
 Array = np.ndarray
 _KEPT_MAPPED = 32 << 20  # bytes of a constant that stays in the mapped file of the model
 _TILE = 64  # of a transposing copy: 64 rows of 64 elements stay in the first-level cache
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One compiled fused function. All fields are plain data: this is what the disk cache holds.
-
-    params: per kernel parameter ("arg", k): argument k of the fused function; ("prepared", k): a
-    constant made while compiling; ("result", k). prepared: for each, its symbol, its own parameters
-    in the same form, dtype and physical shape. flops, moved: operations and bytes of a call, see
-    lower/cost.py.
-    """
-
-    name: str
-    params: tuple[tuple[str, int], ...]
-    prepared: tuple[tuple[str, tuple[tuple[str, int], ...], str, tuple[int, ...]], ...]
-    dims: tuple[str, ...]
-    shared: Size
-    local: Size
-    flops: Size
-    moved: Size
-    code: bytes
 
 
 class Preparation:

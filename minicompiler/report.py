@@ -29,8 +29,8 @@ from minicompiler.runtime.plan import evaluate
 from minicompiler.runtime.profile import KernelTime
 
 if TYPE_CHECKING:
-    from minicompiler.driver import Kernel
     from minicompiler.ir.graph import Apply, Function
+    from minicompiler.kernel import Kernel
     from minicompiler.kernel_facts import Nest
 
 TIMING_COLUMNS = (

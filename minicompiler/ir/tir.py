@@ -165,7 +165,6 @@ class PrimFunc(Node):
     """One kernel. `params` in call order (results last, `results` of them), then the `dims`.
 
     `buffers`: GLOBAL workspace. `phases`: root statements, run in order with a barrier between.
-    `sizes`: names that statements use for expressions of the dims.
     """
 
     name: str
@@ -175,7 +174,6 @@ class PrimFunc(Node):
     buffers: tuple[Buffer, ...]
     phases: tuple[Stmt, ...]
     locs: tuple[Loc, ...] = ()
-    sizes: tuple[tuple[Dim, Expr], ...] = ()
 
     def __str__(self) -> str:
         return script(self)
@@ -356,8 +354,6 @@ def script(func: PrimFunc | Stmt, mark: Node | None = None) -> str:
         put(0, f"def {func.name}({', '.join(names)}):")
         for b in (*func.params, *func.buffers):
             put(1, str(b))
-        for size, value in func.sizes:
-            put(1, f"{size} = {value}")
         for k, phase in enumerate(func.phases):
             if k:
                 put(1, "---")

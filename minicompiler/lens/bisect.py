@@ -16,7 +16,6 @@ from functools import partial
 import numpy as np
 
 from minicompiler.context import Context
-from minicompiler.driver import Kernel
 from minicompiler.errors import InternalError
 from minicompiler.ir.arith import evaluate_int, sizes
 from minicompiler.ir.graph import (
@@ -31,6 +30,7 @@ from minicompiler.ir.graph import (
 )
 from minicompiler.ir.tir import PrimFunc
 from minicompiler.ir.types import TensorType
+from minicompiler.kernel import Kernel
 from minicompiler.lower.lift_constants import Prepared
 from minicompiler.lower.memory import KernelCall
 from minicompiler.schedules.schedule import Step
@@ -45,7 +45,6 @@ from .kernel import (
     run,
     run_in_memory,
     shared_places,
-    with_sizes,
 )
 from .memory import from_memory, one_to_one, physical_shape, poisoned, to_memory
 
@@ -235,7 +234,7 @@ def blame_kernel(
     assert ctx.target is not None
     target = ctx.target
     making = making_of(case.fn, case.constant, ctx)
-    states, dims = making.states, with_sizes(case.dims, making.sizes)
+    states, dims = making.states, case.dims
     failures: dict[int, str] = {}
 
     def bad(k: int) -> bool:

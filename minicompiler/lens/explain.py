@@ -21,6 +21,7 @@ from minicompiler.codegen.native import compile_assembly
 from minicompiler.context import Context, Stage
 from minicompiler.errors import MinicompilerError
 from minicompiler.ir.graph import Constant, Function, applies
+from minicompiler.kernel import write_kernel
 
 STAGES = ("graph", "fuse", "tir", "schedule", "llvm", "asm")
 _CONTEXT = 2  # unchanged lines around a change
@@ -55,7 +56,7 @@ def compile_stages(
         if kernel in (None, name):
             assert isinstance(call.op, Function)
             constant = tuple(isinstance(a, Constant) for a in call.args)
-            _, text = driver.write_kernel(call.op, constant, ctx)
+            _, text = write_kernel(call.op, constant, ctx)
             if stage == "asm":
                 assert ctx.target is not None
                 ctx.stages.append(Stage(name, "code", "asm", compile_assembly(text, ctx.target), 0))

@@ -21,7 +21,6 @@ from minicompiler import pipeline
 from minicompiler.codegen.llvm import emit
 from minicompiler.codegen.native import compile_object
 from minicompiler.context import Context
-from minicompiler.driver import run_time_guards
 from minicompiler.ir import interp
 from minicompiler.ir.arith import evaluate_int, sizes
 from minicompiler.ir.expr import Expr, Load, rewrite
@@ -41,14 +40,12 @@ from minicompiler.ir.tir import (
     statements,
     sub_statements,
 )
+from minicompiler.kernel import lower_kernel, rules_of
 from minicompiler.lower.blocks import lower_blocks
-from minicompiler.lower.guards import guard_accesses
 from minicompiler.lower.lift_constants import Prepared, lift_constants
-from minicompiler.lower.sizes import Sizes, name_sizes
-from minicompiler.lower.to_tir import lower_function
 from minicompiler.runtime.loader import Library
 from minicompiler.runtime.pool import kernel_symbols
-from minicompiler.schedules.cpu import RULES, schedule
+from minicompiler.schedules.cpu import schedule
 from minicompiler.schedules.schedule import Step
 from minicompiler.target import Target
 
@@ -74,30 +71,19 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Making:
-    """How a kernel came about: its states, what computes its prepared constants, and the sizes
-    that have names inside of it."""
+    """How a kernel came about: its states, and what computes its prepared constants."""
 
     states: list[State]
     prepared: tuple[Prepared, ...]
-    sizes: Sizes
-
-
-def with_sizes(dims: Mapping[str, int], named: Sizes) -> dict[str, int]:
-    """The dimensions of the model, and what a kernel calls sizes that follow from them."""
-    return {**dims, **{d.name: evaluate_int(size, dims) for d, size in named}}
 
 
 def making_of(fn: Function, constant: tuple[bool, ...], ctx: Context) -> Making:
     """The making of a kernel, from its lowered form to what code is generated from."""
     assert ctx.target is not None
-    named, named_sizes = name_sizes(fn)
-    facts = [fact for fact, _ in run_time_guards(named)]
-    lowered = guard_accesses(lower_function(named, constant, ctx.options.max_error), facts)
+    lowered = lower_kernel(fn, constant, ctx)
     states = [State("lowering", "to_tir", "", lowered)]
     after: list[PrimFunc] = []
-    own = ctx.options.extensions.rules
-    rules = RULES if own is None else tuple(own(RULES))
-    s = schedule(lowered, ctx.target, after_step=after.append, rules=rules)
+    s = schedule(lowered, ctx.target, after_step=after.append, rules=rules_of(ctx))
     for k, (step, func) in enumerate(zip(s.steps, after, strict=True)):
         detail = f"step {k + 1} of {len(after)} of rule {s.rule}: {step}"
         states.append(State("schedule step", step.primitive, detail, func, step))
@@ -110,7 +96,7 @@ def making_of(fn: Function, constant: tuple[bool, ...], ctx: Context) -> Making:
         now = [dataclasses.replace(p, func=f) for p, f in pairs]
         func = joined(lowered, functions[0], now)
         states.append(State("tir pass", tir_pass.__name__, "", func))
-    return Making(states, prepared, named_sizes)
+    return Making(states, prepared)
 
 
 def joined(lowered: PrimFunc, func: PrimFunc, prepared: Sequence[Prepared]) -> PrimFunc:

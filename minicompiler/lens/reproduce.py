@@ -24,14 +24,13 @@ from minicompiler.ir.graph import Apply, Constant, Function, Input, Item, Value,
 from minicompiler.ir.serial import from_json, to_json
 from minicompiler.ir.tir import PrimFunc
 from minicompiler.lower.lift_constants import lift_constants
-from minicompiler.lower.sizes import name_sizes
 from minicompiler.runtime.plan import numpy_dtype
 from minicompiler.schedules.schedule import replay
 from minicompiler.target import Target
 
 from .bisect import KernelCase, blame_pass, named_values
 from .compare import WRONG, deviation
-from .kernel import joined, run, shared_places, with_sizes
+from .kernel import joined, run, shared_places
 from .verify import Report, verify
 
 assert ops  # importing it fills the table that operators are found in
@@ -162,8 +161,7 @@ def _case_of(report: Report, ctx: Context) -> tuple[Case, str]:
 
     kernel, state = failure.kernel, failure.state
     if kernel is not None and state is not None and culprit.kind in ("schedule step", "tir pass"):
-        dims = with_sizes(kernel.dims, name_sizes(kernel.fn)[1])
-        made = case(state.func, kernel.inputs, dims, kernel.length)
+        made = case(state.func, kernel.inputs, kernel.dims, kernel.length)
         if culprit.kind == "tir pass":
             return made, "check_tir_pass"
         assert failure.step is not None

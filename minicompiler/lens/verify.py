@@ -31,6 +31,7 @@ from minicompiler.ir.graph import (
     nested_functions,
 )
 from minicompiler.ir.tir import SCAN, Block, For, PrimFunc, script, statements
+from minicompiler.lower.guards import run_time_guards
 from minicompiler.lower.memory import KernelCall, after_counts
 from minicompiler.lower.to_tir import lower_function
 from minicompiler.runtime.module import Module
@@ -330,7 +331,7 @@ class _Verification:
 
 def _optimised(graph: Function, ctx: Context) -> tuple[list[str], list[Function]]:
     """The passes by name, and the graph before and after each."""
-    ctx.guards = driver.run_time_guards(graph)
+    ctx.guards = run_time_guards(graph)
     graphs = [graph]
     passes = ctx.options.extensions.passes(pipeline.GRAPH_PASSES[ctx.options.level])
     for step in passes:

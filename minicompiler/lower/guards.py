@@ -1,4 +1,6 @@
-"""Every access of a kernel stays inside its buffer: what cannot be proved is clamped.
+"""What is looked at when a call tells the sizes, and what is kept in bounds without looking.
+
+Every access of a kernel stays inside its buffer: what cannot be proved is clamped.
 
     guard_accesses(func)      order[k] as an index of p0[n]   ->   max(min(order[k], n - 1), 0)
 
@@ -11,7 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..ir.expr import ZERO, Expr, Load, maximum, minimum
+from ..ir.arith import Arith, dims_of
+from ..ir.expr import ZERO, Const, Dim, Expr, Load, eq, maximum, minimum
+from ..ir.graph import Function, applies, arg_of, every_function, function_dims
+from ..ir.op import Counted, assumptions
 from ..ir.tir import PrimFunc, Stmt, Store, map_exprs, map_statements
 from ..ir.verify_tir import unproved_accesses
 
@@ -51,3 +56,34 @@ def guard_accesses(func: PrimFunc, facts: Sequence[Expr] = ()) -> PrimFunc:
 
     phases = [map_exprs(map_statements(p, store), fixed) for p in func.phases]
     return func.with_(phases=tuple(phases))
+
+
+def run_time_guards(fn: Function) -> list[tuple[Expr, str]]:
+    """What type rules took for granted, each with the node that needs it: sizes that are equal, and
+    sizes that are not negative (a window larger than the image)."""
+    found: dict[Expr, str] = {}
+    nodes = [v for f in every_function(fn) for v in applies(f)]
+    counted = any(isinstance(v.attrs, Counted) for v in nodes)
+    known = frozenset(function_dims(fn))
+    if not known and not counted:
+        return []
+    for v in nodes:
+        if isinstance(v.op, Function):
+            continue
+        with assumptions() as pairs:
+            v.op.infer(*[None if a is None else arg_of(a) for a in v.args], v.attrs)
+        where = str(v.locs[0]) if v.locs else v.op.name
+        for a, b in pairs:
+            found.setdefault(eq(a, b), f"{where} needs {a} = {b}")
+        for t in v.type if isinstance(v.type, tuple) else (v.type,):
+            for size in t.shape:
+                if _may_be_negative(size, known):
+                    found.setdefault(size >= ZERO, f"{where} makes {t}")
+    return list(found.items())
+
+
+def _may_be_negative(size: Expr, known: frozenset[Dim]) -> bool:
+    """Whether a size has to be looked at when a call tells the dimensions `known`."""
+    if isinstance(size, Const | Dim) or not known.issuperset(dims_of([size])):
+        return False
+    return Arith().prove(size >= ZERO) is not True

@@ -19,12 +19,13 @@ from tolerance import assert_close
 import minicompiler.ops  # noqa: F401
 from minicompiler.codegen.native import compile_assembly, compile_object
 from minicompiler.context import Context, Options
-from minicompiler.driver import Kernel, build_kernel, optimise
+from minicompiler.driver import optimise
 from minicompiler.ir.arith import evaluate_int
 from minicompiler.ir.expr import Const
 from minicompiler.ir.graph import Apply, Constant, Function, Input, Item, Value, apply, topological
 from minicompiler.ir.op import REGISTRY
 from minicompiler.ir.types import DType, TensorType, float32
+from minicompiler.kernel import Kernel, build_kernel
 from minicompiler.ops.evaluate import run_reference
 from minicompiler.runtime import loader
 from minicompiler.runtime.loader import Library

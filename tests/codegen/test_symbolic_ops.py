@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 
 import minicompiler.ops  # noqa: F401
 from minicompiler.context import Context, Options
-from minicompiler.driver import run_time_guards, write_kernel
 from minicompiler.errors import ShapeError, VerifyError
 from minicompiler.ir.expr import Const, Dim, Expr
 from minicompiler.ir.graph import Function, Input, Item, Value, apply
 from minicompiler.ir.op import REGISTRY, Op
 from minicompiler.ir.types import TensorType, dtype_of
+from minicompiler.kernel import write_kernel
+from minicompiler.lower.guards import run_time_guards
 from minicompiler.target import Target
 
 TARGETS = (Target.parse("cpu:avx2"), Target.parse("cpu:sse"))

@@ -8,7 +8,6 @@ from onnx_models import attention, conv_net, mlp, model, node, numbers
 
 import minicompiler as mc
 from minicompiler import driver, pipeline, te
-from minicompiler.driver import run_time_guards
 from minicompiler.errors import VerifyError
 from minicompiler.ir.expr import cast
 from minicompiler.ir.graph import Constant, applies
@@ -16,7 +15,7 @@ from minicompiler.ir.interp import run
 from minicompiler.ir.tir import PrimFunc, script
 from minicompiler.ir.types import float32, index, int64
 from minicompiler.ir.verify_tir import verify_tir
-from minicompiler.lower.guards import guard_accesses
+from minicompiler.lower.guards import guard_accesses, run_time_guards
 from minicompiler.lower.to_tir import from_tensors, lower_function
 
 
