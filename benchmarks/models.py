@@ -1,7 +1,7 @@
 """Whole models against other runtimes, in turns within one process per case.
 
     python benchmarks/models.py DIR/*.onnx [--threads 1,2] [--against onnxruntime,openvino]
-                                [--seconds 2] [--json FILE]
+                                [--seconds 2] [--json FILE] [--back-to-back]
 
 Beside each MODEL.onnx lies MODEL.npz with its inputs (`in:NAME`) and expected outputs (`out:NAME`);
 MODEL.1.npz and so on are further input sets. Prints, per model, input set and thread count, the
@@ -35,7 +35,7 @@ def input_sets(model: Path) -> list[Path]:
 
 
 def measure(
-    model: Path, data: Path, threads: int, against: list[str], seconds: float
+    model: Path, data: Path, threads: int, against: list[str], seconds: float, back_to_back: bool
 ) -> dict[str, Any]:
     """One case, in this process."""
     import minicompiler as mc
@@ -54,7 +54,7 @@ def measure(
     runners = {OWN: lambda: module(*values)}
     for name in against:
         runners[name] = peer(name, str(model), threads)(feeds)
-    times = compare(runners, seconds)
+    times = compare(runners, seconds, back_to_back)
     case: dict[str, Any] = {
         "model": model.stem, "inputs": data.stem, "threads": threads, "error": max(errors),
         "milliseconds": {n: t.summary()["median"] * 1e3 for n, t in times.items()},
@@ -85,11 +85,15 @@ def main() -> None:
     parser.add_argument("--against", default="onnxruntime,openvino")
     parser.add_argument("--seconds", type=float, default=2.0, help="of counted calls per runtime")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--back-to-back", action="store_true",
+                        help="one call each in turn, without a pause")  # fmt: skip
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)  # in a child: this input set
     args = parser.parse_args()
     against = [x for x in args.against.split(",") if x]
     if args.one:
-        case = measure(args.models[0], args.one, int(args.threads), against, args.seconds)
+        case = measure(
+            args.models[0], args.one, int(args.threads), against, args.seconds, args.back_to_back
+        )
         print(json.dumps(case))
         return
     cases = []
@@ -100,6 +104,7 @@ def main() -> None:
                 command = [
                     sys.executable, __file__, str(model), "--one", str(data), "--threads", threads,
                     "--against", args.against, "--seconds", str(args.seconds),
+                    *["--back-to-back"] * args.back_to_back,
                 ]  # fmt: skip
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 cases.append(json.loads(done.stdout.splitlines()[-1]))

@@ -63,15 +63,20 @@ class Times:
         return [wall / len(turn) for wall, turn in zip(self.walls, self.turns, strict=True)]
 
 
-def compare(runners: Mapping[str, Runner | Sequence[Runner]], seconds: float) -> dict[str, Times]:
-    """Times all runners in turn, each for about `seconds` in all."""
+def compare(
+    runners: Mapping[str, Runner | Sequence[Runner]], seconds: float, back_to_back: bool = False
+) -> dict[str, Times]:
+    """Times all runners in turn, each for about `seconds` in all. back_to_back: a turn is one call,
+    without pause or warm-up, while threads of the call before may still be busy."""
     callers = {name: [r] if callable(r) else list(r) for name, r in runners.items()}
     for together in callers.values():  # the first call may start threads and allocate
         for run in together:
             run()
     turns: dict[str, list[tuple[float, ...]]] = {name: [] for name in runners}
     walls: dict[str, list[float]] = {name: [] for name in runners}
-    counts = {name: _count(together[0]) for name, together in callers.items()}
+    counts = {
+        name: 1 if back_to_back else _count(together[0]) for name, together in callers.items()
+    }
     started = time.perf_counter()
     budget = seconds * len(runners)
     k = 0
@@ -79,11 +84,13 @@ def compare(runners: Mapping[str, Runner | Sequence[Runner]], seconds: float) ->
         # The order changes, so that nobody always follows the same neighbour.
         order = list(runners)
         for name in order[k % len(order) :] + order[: k % len(order)]:
-            time.sleep(_PAUSE_SECONDS)
+            if not back_to_back:
+                time.sleep(_PAUSE_SECONDS)
+            warm_up = 0 if back_to_back else max(1, counts[name] // 10)
             if len(callers[name]) == 1:
-                turns[name].append(_block(callers[name][0], counts[name]))
+                turns[name].append(_block(callers[name][0], counts[name], warm_up))
             else:
-                times, wall = _together(callers[name], counts[name])
+                times, wall = _together(callers[name], counts[name], warm_up)
                 turns[name].append(times)
                 walls[name].append(wall)
         k += 1
@@ -107,8 +114,8 @@ def _count(run: Runner) -> int:
     return max(1, int(_BLOCK_SECONDS / statistics.median(times)))
 
 
-def _block(run: Runner, count: int) -> tuple[float, ...]:
-    for _ in range(max(1, count // 10)):  # warm-up
+def _block(run: Runner, count: int, warm_up: int) -> tuple[float, ...]:
+    for _ in range(warm_up):
         run()
     times = []
     for _ in range(count):
@@ -118,13 +125,15 @@ def _block(run: Runner, count: int) -> tuple[float, ...]:
     return tuple(times)
 
 
-def _together(runners: Sequence[Runner], count: int) -> tuple[tuple[float, ...], float]:
+def _together(
+    runners: Sequence[Runner], count: int, warm_up: int
+) -> tuple[tuple[float, ...], float]:
     """A block of each runner, all at the same time: seconds of all calls, and from the first to the
     last."""
     ready = threading.Barrier(len(runners))
 
     def block(run: Runner) -> list[tuple[float, float]]:
-        for _ in range(max(1, count // 10)):  # warm-up
+        for _ in range(warm_up):
             run()
         ready.wait()
         spans = []

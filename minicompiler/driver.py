@@ -185,8 +185,13 @@ def build_kernels(fn: Function, ctx: Context) -> Built:
     started: dict[str, Future[tuple[Kernel, list[Stage]]]] = {}
     wanted: list[tuple[Apply, str]] = []
     steps = steps_of(fn)
-    # LLVM works on one kernel (without the interpreter lock) while the next is being scheduled.
-    with ThreadPoolExecutor(1, "minicompiler-llvm") as worker, _dropping(worker):
+    # LLVM works on one kernel (without the interpreter lock) while the next is being scheduled, and
+    # the constants of kernels from the cache are packed meanwhile.
+    with (
+        Preparation(available_threads()) as preparation,
+        ThreadPoolExecutor(1, "minicompiler-llvm") as worker,
+        _dropping(worker),
+    ):
         for v in kernel_nodes(steps):
             assert isinstance(v.op, Function)
             constant = tuple(isinstance(a, Constant) for a in v.args)
@@ -195,6 +200,8 @@ def build_kernels(fn: Function, ctx: Context) -> Built:
                 ctx.budget.check_time(v.locs, v.op.name)
                 override = overrides.of(v.op.name)
                 started[key] = start_kernel(key, v.op, constant, ctx, cache, worker, override)
+            if started[key].done():
+                preparation.start(v, started[key].result()[0])
             wanted.append((v, key))
         kernels: dict[str, Kernel] = {}
         for key, future in started.items():
@@ -202,7 +209,6 @@ def build_kernels(fn: Function, ctx: Context) -> Built:
             for stage in stages:
                 record(ctx, stage)
             ctx.budget.check_time(where=kernels[key].name)
-    with Preparation(available_threads()) as preparation:
         for v, key in wanted:
             preparation.start(v, kernels[key])
         pairs = tuple(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,25 @@ def test_streams_call_at_the_same_time() -> None:
     alone, together = (bench.compare({"x": [sleep] * n}, 0.1)["x"] for n in (1, 8))
     assert len(seen) > 8
     assert not alone.walls and len(together.walls) == len(together.turns) >= 5
-    one, eight = (t.summary()["calls_per_second"] for t in (alone, together))
-    assert eight > 3 * one
     assert together.summary()["median"] >= 0.004
-    # Paces count throughput when there are several callers.
-    assert max(together.paces()) < 0.004 <= min(alone.paces())
+    # Paces count throughput when there are several callers; the machine may be busy in some turns.
+    assert 3 * statistics.median(together.paces()) < 0.004 <= min(alone.paces())
+
+
+def test_back_to_back_turns_are_single_calls_in_turn() -> None:
+    calls: list[str] = []
+
+    def runner(name: str) -> Callable[[], list[np.ndarray]]:
+        def run() -> list[np.ndarray]:
+            calls.append(name)
+            return []
+
+        return run
+
+    times = bench.compare({n: runner(n) for n in "ab"}, 0.001, back_to_back=True)
+    assert all(len(turn) == 1 for t in times.values() for turn in t.turns)
+    assert calls[:2] == ["a", "b"]  # the first calls of all, not counted
+    assert calls[2:10] == list("abbaabba")
 
 
 def test_a_summary_counts_wall_time_of_concurrent_calls() -> None:

@@ -9,7 +9,7 @@ Out: the function has run on every thread when `region` returns; the caller is t
 
 Workers are Python daemon threads that stay inside one native loop without the GIL: they spin for
 about 50 us after a region and then sleep. A busy pool never queues: the other caller runs alone.
-The CPU masks of workers follow the caller (see `spmd`); the caller's own is never touched.
+The CPU masks of workers follow the caller (see `affinity`); the caller's own is never touched.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import weakref
 from typing import Any
 
 from minicompiler.errors import RunError
+from minicompiler.runtime.affinity import short_slices
 from minicompiler.runtime.spmd import LAYOUT, Native
 from minicompiler.target import usable_cores
 
@@ -256,6 +257,7 @@ def _work(loop: Any, buffer: object, block: int, tid: int, managed: bool) -> Non
     if managed:
         box = block + LAYOUT["BOXES"] + 128 * tid
         ctypes.c_int32.from_address(box + LAYOUT["BOX_THREAD"]).value = threading.get_native_id()
+    short_slices()
     loop(block, tid)
 
 

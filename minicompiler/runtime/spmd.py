@@ -7,9 +7,7 @@ A region writes the job into the mailboxes of its workers, runs thread 0's share
 count of completions. Who waits spins for a while and then sleeps on a futex; who signals makes a
 system call only if somebody sleeps. So a hot region costs two cache line transfers per worker.
 
-The caller keeps its workers off its own CPU (`apart`, Linux). On one CPU the threads wait for each
-other in turns; such a pair looks like one busy thread to the scheduler, which then never separates
-it while another process keeps the other CPU busy: regions take ten times as long, for minutes.
+On which CPUs the workers may run is decided in `affinity`.
 """
 
 from __future__ import annotations
@@ -23,6 +21,8 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
+from minicompiler.runtime.affinity import MANAGED, UNMANAGED
+
 _SPIN_SECONDS = 50e-6
 
 # Pool block. Words that different threads write lie 128 bytes apart, because x86 prefetches lines
@@ -35,12 +35,14 @@ LAYOUT = {
     "EPOCH": 136,  # i32: number of the last region; only the owner touches it
     "TARGET": 140,  # i32: value of DONE that completes that region; only the owner touches it
     "CALLER": 144,  # ptr: pthread_self of the thread that runs the region
+    "LENT": 152,  # i32: 1 + the CPU that the caller has lent to workers, 0 for none
+    "PLACING": 156,  # i32: 1 while somebody moves a worker
     "DONE": 256,  # i32: completions by workers since the start, wraps around
     "WAITING": 260,  # i32: 1 while the owner sleeps on DONE
     "SLEEPERS": 384,  # i32: workers that sleep or are about to
     "BARRIER": 512,
     "MASK": 640,  # the CPUs that workers may use, in the format of sched_setaffinity
-    "BOXES": 1536,  # + 128 * tid: the mailboxes of the workers 1, 2, ...; their words:
+    "BOXES": 1664,  # + 128 * tid: the mailboxes of the workers 1, 2, ...; their words:
     "BOX_EPOCH": 0,  # i32: number of the last region this worker takes part in
     "BOX_NTHREADS": 4,
     "BOX_FN": 8,
@@ -48,18 +50,21 @@ LAYOUT = {
     "BOX_TARGET": 24,
     "BOX_ASLEEP": 28,
     "BOX_THREAD": 32,  # i32: the worker's thread id, 0: leave its CPU mask alone
-    "BOX_AWAY": 36,  # i32: 1 + the CPU it is kept off, 0 for none; only the owner touches it
+    # i32: 1 + the CPU it is kept off, 0 for none; -1 - the CPU that was lent to it
+    "BOX_AWAY": 36,
+    "BOX_USED": 40,  # i64: nanoseconds it had run when the caller last looked
     # Barrier block, all in one line: the last thread to arrive already owns what it writes.
     "BAR_COUNT": 0,  # i32: threads that have arrived
     "BAR_GENERATION": 4,  # i32: barriers passed so far
     "BAR_SLEEPERS": 8,  # i32
     "BAR_POOL": 16,  # ptr: the pool whose barrier this is, null for any other block
     # Relative to the barrier block, + 128 * tid: the second line of a mailbox.
-    "CLAIMS": 1088,  # i64: how many parts of a thread's share are taken, below the phase's number
+    "CLAIMS": 1216,  # i64: how many parts of a thread's share are taken, below the phase's number
     "SHARES": 8,  # parts of a thread's share
     "BARRIER_SPINS": 2000,
-    # Spins, some 5 us, after which a waiting caller looks whether it is in a worker's way.
+    # Spins, some 5 us, after which a waiting caller looks what holds up its workers; and minus 1.
     "PATIENCE": 128,
+    "IMPATIENCE": 127,
     "MASK_BYTES": 1024,  # CPUs beyond 8192 are not managed
     "MASK_BITS": 8192,
 }
@@ -85,178 +90,6 @@ define internal void @unpark(ptr %word) noinline {
   ; FUTEX_WAKE | FUTEX_PRIVATE_FLAG, all sleepers
   %r = call i64 (i64, ...) @syscall(i64 $NUMBER, ptr %word, i64 129, i64 2147483647,
                                     i64 0, i64 0, i64 0)
-  ret void
-}
-"""
-
-# Moves the workers 1 .. n-1 off the CPU that the caller runs on. Nothing depends on its success.
-_APART = """
-declare i32 @sched_getcpu()
-declare i32 @sched_getaffinity(i32, i64, ptr)
-declare i32 @sched_setaffinity(i32, i64, ptr)
-declare i32 @memcmp(ptr, ptr, i64)
-declare ptr @pthread_self()
-declare i64 @llvm.ctpop.i64(i64)
-declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
-declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
-
-define internal void @clear(ptr %mask, i32 %bit) {
-  %byte = lshr i32 %bit, 3
-  %p = getelementptr i8, ptr %mask, i32 %byte
-  %old = load i8, ptr %p, align 1
-  %low = and i32 %bit, 7
-  %one = shl i32 1, %low
-  %bits = trunc i32 %one to i8
-  %others = xor i8 %bits, -1
-  %new = and i8 %old, %others
-  store i8 %new, ptr %p, align 1
-  ret void
-}
-
-; The CPUs of worker w while it is kept off a CPU (given plus one, 0 for none): all the others, or,
-; in a pool with a thread for every CPU, the w-th of the others. False if there are none.
-define internal i1 @choose(ptr %all, i32 %size, i32 %w, i32 %away, ptr %mask) noinline {
-  call void @llvm.memcpy.p0.p0.i64(ptr %mask, ptr %all, i64 $MASK_BYTES, i1 false)
-  %none = icmp eq i32 %away, 0
-  br i1 %none, label %yes, label %remove
-remove:
-  %cpu = sub i32 %away, 1
-  call void @clear(ptr %mask, i32 %cpu)
-  br label %count
-count:
-  %i = phi i64 [ 0, %remove ], [ %i8, %count ]
-  %sum = phi i64 [ 0, %remove ], [ %sum1, %count ]
-  %p = getelementptr i8, ptr %mask, i64 %i
-  %word = load i64, ptr %p, align 8
-  %ones = call i64 @llvm.ctpop.i64(i64 %word)
-  %sum1 = add i64 %sum, %ones
-  %i8 = add i64 %i, 8
-  %more = icmp ult i64 %i8, $MASK_BYTES
-  br i1 %more, label %count, label %counted
-counted:
-  %others = trunc i64 %sum1 to i32
-  %workers = sub i32 %size, 1
-  %exact = icmp eq i32 %others, %workers
-  br i1 %exact, label %find, label %enough
-enough:
-  %spare = icmp ugt i32 %others, %workers
-  ret i1 %spare
-find:
-  %b = phi i32 [ 0, %counted ], [ %b1, %find_next ]
-  %rank = phi i32 [ 0, %counted ], [ %rank1, %find_next ]
-  %byte = lshr i32 %b, 3
-  %q = getelementptr i8, ptr %mask, i32 %byte
-  %v = load i8, ptr %q, align 1
-  %v32 = zext i8 %v to i32
-  %low = and i32 %b, 7
-  %shifted = lshr i32 %v32, %low
-  %bit = and i32 %shifted, 1
-  %rank1 = add i32 %rank, %bit
-  %reached = icmp eq i32 %rank1, %w
-  br i1 %reached, label %only, label %find_next
-find_next:
-  %b1 = add i32 %b, 1
-  %in = icmp ult i32 %b1, $MASK_BITS
-  br i1 %in, label %find, label %no
-only:
-  call void @llvm.memset.p0.i64(ptr %mask, i8 0, i64 $MASK_BYTES, i1 false)
-  %one = shl i32 1, %low
-  %one8 = trunc i32 %one to i8
-  store i8 %one8, ptr %q, align 1
-  br label %yes
-yes:
-  ret i1 true
-no:
-  ret i1 false
-}
-
-define internal void @apart(ptr %pool, i32 %n) noinline {
-  %mask = alloca [$MASK_BYTES x i8], align 8
-  %now = alloca [$MASK_BYTES x i8], align 8
-  %boxes = getelementptr i8, ptr %pool, i64 $BOXES
-  %size = load i32, ptr %pool, align 4
-  %all = getelementptr i8, ptr %pool, i64 $MASK
-  %cpu = call i32 @sched_getcpu()
-  %known = icmp ult i32 %cpu, $MASK_BITS
-  br i1 %known, label %start, label %out
-start:
-  %away = add i32 %cpu, 1
-  br label %next
-next:
-  %w = phi i32 [ 1, %start ], [ %w1, %done ]
-  %more = icmp slt i32 %w, %n
-  br i1 %more, label %look, label %out
-look:
-  %box = getelementptr [128 x i8], ptr %boxes, i32 %w
-  %p_thread = getelementptr i8, ptr %box, i64 $BOX_THREAD
-  %p_away = getelementptr i8, ptr %box, i64 $BOX_AWAY
-  %thread = load atomic i32, ptr %p_thread monotonic, align 4
-  %old = load i32, ptr %p_away, align 4
-  %same = icmp eq i32 %old, %away
-  %unknown = icmp eq i32 %thread, 0
-  %skip = or i1 %same, %unknown
-  br i1 %skip, label %done, label %check
-check:
-  ; a mask that somebody else has set is respected, from now on
-  %had = call i1 @choose(ptr %all, i32 %size, i32 %w, i32 %old, ptr %mask)
-  call void @llvm.memset.p0.i64(ptr %now, i8 0, i64 $MASK_BYTES, i1 false)
-  %r0 = call i32 @sched_getaffinity(i32 %thread, i64 $MASK_BYTES, ptr %now)
-  %differs = call i32 @memcmp(ptr %mask, ptr %now, i64 $MASK_BYTES)
-  %ours = icmp eq i32 %differs, 0
-  br i1 %ours, label %move, label %leave
-move:
-  %has = call i1 @choose(ptr %all, i32 %size, i32 %w, i32 %away, ptr %mask)
-  br i1 %has, label %set, label %leave
-set:
-  %r1 = call i32 @sched_setaffinity(i32 %thread, i64 $MASK_BYTES, ptr %mask)
-  %failed = icmp ne i32 %r1, 0
-  store i32 %away, ptr %p_away, align 4
-  br i1 %failed, label %leave, label %done
-leave:
-  store atomic i32 0, ptr %p_thread monotonic, align 4
-  br label %done
-done:
-  %w1 = add i32 %w, 1
-  br label %next
-out:
-  ret void
-}
-
-; The same, called from a barrier, which does not know whether its thread is the caller.
-define internal void @apart_at(ptr %b, i32 %n) noinline {
-  %p_pool = getelementptr i8, ptr %b, i64 $BAR_POOL
-  %pool = load ptr, ptr %p_pool, align 8
-  %other = icmp eq ptr %pool, null
-  br i1 %other, label %out, label %compare
-compare:
-  %p_caller = getelementptr i8, ptr %pool, i64 $CALLER
-  %caller = load ptr, ptr %p_caller, align 8
-  %self = call ptr @pthread_self()
-  %mine = icmp eq ptr %caller, %self
-  br i1 %mine, label %move, label %out
-move:
-  call void @apart(ptr %pool, i32 %n)
-  br label %out
-out:
-  ret void
-}
-
-define internal void @enter(ptr %pool) {
-  %p_caller = getelementptr i8, ptr %pool, i64 $CALLER
-  %self = call ptr @pthread_self()
-  store ptr %self, ptr %p_caller, align 8
-  ret void
-}
-"""
-
-_TOGETHER = """
-define internal void @apart(ptr %pool, i32 %n) {
-  ret void
-}
-define internal void @apart_at(ptr %b, i32 %n) {
-  ret void
-}
-define internal void @enter(ptr %pool) {
   ret void
 }
 """
@@ -298,6 +131,7 @@ open:
   br i1 %nobody, label %out, label %wake
 wake:
   call void @unpark(ptr %word)
+  call void @home_at(ptr %b)
   br label %out
 spin:
   %i = phi i32 [ 0, %arrive ], [ %i1, %still ]
@@ -307,11 +141,13 @@ spin:
 again:
   $PAUSE
   %i1 = add i32 %i, 1
-  %long = icmp eq i32 %i1, $PATIENCE
+  %within = and i32 %i1, $IMPATIENCE
+  %long = icmp eq i32 %within, 0
   br i1 %long, label %stuck, label %still
 stuck:
-  call void @apart_at(ptr %b, i32 %n)
-  br label %still
+  %first = icmp eq i32 %i1, $PATIENCE
+  %lent = call i1 @help_at(ptr %b, i32 %n, i1 %first)
+  br i1 %lent, label %sleep, label %still
 still:
   %more = icmp ult i32 %i1, $BARRIER_SPINS
   br i1 %more, label %spin, label %sleep
@@ -327,6 +163,7 @@ doze:
   br label %check
 awake:
   %t1 = atomicrmw sub ptr %sleepers, i32 1 seq_cst
+  call void @home_at(ptr %b)
   br label %out
 out:
   ret void
@@ -496,11 +333,13 @@ spin:
 again:
   $PAUSE
   %i1 = add i32 %i, 1
-  %long = icmp eq i32 %i1, $PATIENCE
+  %within = and i32 %i1, $IMPATIENCE
+  %long = icmp eq i32 %within, 0
   br i1 %long, label %stuck, label %still
 stuck:
-  call void @apart(ptr %pool, i32 %k)
-  br label %still
+  %first = icmp eq i32 %i1, $PATIENCE
+  %lent = call i1 @help(ptr %pool, i32 %k, i1 %first)
+  br i1 %lent, label %sleep, label %still
 still:
   %more = icmp ult i32 %i1, %spins
   br i1 %more, label %spin, label %sleep
@@ -517,6 +356,7 @@ doze:
   br label %check
 awake:
   store atomic i32 0, ptr %p_waiting monotonic, align 4
+  call void @home(ptr %pool)
   br label %out
 out:
   ret i32 %k
@@ -681,13 +521,13 @@ def _source(system: str, machine: str) -> str:
     values: dict[str, int | str] = {**LAYOUT, "PAUSE": pause}
     if system == "linux" and machine in _FUTEX_NUMBER:
         # The bits of a mask are found bytewise: not on a big-endian machine.
-        sleep = _FUTEX + (_TOGETHER if machine == "s390x" else _APART)
+        sleep = _FUTEX + (UNMANAGED if machine == "s390x" else MANAGED)
         values["NUMBER"] = _FUTEX_NUMBER[machine]
     elif system == "win32":
-        sleep = _POLL + _TOGETHER
+        sleep = _POLL + UNMANAGED
         values["SLEEP"], values["AMOUNT"] = "Sleep", 1  # milliseconds
     else:
-        sleep = _POLL + _TOGETHER
+        sleep = _POLL + UNMANAGED
         values["SLEEP"], values["AMOUNT"] = "usleep", 200  # microseconds
     return declaration + string.Template(sleep + _CODE).substitute(values)
 

@@ -147,6 +147,35 @@ tell:
 out:
   ret void
 }
+
+; Thread 1 works until it is on the CPU of thread 0, which waits for it: then word 2 is set.
+define void @borrow(i32 %tid, i32 %n, ptr %arg, ptr %barrier) {
+  %p_cpu = getelementptr i32, ptr %arg, i32 1
+  %p_met = getelementptr i32, ptr %arg, i32 2
+  %here = call i32 @sched_getcpu()
+  %first = icmp eq i32 %tid, 0
+  br i1 %first, label %tell, label %work
+tell:
+  store atomic i32 %here, ptr %p_cpu monotonic, align 4
+  br label %out
+work:
+  %i = phi i32 [ 0, %0 ], [ %i1, %on ]
+  %cpu = call i32 @sched_getcpu()
+  %wanted = load atomic i32, ptr %p_cpu monotonic, align 4
+  %met = icmp eq i32 %cpu, %wanted
+  br i1 %met, label %reached, label %on
+on:
+  %i1 = add i32 %i, 1
+  %more = icmp slt i32 %i1, 50000000
+  br i1 %more, label %work, label %out
+reached:
+  store i32 1, ptr %p_met
+  br label %out
+out:
+  call void inttoptr (i64 BARRIER to ptr)(ptr %barrier, i32 %n)
+  ret void
+}
+declare i32 @sched_getcpu()
 declare i32 @sched_getaffinity(i32, i64, ptr)
 declare i32 @sched_setaffinity(i32, i64, ptr)
 declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
@@ -161,7 +190,7 @@ class Kernels:
         machine = llvm.Target.from_default_triple().create_target_machine()
         self.engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), machine)
         self.engine.finalize_object()
-        for name in ("tally", "phases", "hold", *["roam"] * linux):
+        for name in ("tally", "phases", "hold", *["roam", "borrow"] * linux):
             setattr(self, name, self.engine.get_function_address(name))
         pointer, word = ctypes.c_void_p, ctypes.c_int32
         prototype = ctypes.CFUNCTYPE(None, pointer, pointer, pointer, pointer, word, word)
@@ -171,6 +200,7 @@ class Kernels:
     phases: int
     hold: int
     roam: int
+    borrow: int
 
 
 class Words:
@@ -192,19 +222,6 @@ class Words:
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
     return Kernels()
-
-
-@pytest.fixture
-def make_pool() -> Iterator[Callable[[int], Pool]]:
-    made: list[Pool] = []
-
-    def make(size: int) -> Pool:
-        made.append(Pool(size))
-        return made[-1]
-
-    yield make
-    for pool in made:
-        pool.shutdown()
 
 
 def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -293,7 +310,8 @@ def test_the_native_text_is_valid_for_every_system(system: str, machine: str) ->
     external = {f.name for f in module.functions if f.is_declaration}
     external = {name for name in external if not name.startswith("llvm.")}
     assert len(external & {"syscall", "usleep", "Sleep"}) == 1
-    placing = {"sched_getcpu", "sched_getaffinity", "sched_setaffinity", "pthread_self", "memcmp"}
+    placing = {"sched_getcpu", "sched_getaffinity", "sched_setaffinity", "clock_gettime"}
+    placing |= {"pthread_self", "memcmp"}
     assert external <= {"syscall", "usleep", "Sleep"} | placing
     assert "syscall" in external or not external & placing
 
@@ -324,10 +342,12 @@ def test_hot_regions_and_barriers_make_no_system_call(
     def counted(call: re.Match[str]) -> str:
         return f"  %count{next(number)} = atomicrmw add ptr {at}, i64 1 monotonic\n{call[0]}"
 
-    calls = re.compile(r"^  %\w+ = call (i64 \(i64, \.\.\.\) @syscall|i32 @sched_)", re.MULTILINE)
-    for name in ("_FUTEX", "_APART"):
+    calls = re.compile(
+        r"^  %\w+ = call (i64 \(i64, \.\.\.\) @syscall|i32 @(sched|clock)_)", re.MULTILINE
+    )
+    for name in ("_FUTEX", "MANAGED"):
         monkeypatch.setattr(spmd, name, calls.sub(counted, getattr(spmd, name)))
-    assert next(number) == 5
+    assert next(number) == 7
     monkeypatch.setattr(pool_module, "_native", spmd.Native())
     kernels, pool = Kernels(), make_pool(2)
     address = ctypes.cast(pool.region, ctypes.c_void_p)
@@ -609,6 +629,55 @@ def test_a_caller_that_waits_for_a_worker_gets_out_of_its_way(
     for cpu in my_cpus[:2] * 2:
         # On a busy machine it may arrive there when the worker is done.
         assert any(moved(cpu) for _ in range(20))
+
+
+@two_cpus
+def test_a_waiting_caller_lends_its_cpu_to_a_worker_that_does_not_run(
+    kernels: Kernels, make_pool: Callable[[int], Pool], my_cpus: list[int]
+) -> None:
+    pool, cpu = make_pool(2), my_cpus[0]
+    os.sched_setaffinity(0, {cpu})
+    pool.run(kernels.tally, Words().address)
+    (others,) = masks(pool)
+    # Programs that keep every other CPU busy, so that the worker has to wait for its turn.
+    busy = [
+        subprocess.Popen([sys.executable, "-c", BUSY.format(other)], stdout=subprocess.PIPE)
+        for other in others
+    ]
+    try:
+        for process in busy:
+            assert process.stdout is not None and process.stdout.readline()
+        for _ in range(20):
+            words = Words(parameter=-1)
+            pool.run(kernels.borrow, words.address)
+            if words.words[2]:
+                break
+        else:
+            pytest.fail("the worker never came to the caller's CPU")
+        assert masks(pool) == [others]
+    finally:
+        for process in busy:
+            process.kill()
+            process.communicate()
+
+
+BUSY = """
+import os
+os.sched_setaffinity(0, {{{}}})
+print("busy", flush=True)
+while True:
+    pass
+"""
+
+
+def test_no_two_words_of_the_pool_block_overlap() -> None:
+    at = spmd.LAYOUT
+    mask_end = at["MASK"] + at["MASK_BYTES"]
+    head = [at[name] for name in ("OWNER", "DONE", "SLEEPERS", "BARRIER", "MASK")]
+    assert head == sorted(head) and all(word % 128 == 0 for word in head)
+    # The mailbox of worker 0, whom nobody sends anything, is there for its second line.
+    second_line = at["BARRIER"] + at["CLAIMS"]
+    assert mask_end <= second_line == at["BOXES"] + 64
 
 
 @two_cpus

@@ -75,19 +75,6 @@ def share() -> Iterator[int]:
     yield engine.get_function_address("share")
 
 
-@pytest.fixture
-def make_pool() -> Iterator[Callable[[int], Pool]]:
-    made: list[Pool] = []
-
-    def make(size: int) -> Pool:
-        made.append(Pool(size))
-        return made[-1]
-
-    yield make
-    for pool in made:
-        pool.shutdown()
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("extent", [0, 1, 2, 7, 40, 1000, 4099])
 def test_every_iteration_is_done_once(

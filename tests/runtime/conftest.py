@@ -1,0 +1,22 @@
+"""Thread pools that end with their test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from minicompiler.runtime.pool import Pool
+
+
+@pytest.fixture
+def make_pool() -> Iterator[Callable[[int], Pool]]:
+    made: list[Pool] = []
+
+    def make(size: int) -> Pool:
+        made.append(Pool(size))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.shutdown()
