@@ -22,7 +22,17 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from minicompiler.errors import ImportModelError, ShapeError, UnsupportedError
 from minicompiler.ir.expr import Const, Dim, Expr
-from minicompiler.ir.graph import Apply, Constant, Function, Input, Item, Value, type_of
+from minicompiler.ir.graph import (
+    Apply,
+    Constant,
+    Function,
+    Input,
+    Item,
+    Value,
+    content_of,
+    may_have_content,
+    type_of,
+)
 from minicompiler.ir.types import Loc, TensorType
 from minicompiler.limits import Budget
 
@@ -316,6 +326,7 @@ class _Importer:
             for made in results:
                 if isinstance(made, Apply | Item):
                     self.budget.check("rank", type_of(made).rank, (loc,))
+            results = tuple(self._as_numbers(made) for made in results)
             wanted = [k for k, o in enumerate(n.output) if o]
             if any(k >= len(results) or results[k] is None for k in wanted):
                 raise ImportModelError(
@@ -370,6 +381,16 @@ class _Importer:
         if isinstance(made, tuple):
             return made
         return items(made) if isinstance(made, Apply) else (made,)
+
+    def _as_numbers(self, made: Any) -> Any:
+        """Sizes that exporters compute by way of floats have no content as expressions; as numbers
+        they have one, if they do not depend on data."""
+        if not isinstance(made, Apply) or isinstance(made.type, tuple):
+            return made
+        if not may_have_content(made.type) or content_of(made) is not None:
+            return made
+        known = self.values.of(made)
+        return made if known is None else Constant(known, locs=made.locs)
 
     def _values(self, attributes: Mapping[str, AttributeProto]) -> dict[str, Any]:
         found: dict[str, Any] = {}

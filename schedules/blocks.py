@@ -325,7 +325,8 @@ def element_conditions(block: Block) -> list[Expr]:
 
 
 def tail_conditions(block: Block, arith: Arith) -> list[Expr]:
-    """The conditions of a block that only keep its iterators in range: those of tails."""
+    """The conditions of a block that only keep its iterators, or the element that it stores, in
+    range: those of tails."""
     parts = element_conditions(block)
     if not parts:
         return []
@@ -333,6 +334,10 @@ def tail_conditions(block: Block, arith: Arith) -> list[Expr]:
     # No block runs where an extent is 0, so what divides by one is known to be positive.
     in_range = [i.extent > ZERO for i in spatial]
     in_range += [i.value < i.extent for i in spatial] + [i.value >= ZERO for i in spatial]
+    # A buffer may hold only a part of what the iterators run over.
+    values = analysis.values_of(block)
+    element = [substitute(i, values) for i in block.body.indices]
+    in_range += [i < n for i, n in zip(element, block.body.buffer.shape, strict=True)]
     inside = Arith(arith.ranges, in_range)
     return [c for c in parts if inside.prove(c) is True]
 

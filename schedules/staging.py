@@ -127,7 +127,7 @@ def _stage_tile(
         below = analysis.loops_in(block_path)
         inner = analysis.spatial_loops(a.block, below[below.index(loop) + 1 :])
         canonical: dict[Expr, Expr] = {x.var: Var(f"_t{k}") for k, x in enumerate(inner)}
-        here = tuple(substitute(i, canonical) for i in a.indices)
+        here = tuple(arith.simplify(substitute(i, canonical)) for i in a.indices)
         size = tuple(x.extent for x in inner)
         if any(
             not {x.var for x in below[below.index(loop) + 1 :]}.isdisjoint(free_vars(i))
@@ -177,7 +177,8 @@ def _stage_tile(
             )
 
         made = x.with_(init=x.init and store(x.init), body=store(x.body))
-        return _unconditional(made, new, arith) if x.body.buffer is buffer else made
+        mine = x.body.buffer is buffer
+        return _unconditional(made, tail_conditions(x, arith), new, arith) if mine else made
 
     copy_in = _read_first(s, loop, path, buffer, arith, found, pointwise=True)
     live = bool(writers) and _live_after(s, loop, path, buffer, [(p, ZERO) for p in points or ()])
@@ -298,17 +299,16 @@ def _redirect(
             return None
         made = x.with_(init=x.init and store(x.init), body=store(x.body))
         if written and x.body.buffer is old:
-            made = _unconditional(made, new, arith)
+            made = _unconditional(made, tail_conditions(x, arith), new, arith)
         return made
 
     return map_statements(body, go)
 
 
-def _unconditional(block: Block, tile: Buffer, arith: Arith) -> Block:
+def _unconditional(block: Block, dropped: list[Expr], tile: Buffer, arith: Arith) -> Block:
     """Drops the conditions on which element is computed: a tile has room for all, and nothing
     beyond the original is written back. Loads of other buffers that could then leave them are
     clamped."""
-    dropped = tail_conditions(block, arith)
     if not dropped:
         return block
     mapping = analysis.values_of(block)

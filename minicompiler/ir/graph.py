@@ -131,7 +131,7 @@ def apply(
     for t in results:
         _check_sizes(op, t, locs)
     contents: tuple[np.ndarray | None, ...] = (None,) * len(results)
-    if op.shape_math and all(_small_int(t) for t in results):
+    if op.shape_math and all(may_have_content(t) for t in results):
         known = [None if a is None else a.content for a in seen]
         if all(a is None or k is not None for a, k in zip(seen, known, strict=True)):
             got = op.reference(*known, attrs)
@@ -200,7 +200,8 @@ def content_of(value: Value) -> np.ndarray | None:
     return None
 
 
-def _small_int(t: TensorType) -> bool:
+def may_have_content(t: TensorType) -> bool:
+    """A tensor of few integers or bools, such as shapes are."""
     if not (t.dtype.is_int or t.dtype.is_bool) or not all(type(s) is Const for s in t.shape):
         return False
     count = 1
@@ -355,6 +356,7 @@ __all__ = [
     "every_function",
     "function_dims",
     "layout_of",
+    "may_have_content",
     "nested_functions",
     "operands",
     "rebuild",

@@ -211,7 +211,18 @@ def _reductions_late(order: list[te.Tensor]) -> list[te.Tensor]:
 
 # ---- inlining -----------------------------------------------------------------------------------
 def _inline(order: list[te.Tensor], results: Sequence[te.Tensor]) -> list[te.Tensor]:
-    """The tensors that stay stages, with the others substituted into their bodies."""
+    """The tensors that stay stages, with the others substituted into their bodies.
+
+    Two readers of a stage may have become one, which makes it worth inlining after all.
+    """
+    while True:
+        fewer = _inline_once(order, results)
+        if len(fewer) == len(order):
+            return fewer
+        order = fewer
+
+
+def _inline_once(order: list[te.Tensor], results: Sequence[te.Tensor]) -> list[te.Tensor]:
     uses: dict[te.Tensor, list[te.Tensor]] = {}
     for t in order:
         for i in te.inputs(t):

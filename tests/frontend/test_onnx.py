@@ -389,3 +389,17 @@ def test_external_data_that_is_cut_short(tmp_path: Path) -> None:
         load(external(tmp_path, "w.bin", b"\0" * 40))
     with pytest.raises(ImportModelError, match="cannot be opened"):
         load(external(tmp_path, "absent.bin"))
+
+
+def test_sizes_that_exporters_compute_in_floats() -> None:
+    nodes = [
+        node("Shape", "x", "shape"), node("Gather", "shape one", "h"),
+        node("Cast", "h", "f", to=TensorProto.FLOAT), node("Div", "f two", "half"),
+        node("Ceil", "half", "up"), node("Cast", "up", "k", to=TensorProto.INT64),
+        node("Unsqueeze", "k zero", "k1"), node("Concat", "rest k1", "to", axis=0),
+        node("Reshape", "x to", "y"),
+    ]  # fmt: skip
+    constants = {"one": np.array(1), "two": np.array(2, np.float32), "zero": np.array([0]),
+                 "rest": np.array([-1])}  # fmt: skip
+    x = numbers(4, 6)
+    check(model(nodes, {"x": x}, ["y"], constants), {"x": x})
