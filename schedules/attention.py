@@ -16,7 +16,7 @@ from minicompiler.ir.expr import Binary, Expr, Load, Var, const_int, free_vars
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, SERIAL, UNROLL, VECTOR, Block, Buffer, Iter, Scope
 
-from . import analysis, contraction, elementwise
+from . import analysis, contraction, elementwise, truncate
 from . import rows as rows_rule
 from .schedule import Schedule
 
@@ -208,6 +208,8 @@ def apply(s: Schedule) -> None:
             _fill_panels(s, f"{copy}_in", whose)
     for name in nest.after:
         elementwise.one_block(s, name)
+    if truncate.is_triangular(s, place):
+        s.truncate(place, width)
     s.mark(shared[0], PARALLEL)
 
 
@@ -295,6 +297,8 @@ def _roll(
             s.decompose_reduction(name, after[-1])
             if _is_maximum(s, name):
                 maximum = name, after[-1]
+    if truncate.is_triangular(s, home):
+        s.truncate(home, size)
     s.rolling(*maximum)
     place = maximum[1]
     for name in [*reversed(inner), nest.scores]:
