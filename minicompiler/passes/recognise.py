@@ -35,11 +35,14 @@ from ..ir.graph import (
 )
 from ..ir.op import Kind
 from ..ir.types import float32
-from ..ops import elementwise, linalg, reduce, shape
+from ..ops import elementwise, linalg, pieces, reduce, shape
 from .kind import kind_of
 from .masks import causal_offset, masked, never_empty
 
-_VIEWS = (shape.reshape, shape.transpose, shape.squeeze, shape.unsqueeze, shape.expand)
+_VIEWS = (
+    shape.reshape, shape.transpose, shape.squeeze, shape.unsqueeze, shape.expand,
+    pieces.strided_slice,
+)  # fmt: skip
 _TAIL = (shape.reshape, shape.transpose)
 _LAST = reduce.ReduceAttrs((-1,), True)
 
