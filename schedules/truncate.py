@@ -36,9 +36,10 @@ from minicompiler.ir.expr import (
     walk,
 )
 from minicompiler.ir.tir import SERIAL, Alloc, Block, Buffer, For, Stmt, statements, sub_statements
+from minicompiler.lower.to_tir import identity_of
 
 from . import analysis
-from .reductions import COMBINER, identity_of
+from .reductions import COMBINER
 
 if TYPE_CHECKING:
     from minicompiler.ir.arith import Arith
@@ -117,7 +118,7 @@ def _follow(found: _Search, b: Block) -> None:
     distance = next(iter(_distances(found, operand)), None)
     if distance is None or (update is None and analysis.is_reduction(b)):
         return
-    value = _beyond(found, operand, distance)
+    value: Expr | None = _beyond(found, operand, distance)
     if update is not None:
         combiner = COMBINER.get(update[0])
         if combiner is None or value is not identity_of(combiner, operand.dtype):

@@ -35,7 +35,7 @@ from minicompiler.ir.expr import (
 )
 from minicompiler.ir.graph import Constant, Function, Input, Item, Value, layout_of, type_of
 from minicompiler.ir.types import TensorType
-from minicompiler.passes.caches import cache_pairs
+from minicompiler.lower.caches import cache_pairs
 from minicompiler.runtime import plan as rt
 
 ALIGN = 64

@@ -70,7 +70,7 @@ def _type(t: te.Tensor) -> TensorType:
 
 def _append_reference(past: Array, x: Array, a: AppendAttrs) -> Array:
     room = list(x.shape)
-    room[a.axis] = a.room  # type: ignore[call-overload]
+    room[a.axis] = a.room
     return np.concatenate([past, x, np.zeros(room, x.dtype)], axis=a.axis)
 
 

@@ -57,18 +57,3 @@ def append_in_place(fn: Function, ctx: Any) -> Function:
     made = rebuild(fn, change)
     results = [whole.get(id(r), new) for r, new in zip(fn.results, made.results, strict=True)]
     return made.with_(results=tuple(results))
-
-
-def cache_pairs(fn: Function) -> list[tuple[int, int, int, Dim]]:
-    """(input, output, axis, room) of every append of an optimised graph."""
-    inputs = {id(p): k for k, p in enumerate(fn.params)}
-    found = []
-    for k, r in enumerate(fn.results):
-        if not isinstance(r, Apply) or not isinstance(r.op, Function):
-            continue
-        for inner in r.op.results:
-            if isinstance(inner, Apply) and inner.op is append.append:
-                past = r.args[r.op.params.index(inner.args[0])]  # type: ignore[arg-type]
-                room = inner.attrs.room
-                found.append((inputs[id(past)], k, inner.attrs.axis, room))
-    return found
