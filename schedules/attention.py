@@ -159,7 +159,9 @@ def apply(s: Schedule) -> None:
 
     # ---- the last block: tiles of rows and of the vector axis -----------------------------------
     outer, row, vector = _loops_of_last(s, nest)
-    across = _vector_width(s, vector, width, nest.loops[2][1] != "")
+    # A single row needs more sums at a time to hide their latency, and reads the operand once.
+    wide = width if rows > 1 else 8 * lanes
+    across = _vector_width(s, vector, wide, nest.loops[2][1] != "")
     v_o, v_i = s.split(vector, across, "mask")
     shared, tile = [*outer], [v_i]
     if row is not None:
@@ -350,10 +352,11 @@ def _vector_width(s: Schedule, loop: str, width: int, divided: bool) -> int:
     would reach the next matrix."""
     extent = const_int(s.loop(loop)[0].extent)
     lanes = s.target.vector_bytes // 4
-    if extent is None or extent % width == 0:
+    if extent is None:
         return width
-    if extent % lanes == 0:
-        return lanes
+    for count in range(width // lanes, 0, -1):
+        if extent % (count * lanes) == 0:
+            return count * lanes
     return next(n for n in range(width, 0, -1) if extent % n == 0) if divided else width
 
 
