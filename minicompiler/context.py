@@ -31,6 +31,7 @@ class Options:
         max_error: algorithms that trade accuracy for fewer multiplications (Winograd convolution)
         may
             be chosen when their stated error, relative to the largest result, is at most this.
+        caches: outputs that append to an input are written in place (passes/caches.py).
         fold_bytes: how much larger a folded constant may be than what it is computed from.
         record: keep the text of every stage (a little slower on large models).
         limits: what compiling the model may cost.
@@ -44,6 +45,7 @@ class Options:
     threads: int = 0
     checked: bool = dataclasses.field(default_factory=config.checked)
     max_error: float = 1e-4
+    caches: bool = False
     fold_bytes: int = 16 << 20
     record: bool = True
     limits: Limits = dataclasses.field(default_factory=Limits)

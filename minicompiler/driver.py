@@ -80,6 +80,7 @@ def compile(
     level: int = 3,
     checked: bool = False,
     max_error: float = 1e-4,
+    caches: bool = False,
     record: bool = True,
     limits: Limits | None = None,
     dump: str | os.PathLike[str] | None = None,
@@ -93,6 +94,8 @@ def compile(
     checked: verify the IR after every pass and schedule step, and every kernel while it runs (slow;
     runtime/checked.py). max_error: how much accuracy an
     algorithm with fewer multiplications may cost, relative to the largest result (0: none is used).
+    caches: outputs that append to an input, such as the keys and values of a decoder, are written
+    behind it in the caller's memory where `out=` says so (runtime/caches.py).
     record: keep the text of every stage in `Module.stages`. limits: what compiling may cost, for
     models that are not trusted (default: `Limits()`, which is generous). dump: folder that every
     stage's artifact is written to; override: folder of such artifacts that replace those of kernels
@@ -105,13 +108,20 @@ def compile(
             f"a module cannot run on {threads} threads",
             hint="threads=1 or more, None for all cores",
         )
+    checked = checked or config.checked()
+    if caches and checked:
+        raise MinicompilerError(
+            "caches=True cannot be checked: kernels share memory with the caller's inputs",
+            hint="compile it without caches to look for a mistake",
+        )
     ctx = Context(
         Target.parse(target) if isinstance(target, str) else target,
         Options(
             level=level,
             threads=threads or 0,
-            checked=checked or config.checked(),
+            checked=checked,
             max_error=max_error,
+            caches=caches,
             record=record,
             limits=limits or Limits(),
             dump=None if dump is None else Path(dump),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from minicompiler.errors import MinicompilerError, RunError
-from minicompiler.runtime.plan import Plan, evaluate, numpy_dtype
+from minicompiler.runtime.plan import ROOM, Plan, evaluate, numpy_dtype
 
 Bounds = int | tuple[int, int | None] | tuple[int, int | None, int]
 _RANGE = re.compile(r"(\d+)(?:(\.\.)(\d*)(?::(\d+))?)?")
@@ -126,7 +126,9 @@ def sizes_of(plan: Plan, given: Mapping[str, np.ndarray]) -> dict[str, int]:
     found = {}
     for b in plan.binds:
         array = given.get(plan.inputs[b.input].name)
-        if array is not None and b.axis < array.ndim:
+        if b.axis == ROOM:
+            found[b.dim] = 0
+        elif array is not None and b.axis < array.ndim:
             found[b.dim] = int(array.shape[b.axis])
     return found
 

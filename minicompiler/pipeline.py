@@ -18,6 +18,7 @@ from .ir.text import function_text
 from .ir.tir import PrimFunc
 from .ir.verify import verify_function
 from .lower.blocks import hoist_conditions, lower_blocks, unswitch
+from .passes.caches import append_in_place
 from .passes.clean import drop_identities, eliminate_common_subexpr
 from .passes.fold import fold_constants
 from .passes.fold_bn import fold_batch_norm
@@ -38,10 +39,10 @@ _CLEAN: tuple[Pass[Function], ...] = (
 _TIDY: tuple[Pass[Function], ...] = (fold_constants, eliminate_common_subexpr)
 
 GRAPH_PASSES: dict[int, tuple[Pass[Function], ...]] = {
-    0: (drop_identities, fuse),
-    1: (*_CLEAN, fuse),
-    2: (*_CLEAN, fold_batch_norm, *_TIDY, recognise, fuse),
-    3: (*_CLEAN, fold_batch_norm, *_TIDY, convert_layout, recognise, fuse),
+    0: (drop_identities, append_in_place, fuse),
+    1: (*_CLEAN, append_in_place, fuse),
+    2: (*_CLEAN, fold_batch_norm, *_TIDY, append_in_place, recognise, fuse),
+    3: (*_CLEAN, fold_batch_norm, *_TIDY, convert_layout, append_in_place, recognise, fuse),
 }
 TIR_PASSES: tuple[Pass[PrimFunc], ...] = (lower_blocks, hoist_conditions, unswitch)
 

@@ -16,7 +16,7 @@ from minicompiler.ir.expr import Binary, Expr, Load, Var, const_int, free_vars
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, SERIAL, UNROLL, VECTOR, Block, Buffer, Iter, Scope
 
-from . import analysis, contraction, elementwise
+from . import analysis, contraction, elementwise, truncate
 from . import rows as rows_rule
 from .schedule import Schedule
 
@@ -159,7 +159,9 @@ def apply(s: Schedule) -> None:
 
     # ---- the last block: tiles of rows and of the vector axis -----------------------------------
     outer, row, vector = _loops_of_last(s, nest)
-    across = _vector_width(s, vector, width, nest.loops[2][1] != "")
+    # A single row needs more sums at a time to hide their latency, and reads the operand once.
+    wide = width if rows > 1 else 8 * lanes
+    across = _vector_width(s, vector, wide, nest.loops[2][1] != "")
     v_o, v_i = s.split(vector, across, "mask")
     shared, tile = [*outer], [v_i]
     if row is not None:
@@ -208,6 +210,8 @@ def apply(s: Schedule) -> None:
             _fill_panels(s, f"{copy}_in", whose)
     for name in nest.after:
         elementwise.one_block(s, name)
+    if truncate.is_triangular(s, place):
+        s.truncate(place, width)
     s.mark(shared[0], PARALLEL)
 
 
@@ -295,6 +299,8 @@ def _roll(
             s.decompose_reduction(name, after[-1])
             if _is_maximum(s, name):
                 maximum = name, after[-1]
+    if truncate.is_triangular(s, home):
+        s.truncate(home, size)
     s.rolling(*maximum)
     place = maximum[1]
     for name in [*reversed(inner), nest.scores]:
@@ -346,10 +352,11 @@ def _vector_width(s: Schedule, loop: str, width: int, divided: bool) -> int:
     would reach the next matrix."""
     extent = const_int(s.loop(loop)[0].extent)
     lanes = s.target.vector_bytes // 4
-    if extent is None or extent % width == 0:
+    if extent is None:
         return width
-    if extent % lanes == 0:
-        return lanes
+    for count in range(width // lanes, 0, -1):
+        if extent % (count * lanes) == 0:
+            return count * lanes
     return next(n for n in range(width, 0, -1) if extent % n == 0) if divided else width
 
 

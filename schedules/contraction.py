@@ -305,11 +305,13 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
     depth, packed_depth = _reduction_order(s, nest)
     v_o, v_i = s.split(_loop(nest.vector), width, "mask")
     tile = [v_i]
+    if width & (width - 1):  # vectors have a power of two of lanes
+        tile = [*s.split(v_i, t.vector_bytes // 4)]
     outer = [_loop(i) for i in nest.outer]
     row_o = None
     if row is not None:
         row_o, row_i = s.split(row, rows, "mask")
-        tile = [row_i, v_i]
+        tile = [row_i, *tile]
     k_o, limit = None, 0
     part = _part_of_depth(s, nest, depth, width, row_extent)
     if part is not None and not outer and (row_extent is None or row_extent > rows):
@@ -322,7 +324,9 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
         k_total = limit if k_o is not None else 1
         for n in depth if k_o is None else []:
             k_total *= const_int(s.loop(n)[0].extent) or 1024
-        fit = max(4, t.caches[1] // 2 // (4 * k_total) // rows)
+        # What lies between the rows comes into the cache as well.
+        share = t.caches[1] // (8 if _leaves_gaps(s, nest) else 2)
+        fit = max(4, share // (4 * k_total) // rows)
         blockable = not nest.outer or len(nest.rows) == 1 or k_o is not None or _plain_rows(nest)
         if blockable and (row_extent is None or row_extent > fit * rows * 3 // 2):
             if row_extent is not None:  # blocks of equal size, for the threads' sake
@@ -363,9 +367,9 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
                 fetch_ahead(s, name, packed, last, row_o, v_o)
     if row_o is not None and len(depth) > 1 and depth[0] != last:
         _fetch_rows(s, nest, depth[0], rows)
-    if tile[0] != v_i:
-        s.mark(tile[0], UNROLL)
-    s.mark(v_i, VECTOR)
+    for n in tile[:-1]:
+        s.mark(n, UNROLL)
+    s.mark(tile[-1], VECTOR)
     alive = {b.name for b in analysis.blocks(s.func)}
     for b in [init, f"{staged}_in", f"{staged}_out", *_followers(s, staged)]:
         if b in alive:
@@ -451,8 +455,24 @@ def _fetch_rows(s: Schedule, nest: _Nest, loop: str, rows: int) -> None:
         return
     if const_int(s.loop(loop)[0].extent) == 1:
         return
+    # Blocks that lie a multiple of 4 KB apart share the same few lines of the first-level cache.
+    block, _ = s.block(nest.block.name)
+    at = tuple(substitute(i, analysis.values_of(block)) for i in nest.broad.indices)
+    apart = elementwise.strides(buffer, at, s.loop(loop)[0].var, arith)
+    if apart is not None and apart * buffer.dtype.bytes % 4096 == 0:
+        return
     lines = -(-rows * step * buffer.dtype.bytes // 64)
     s.prefetch(buffer.name, loop, rows * step, None, lines)
+
+
+def _leaves_gaps(s: Schedule, nest: _Nest) -> bool:
+    """True for rows that are the pixels of a strided window in a blocked layout: each is a short
+    run of memory, and the next one is not its neighbour."""
+    buffer = nest.broad.buffer
+    runs = [_block_of(buffer.layout, k) for k in range(len(buffer.shape))]
+    arith = analysis.arith_of(s.func)
+    step = elementwise.strides(buffer, nest.broad.indices, nest.rows[-1].var, arith)
+    return max(runs) > 1 and step is not None and step > max(runs)
 
 
 def _plain_rows(nest: _Nest) -> bool:

@@ -36,7 +36,7 @@ from minicompiler.ir.tir import (
 )
 from minicompiler.target import Target
 
-from . import analysis, blocks, hints, loops, reductions, rolling, staging, streaming
+from . import analysis, blocks, hints, loops, reductions, rolling, staging, streaming, truncate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +244,13 @@ class Schedule:
     def skip(self, block: str) -> None:
         """The terms of a reduction that change nothing (padding) are not added."""
         self._apply("skip", lambda: reductions.skip(self, block), block=block)
+
+    def truncate(self, loop: str, width: int) -> None:
+        """Loops inside one iteration of `loop` end where a mask's diagonal is reached, at a
+        multiple of `width` columns: what lies beyond changes nothing."""
+        self._apply(
+            "truncate", lambda: truncate.truncate(self, loop, width), loop=loop, width=width
+        )
 
     def stage(
         self,

@@ -36,6 +36,8 @@ def schedule(s: Schedule, name: str, order: list[str]) -> bool:
     lanes = s.target.vector_bytes // max(4, load.buffer.dtype.bytes)
     extent = const_int(s.loop(across)[0].extent)
     wide = 2 * lanes if extent is None or extent >= 2 * lanes else lanes
+    if extent is not None and extent < 8 * lanes and extent % wide and extent % lanes == 0:
+        wide = lanes  # the tail would be a large part of a short axis
     across_o, across_i = s.split(across, wide, "mask")
     along_o, along_i = s.split(along, lanes, "mask")
     outer = [n for n in fused[:-1] if n != along]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from minicompiler import te
-from minicompiler.ir.expr import Dim, Expr, maximum
+from minicompiler.ir.expr import Dim, Expr, const, maximum, select
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PrimFunc
 from minicompiler.ir.types import float32
@@ -81,10 +81,16 @@ def lstm_loop() -> PrimFunc:
 
 
 def attention(
-    queries: int | Expr, keys: int | Expr, heads: int, size: int, batch: int | Expr = 1
+    queries: int | Expr,
+    keys: int | Expr,
+    heads: int,
+    size: int,
+    batch: int | Expr = 1,
+    offset: int | Expr | None = None,
+    low: float = float("-inf"),
 ) -> PrimFunc:
     """softmax(q k^T / 8 + mask) v per head, rows divided by their sums last. Heads lie side by
-    side in q, k, v and the result."""
+    side in q, k, v and the result. offset: scores are `low` where column > row + offset."""
     q = te.placeholder("q", (batch, queries, heads * size), float32)
     k, v = (te.placeholder(n, (batch, keys, heads * size), float32) for n in "kv")
     mask = te.placeholder("mask", (queries, keys), float32)
@@ -95,7 +101,16 @@ def attention(
         return q[b, i, h * size + d] * k[b, c, h * size + d]
 
     x = te.compute((batch, heads, queries, keys), score, "scores", ("sum", {d: size})) * 0.125
-    e = te.exp(x + mask - te.max(x + mask, -1))
+
+    def limited(x: te.Tensor) -> te.Tensor:
+        if offset is None:
+            return x
+        return te.compute(
+            x.shape,
+            lambda b, h, i, c: select(c <= i + offset, x[b, h, i, c], const(low, float32)),
+        )
+
+    e = te.exp(limited(x + mask) - te.max(limited(x + mask), -1))
     total = te.sum(e, -1)
 
     def value(b: Expr, h: Expr, i: Expr, c: Expr) -> Expr:

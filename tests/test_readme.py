@@ -111,6 +111,16 @@ def test_the_commands_and_options_exist() -> None:
             assert option in shown, f"{name} has no {option}"
 
 
+def decoder() -> onnx.ModelProto:
+    """Appends one position to those before."""
+    return model(
+        [node("Concat", "past x", "present", axis=2), node("ReduceSum", "present", "y")],
+        {"x": numbers(1, 12, 1, 64), "past": numbers(1, 12, 3, 64)},
+        ["present", "y"],
+        shapes={"past": (1, 12, "positions", 64)},
+    )
+
+
 def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     m = model(
         [node("MatMul", "x w", "y")],
@@ -120,11 +130,13 @@ def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         shapes={"x": ("batch", 784)},
     )
     onnx.save(m, tmp_path / "model.onnx")
+    onnx.save(decoder(), tmp_path / "decoder.onnx")
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", section("In Python"), re.S)
-    assert len(examples) == 2
-    names: dict[str, object] = {}
+    assert len(examples) == 3
+    names: dict[str, object] = {"new": numbers(1, 12, 1, 64), "n": 3}
     for text in examples:
         exec(text, names)
     assert os.listdir(tmp_path)
     assert names["y"].shape == (8, 10)  # type: ignore[attr-defined]
+    assert names["cache"][0, 0, 3].any()  # type: ignore[index]

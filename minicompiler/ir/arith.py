@@ -175,11 +175,12 @@ class Arith:
         low = self._poly_interval(rest)
         if low[1] is not None and low[1] < 0 and self.nonneg(_add(rest, q)):  # -q <= rest < 0
             return _plus(quotient, -1) if op == "floordiv" else _add(rest, q)
-        if op == "floordiv" and not quotient and len(rest) == 1:
+        if op == "floordiv" and len(rest) == 1:
             # (x // a) // b = x // (a * b)
             ((m, c),) = rest.items()
             if c == 1 and len(m) == 1 and type(m[0]) is Binary and m[0].op == "floordiv":
-                return self._divmod(op, self.poly(m[0].a), _mul(self.poly(m[0].b), q))
+                inside = self._divmod(op, self.poly(m[0].a), _mul(self.poly(m[0].b), q))
+                return _add(quotient, inside)
         divisor = q.get(()) if len(q) == 1 else None
         if divisor is not None and divisor > 1:
             # (g*r + s) / (g*d) with 0 <= s < g is r / d, and the remainder is g * (r % d) + s.

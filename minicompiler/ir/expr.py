@@ -507,9 +507,11 @@ def logical_not(a: Expr) -> Expr:
 
 
 def select(cond: Expr, a: Expr, b: Expr) -> Expr:
-    """`Select`, decided at once where the condition is a constant."""
+    """`Select`, decided at once where the condition is a constant, or the result."""
     if type(cond) is Const:
         return a if cond.value else b
+    if a is TRUE and b is FALSE:
+        return cond
     return a if a is b else Select(cond, a, b)
 
 

@@ -21,7 +21,8 @@ from minicompiler.errors import RunError
 from minicompiler.ir.arith import sizes
 from minicompiler.ir.graph import Item, Value, layout_of, type_of
 from minicompiler.lower.memory import KernelCall
-from minicompiler.runtime.module import Module, _address, _as_input, _Context
+from minicompiler.runtime.arrays import address
+from minicompiler.runtime.module import Module, _as_input, _Context
 from minicompiler.runtime.plan import Location, evaluate
 from minicompiler.runtime.pool import get_pool
 from minicompiler.runtime.profile import _symbol, _trampolines
@@ -80,7 +81,7 @@ class _Run:
         self.table: Any = self.context.table
         assert self.context.memory is not None
         ctypes.memset(self.context.memory.address, POISON, self.context.memory.size)
-        module._pack(self.table, 0, *map(_address, (*self.inputs, *self.outputs)))
+        module._pack(self.table, 0, *map(address, (*self.inputs, *self.outputs)))
         self.names = {d.name: n for d, n in zip(self.plan.dims, measured.dims, strict=True)}
         for name, size in self.plan.named:
             self.names[name] = evaluate(size, self.names)

@@ -35,6 +35,7 @@ from minicompiler.ir.expr import (
 )
 from minicompiler.ir.graph import Constant, Function, Input, Item, Value, layout_of, type_of
 from minicompiler.ir.types import TensorType
+from minicompiler.lower.caches import cache_pairs
 from minicompiler.runtime import plan as rt
 
 ALIGN = 64
@@ -358,6 +359,7 @@ class _Planner:
                 )
             if c.most is None:
                 self.given[c.dim] = given[id(c.value)]
+        self.caches = cache_pairs(fn)
         counts = [c for c in counts if c.most is not None]
         self.calls = list(_calls(steps))
         self.counts = counts
@@ -417,6 +419,7 @@ class _Planner:
             shared=to_size(shared),
             local=to_size(local),
             counts=tuple(x for c in self.counts if (x := self.counted(c)) is not None),
+            caches=tuple(rt.Cache(i, o, axis) for i, o, axis, _ in self.caches),
             regions=tuple(
                 rt.Region(start, end, self.location(r.flag), r.wanted, r.repeat)
                 for r, start, end in self.regions
@@ -558,6 +561,7 @@ class _Planner:
     def bind(self, sizes: Iterable[Expr]) -> tuple[tuple[rt.DimSpec, ...], tuple[rt.Bind, ...]]:
         """The dimensions of the inputs and of other sizes, and the input axis that tells each."""
         at = {d: rt.Bind(d.name, i, rt.VALUE) for d, i in self.given.items()}
+        at.update((room, rt.Bind(room.name, i, rt.ROOM)) for i, _, _, room in self.caches)
         for i, p in enumerate(self.fn.params):
             for axis, s in enumerate(p.type.shape):
                 if isinstance(s, Dim):

@@ -7,6 +7,7 @@ underscore where Python uses the name): `ops.elementwise.add`, `ops.conv.conv`, 
 from ..ir.op import REGISTRY
 from . import (
     activations,
+    append,
     codes,
     contract,
     control,
@@ -34,7 +35,7 @@ OWN = frozenset(REGISTRY.values())
 
 __all__ = [
     "OWN",
-    "activations", "codes", "contract", "control", "conv", "count", "elementwise", "evaluate",
-    "index", "linalg", "norm", "order", "pieces", "pool", "quant", "recurrent", "reduce", "resize",
-    "sample", "scatter", "shape",
+    "activations", "append", "codes", "contract", "control", "conv", "count", "elementwise",
+    "evaluate", "index", "linalg", "norm", "order", "pieces", "pool", "quant", "recurrent",
+    "reduce", "resize", "sample", "scatter", "shape",
 ]  # fmt: skip

@@ -453,7 +453,7 @@ class TriluAttrs:
     """Keeps the upper (or lower) triangle of the last two axes; k moves the diagonal right."""
 
     upper: bool = True
-    k: int = 0
+    k: Size = 0
 
 
 def _trilu_infer(x: Arg, a: TriluAttrs) -> TensorType:

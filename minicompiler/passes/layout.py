@@ -26,9 +26,10 @@ from ..ir.layout import IndexMap, axes
 from ..ir.op import Kind
 from ..ir.types import TensorType
 from ..ops import conv, pieces, pool
+from ..target import Target
 from .kind import kind_of
 
-BLOCKS = (16, 8)
+BLOCKS = (16, 24, 40, 8)
 _RANK = 4
 # Operators that walk over windows of each channel: where blocked data pays and begins.
 _SPATIAL = (conv.conv, conv.conv_transpose, pool.max_pool, pool.avg_pool, pool.lp_pool)
@@ -36,12 +37,13 @@ _SPATIAL = (conv.conv, conv.conv_transpose, pool.max_pool, pool.avg_pool, pool.l
 
 def convert_layout(fn: Function, ctx: Any) -> Function:
     """Gives convolutions, pools and the elementwise work behind them a blocked layout."""
+    blocks = blocks_for(None if ctx is None else ctx.target)
     results = {id(r.tuple if isinstance(r, Item) else r) for r in fn.results}
 
     def change(v: Value, args: tuple[Value | None, ...]) -> Value | None:
         if not isinstance(v, Apply) or isinstance(v.op, Function) or id(v) in results:
             return None
-        wanted = _layout(v, args)
+        wanted = _layout(v, args, blocks)
         if wanted is None or wanted == v.layouts[0]:
             return None
         now = v if args == v.args else with_args(v, args)
@@ -50,14 +52,26 @@ def convert_layout(fn: Function, ctx: Any) -> Function:
     return rebuild(fn, change)
 
 
-def _layout(v: Apply, args: tuple[Value | None, ...]) -> IndexMap | None:
+def blocks_for(target: Target | None) -> tuple[int, ...]:
+    """The sizes of blocks of channels, the best ones first. One of several vectors, but no power of
+    two, makes full tiles of channels that 16 does not divide; a tile needs two rows at least."""
+    lanes = 0 if target is None else target.vector_bytes // 4
+    return tuple(
+        b
+        for b in BLOCKS
+        if not b & (b - 1)
+        or (target is not None and b % lanes == 0 and target.registers > 3 * (b // lanes))
+    )
+
+
+def _layout(v: Apply, args: tuple[Value | None, ...], blocks: tuple[int, ...]) -> IndexMap | None:
     t = v.type
     if not isinstance(t, TensorType) or t.rank != _RANK:
         return None
     if v.op in _SPATIAL:
         channels = const_int(t.shape[1])
         # A few lanes left empty in the last block cost less than shorter blocks.
-        fits = (b for b in BLOCKS if channels is not None and -channels % b <= channels // 32)
+        fits = (b for b in blocks if channels is not None and -channels % b <= channels // 32)
         block = next(fits, None)
         return None if block is None else IndexMap.blocked(_RANK, 1, block)
     if v.op is pieces.concat:

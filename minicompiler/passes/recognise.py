@@ -35,10 +35,14 @@ from ..ir.graph import (
 )
 from ..ir.op import Kind
 from ..ir.types import float32
-from ..ops import elementwise, linalg, reduce, shape
+from ..ops import elementwise, linalg, pieces, reduce, shape
 from .kind import kind_of
+from .masks import causal_offset, masked, never_empty
 
-_VIEWS = (shape.reshape, shape.transpose, shape.squeeze, shape.unsqueeze, shape.expand)
+_VIEWS = (
+    shape.reshape, shape.transpose, shape.squeeze, shape.unsqueeze, shape.expand,
+    pieces.strided_slice,
+)  # fmt: skip
 _TAIL = (shape.reshape, shape.transpose)
 _LAST = reduce.ReduceAttrs((-1,), True)
 
@@ -255,11 +259,16 @@ def _call(m: _Match, new: dict[int, Value], shared: dict[str, Function]) -> Appl
     left, right, values = map(_operand, (*m.scores.args, m.output.args[1]))
     x: Value = m.scores.with_(args=(viewed(left), viewed(right)))
     x = _times(x, left.factor * right.factor)
-    for node, position in m.path:
+    alone = sum(len(node.args) > 1 and _scalar(node) is None for node, _ in m.path) == 1
+    for k, (node, position) in enumerate(m.path):
+        offset = causal_offset(node, position, alone and k == len(m.path) - 1)
+        if offset is not None:
+            x = masked(x, offset)
+            continue
         x = node.with_(
             args=tuple(
-                x if k == position else None if a is None else leaf(a)
-                for k, a in enumerate(node.args)
+                x if i == position else None if a is None else leaf(a)
+                for i, a in enumerate(node.args)
             )
         )
     e = apply(elementwise.exp, apply(elementwise.sub, x, apply(reduce.reduce_max, x, attrs=_LAST)))
@@ -267,7 +276,7 @@ def _call(m: _Match, new: dict[int, Value], shared: dict[str, Function]) -> Appl
     # The rows are divided by their sums after the product: there are fewer elements then.
     y: Value = _times(m.output.with_(args=(e, viewed(values))), values.factor)
     y = apply(elementwise.div, y, total)
-    if m.zeroed is not None:
+    if m.zeroed is not None and not never_empty(m.zeroed):
         nan = _is_nan(m.zeroed, m.normal)
         condition = apply(elementwise.isnan, total) if nan else leaf(m.zeroed)
         y = apply(elementwise.where, condition, Constant(np.zeros((), np.float32)), y)

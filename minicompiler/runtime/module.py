@@ -27,11 +27,13 @@ from typing import Any
 import numpy as np
 
 from minicompiler.errors import MinicompilerError, RunError
-from minicompiler.runtime import savefile
+from minicompiler.runtime import caches, savefile
+from minicompiler.runtime.arrays import address, address_of_part, overlap, span
 from minicompiler.runtime.loader import Library
 from minicompiler.runtime.plan import (
     MAIN,
     RELATIONS,
+    ROOM,
     VALUE,
     DimSpec,
     Plan,
@@ -54,7 +56,6 @@ _CHECKED_BYTES = 16 << 20  # arenas from here on are compared with the available
 _ndarray = np.ndarray
 _empty = np.empty
 _address_of = ctypes.addressof
-_view = ctypes.c_char.from_buffer
 _living: weakref.WeakSet[Module] = weakref.WeakSet()
 
 
@@ -99,6 +100,7 @@ class Module:
         ]
         # Inputs of one integer that tell a dimension.
         self._telling = [b.input for b in plan.binds if b.axis == VALUE]
+        self._grown = {c.output: c for c in plan.caches}
         # Outputs whose size is known only after a call: they get room for the most.
         counted = {c.dim for c in plan.counts}
         self._trimmed = [
@@ -122,11 +124,14 @@ class Module:
     ) -> tuple[Any, ...]:
         """The outputs for some inputs: arrays, DLPack tensors, or Python numbers and lists.
 
-        out: arrays to write outputs into (None: a new one); they must not overlap an input.
+        out: arrays to write outputs into (None: a new one); they must not overlap an input, but for
+        caches (runtime/caches.py).
         Raises RunError when an argument does not fit.
         """
         if len(arrays) != len(self._dtypes):
             raise self._wrong_count("input", self.inputs, len(arrays))
+        if self._grown:
+            return self._call_growing(arrays, out)
         shapes = []
         for array, dtype in zip(arrays, self._dtypes, strict=True):
             if (
@@ -147,8 +152,19 @@ class Module:
         if out is None:
             results = list(starmap(_new, sizes.outputs))
         else:
-            results = self._given(out, sizes, arrays)
-        addresses = [*map(_address, arrays), *map(_address, results)]
+            results = self._given(out, sizes)
+        addresses = [*map(address, arrays), *map(address, results)]
+        if out is not None:
+            self._refuse_overlap((*arrays, *results), addresses)
+        return self._execute(addresses, arrays, results, sizes)
+
+    def _execute(
+        self,
+        addresses: list[int],
+        arrays: Sequence[np.ndarray],
+        results: list[Any],
+        sizes: _Sizes,
+    ) -> tuple[Any, ...]:
         pool = self._pool
         if pool is None:
             pool = self._pool = self._start()
@@ -168,6 +184,36 @@ class Module:
         if self._copied:
             self._copy(arrays, results)
         return tuple(results)
+
+    def _call_growing(self, arrays: Sequence[Any], out: Any) -> tuple[Any, ...]:
+        """A call of a module with caches: the first part of each is put in its place."""
+        grown = {c.input for c in self.plan.caches}
+        given = [
+            _as_array(a, dtype, t) if i in grown else _as_input(a, dtype, t)
+            for i, (a, dtype, t) in enumerate(zip(arrays, self._dtypes, self.inputs, strict=True))
+        ]
+        key: tuple[Any, ...] = tuple(a.shape for a in given)
+        told = tuple(_number(given[i]) for i in self._telling)
+        sizes = self._shapes.get((*key, (*told, 0))) or self._measure((*key, (*told, 0)))
+        out = [None] * len(self.outputs) if out is None else out
+        results = self._given(out, sizes)
+        addresses = [*map(address_of_part, given), *map(address_of_part, results)]
+        present = [results[c.output] for c in self.plan.caches]
+        names = [f'out= for output "{self.outputs[c.output].name}"' for c in self.plan.caches]
+        room = caches.common_room(self.plan.caches, present, names)
+        placed = []  # caches whose first part lies where it belongs already
+        for c, array in zip(self.plan.caches, present, strict=True):
+            same = addresses[c.input] == addresses[len(given) + c.output]
+            if same and caches.same_strides(given[c.input], array):
+                placed.append(c.input)
+        self._refuse_overlap((*given, *results), addresses, placed)
+        for c, array in zip(self.plan.caches, present, strict=True):
+            if c.input not in placed:
+                past = given[c.input]
+                np.copyto(caches.first_part(array, c.axis, past.shape[c.axis]), past)
+        if room:
+            sizes = self._shapes.get((*key, (*told, room))) or self._measure((*key, (*told, room)))
+        return self._execute(addresses, given, results, sizes)
 
     def run(
         self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None
@@ -214,7 +260,7 @@ class Module:
         layout = self._layout
         template = [0] * layout.length
         for k, c in enumerate(self._constants):
-            template[layout.constants + k] = _address(c)
+            template[layout.constants + k] = address(c)
         for name, slot in layout.kernels.items():
             template[slot] = self._library.address(name)
         self._template = template
@@ -296,6 +342,8 @@ class Module:
             name = f'input "{self.inputs[b.input].name}"'
             if b.axis == VALUE:
                 dims[b.dim], origin[b.dim] = next(values), f"the value of {name}"
+            elif b.axis == ROOM:  # comes after all values
+                dims[b.dim], origin[b.dim] = told[0][-1] if told else 0, f"the room behind {name}"
             else:
                 dims[b.dim], origin[b.dim] = shapes[b.input][b.axis], f"axis {b.axis} of {name}"
             _check_range(spec, dims[b.dim], origin[b.dim])
@@ -323,7 +371,7 @@ class Module:
         return dims
 
     # ---- arguments ------------------------------------------------------------------------------
-    def _given(self, out: Any, sizes: _Sizes, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _given(self, out: Any, sizes: _Sizes) -> list[np.ndarray]:
         """The caller's arrays for the outputs, checked, and new ones where there is none."""
         if isinstance(out, np.ndarray) or not isinstance(out, Sequence):
             raise RunError(
@@ -333,23 +381,31 @@ class Module:
         if len(out) != len(self.outputs):
             raise self._wrong_count("output", self.outputs, len(out))
         results: list[np.ndarray] = []
-        taken = [(f'input "{t.name}"', a) for t, a in zip(self.inputs, arrays, strict=True)]
         for t, array, spec in zip(self.outputs, out, sizes.outputs, strict=True):
             if array is None:
                 results.append(_new(*spec))
                 continue
             if len(results) in self._trimmed:
                 raise RunError(f'out= for output "{t.name}", whose size is known only afterwards')
-            _check_out(t, array, spec[0], spec[1])
-            for what, other in taken:
-                if np.may_share_memory(array, other):
-                    raise RunError(
-                        f'out= for output "{t.name}" overlaps {what}',
-                        hint="outputs are written while inputs are still read: use separate arrays",
-                    )
-            taken.append((f'out= for output "{t.name}"', array))
+            _check_out(t, array, spec[0], spec[1], parts=len(results) in self._grown)
             results.append(array)
         return results
+
+    def _refuse_overlap(
+        self, arrays: Sequence[np.ndarray], addresses: list[int], placed: Sequence[int] = ()
+    ) -> None:
+        """Inputs and outputs may not share memory, but for inputs that are `placed`."""
+        count = len(self.inputs)
+        used = [k for k in range(len(arrays)) if k not in placed]
+        pair = overlap([span(arrays[k], addresses[k]) for k in used], sum(k < count for k in used))
+        if pair is None:
+            return
+        names = [f'input "{t.name}"' for t in self.inputs]
+        names += [f'out= for output "{t.name}"' for t in self.outputs]
+        raise RunError(
+            f"{names[used[pair[1]]]} overlaps {names[used[pair[0]]]}",
+            hint="outputs are written while inputs are still read: use separate arrays",
+        )
 
     def _wrong_count(self, kind: str, expected: Sequence[Tensor], got: int) -> RunError:
         names = ", ".join(map(str, expected))
@@ -483,15 +539,6 @@ def _available_memory() -> int | None:
 
 
 # ---- arrays -------------------------------------------------------------------------------------
-def _address(array: np.ndarray) -> int:
-    """The address of an array's first element; the writable case is the fast one."""
-    try:
-        return _address_of(_view(array))  # type: ignore[arg-type]
-    except (TypeError, ValueError, BufferError):
-        address: int = array.__array_interface__["data"][0]
-        return address
-
-
 def _number(array: np.ndarray) -> int:
     """The size, at least 1, that an input of one integer tells; another shape is refused when it
     is checked."""
@@ -509,7 +556,7 @@ def _new(shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> np.ndarray:
             f"there is no memory for an output of {size / 2**30:.2f} GiB",
             hint="use smaller inputs, or split the batch",
         ) from None
-    return _ndarray(shape, dtype, raw, -_address(raw) % _CACHE_LINE)
+    return _ndarray(shape, dtype, raw, -address(raw) % _CACHE_LINE)
 
 
 def _rank_hint(t: Tensor, shape: tuple[int, ...]) -> str:
@@ -524,6 +571,11 @@ def _rank_hint(t: Tensor, shape: tuple[int, ...]) -> str:
 
 def _as_input(value: Any, dtype: np.dtype[Any], t: Tensor) -> np.ndarray:
     """An argument as a contiguous array in native byte order, copied only if it is not one."""
+    return np.asarray(_as_array(value, dtype, t), order="C")
+
+
+def _as_array(value: Any, dtype: np.dtype[Any], t: Tensor) -> np.ndarray:
+    """An argument as an array in native byte order, with any strides."""
     if isinstance(value, bool | int | float | list | tuple):
         return _from_numbers(value, dtype, t)
     if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack__"):
@@ -546,7 +598,7 @@ def _as_input(value: Any, dtype: np.dtype[Any], t: Tensor) -> np.ndarray:
             f'input "{t.name}" has dtype {array.dtype}, expected {dtype}: {t}',
             hint=f'convert it: {t.name}.astype("{dtype}")' if t.name.isidentifier() else "",
         )
-    return np.asarray(array, dtype, order="C")
+    return np.asarray(array, dtype)
 
 
 def _from_numbers(value: Any, dtype: np.dtype[Any], t: Tensor) -> np.ndarray:
@@ -573,7 +625,10 @@ def _from_numbers(value: Any, dtype: np.dtype[Any], t: Tensor) -> np.ndarray:
     )
 
 
-def _check_out(t: Tensor, array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+def _check_out(
+    t: Tensor, array: Any, shape: tuple[int, ...], dtype: np.dtype[Any], parts: bool = False
+) -> None:
+    """parts: the array may be a part of another; `caches` looks at its strides."""
     what = f'out= for output "{t.name}"'
     if not isinstance(array, np.ndarray):
         raise RunError(f"{what} is {type(array).__name__}, expected a numpy array")
@@ -587,7 +642,7 @@ def _check_out(t: Tensor, array: Any, shape: tuple[int, ...], dtype: np.dtype[An
             f"{what} has shape {_shape_text(array.shape)}, expected {_shape_text(shape)}",
             hint=f'np.empty({list(shape)}, "{dtype}")',
         )
-    if not array.flags.c_contiguous:
+    if not parts and not array.flags.c_contiguous:
         raise RunError(f"{what} is not C-contiguous", hint="use np.empty, and copy afterwards")
     if not array.flags.writeable:
         raise RunError(f"{what} is read-only", hint="give an array that may be written, or a copy")

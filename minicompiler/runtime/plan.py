@@ -27,6 +27,9 @@ Location = tuple[str, Size]
 VALUE = -1
 """The "axis" of a Bind to the content of an input of one integer."""
 
+ROOM = -2
+"""The "axis" of a Bind to the room that the caller's memory has behind an input; see Cache."""
+
 MAIN = "mc_main"
 """Name of the native function that runs a whole plan; see codegen/launch.py."""
 
@@ -113,7 +116,7 @@ class DimSpec:
 @dataclass(frozen=True)
 class Bind:
     """The dimension takes the size of this axis of this input; VALUE: the number that it holds, at
-    least 1."""
+    least 1; ROOM: how many positions of memory follow it, along the axis of its Cache."""
 
     dim: str
     input: int
@@ -170,6 +173,17 @@ class Region:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """An output whose first part along an axis is an input. No kernel writes that part: it lies
+    there when the calls begin. The declared size of the output along the axis includes the room
+    behind it, which is not part of the array that the caller gets."""
+
+    input: int
+    output: int
+    axis: int
+
+
+@dataclass(frozen=True)
 class Table:
     """Slots of the table of 64-bit words that the native main reads; each names the first slot."""
 
@@ -198,6 +212,7 @@ class Plan:
             them; memory sizes do not.
         regions: in the order of their starts, outer ones first; two overlap only if one holds the
             other.
+        caches: outputs that grow in place.
         arena: bytes for intermediate values, offsets are multiples of 64.
         shared, local: bytes of workspace a kernel needs: shared + threads * local.
     """
@@ -216,6 +231,7 @@ class Plan:
     local: Size
     counts: tuple[Count, ...] = ()
     regions: tuple[Region, ...] = ()
+    caches: tuple[Cache, ...] = ()
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -249,6 +265,7 @@ class Plan:
             "local": self.local,
             "counts": [[c.dim, c.place, c.most, c.before, c.depth] for c in self.counts],
             "regions": [[r.start, r.end, r.flag, r.wanted, r.repeat] for r in self.regions],
+            "caches": [[c.input, c.output, c.axis] for c in self.caches],
         }
 
     @classmethod
@@ -279,6 +296,7 @@ class Plan:
                     Region(int(start), int(end), _location(flag), bool(wanted), bool(repeat))
                     for start, end, flag, wanted, repeat in data["regions"]
                 ),
+                caches=tuple(Cache(*map(int, c)) for c in data["caches"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"not a plan of a compiled model: {error!r}") from None
@@ -298,9 +316,13 @@ class Plan:
             wrong.append("the dimensions and what binds them differ")
         for b in self.binds:
             if not (0 <= b.input < len(self.inputs)) or not (
-                b.axis == VALUE or 0 <= b.axis < len(self.inputs[b.input].shape)
+                b.axis in (VALUE, ROOM) or 0 <= b.axis < len(self.inputs[b.input].shape)
             ):
                 wrong.append(f"dimension {b.dim} is bound to no axis")
+        for c in self.caches:
+            known_cache = 0 <= c.input < len(self.inputs) and 0 <= c.output < len(self.outputs)
+            if not known_cache or not 0 <= c.axis < len(self.inputs[c.input].shape):
+                wrong.append(f"cache {c.input}")
         for name, size in self.named:
             wrong += _unknown_names(size, known)
             known.add(name)

@@ -18,8 +18,9 @@ from typing import Any
 import llvmlite.binding as llvm
 
 from minicompiler.errors import RunError
+from minicompiler.runtime.arrays import address
 from minicompiler.runtime.loader import Library
-from minicompiler.runtime.module import Module, _address, _as_input, _Context, _number
+from minicompiler.runtime.module import Module, _as_input, _Context, _number
 from minicompiler.runtime.plan import Call, Size, evaluate
 from minicompiler.runtime.pool import get_pool
 
@@ -79,7 +80,7 @@ class _Run:
         self.context = _Context(self.layout.length, module._template)
         self.context.prepare(sizes, self.layout.arena)
         self.table: Any = self.context.table
-        module._pack(self.table, 0, *map(_address, (*self.inputs, *results)))
+        module._pack(self.table, 0, *map(address, (*self.inputs, *results)))
         self.names = {d.name: n for d, n in zip(self.plan.dims, sizes.dims, strict=True)}
         for name, size in self.plan.named:
             self.names[name] = evaluate(size, self.names)

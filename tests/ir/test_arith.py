@@ -235,3 +235,12 @@ def test_facts_narrow_what_is_no_variable() -> None:
     # A product that is positive has no factor 0.
     assert Arith({}, [Const(0) < n * (n // 4)]).prove(n // 4 >= 1) is True
     assert Arith({}, [Const(0) < (n - 9) * (n // 4)]).prove(n // 4 >= 1) is None
+
+
+def test_quotients_of_quotients_join_beside_multiples() -> None:
+    """Points of fused axes reach a primitive in several forms, which must become one."""
+    a, b = Var("a"), Var("b")
+    arith = Arith({a: (Const(0), Const(4)), b: (Const(0), Const(90))})
+    once = arith.simplify((a * 84 + b) // 81)
+    assert arith.simplify((a * 84 + b) // 9 // 9) is once
+    assert arith.simplify((a * 9 + (a * 3 + b) // 9) // 9) is once

@@ -207,6 +207,140 @@ def test_the_onnx_operator_is_one_kernel(case: str) -> None:
     assert not any("softmax" in c.kernel or "matmul" in c.kernel for c in module.plan.calls)
 
 
+# ---- causal masks --------------------------------------------------------------------------------
+def rows_and_columns(net: Builder, queries: Size, keys: Size) -> tuple[Value, Value]:
+    """Positions of queries, which are the last ones of the keys, as a column; of keys as a row."""
+    past = keys - queries
+    start = net.arange(start=past, limit=past + queries)
+    return net.unsqueeze(start, axes=(1,)), net.unsqueeze(net.arange(limit=keys), axes=(0,))
+
+
+def stored(net: Builder, x: Value, n: int, m: int) -> Value:
+    return net.add(x, np.triu(np.full((1, 1, n, m), -np.inf, np.float32), m - n + 1))
+
+
+def stored_finite(net: Builder, x: Value, n: int, m: int) -> Value:
+    lowest = np.finfo(np.float32).min
+    return net.add(x, np.triu(np.full((n, m), lowest, np.float32), m - n + 1))
+
+
+def stored_condition(net: Builder, x: Value, n: int, m: int) -> Value:
+    kept = np.tril(np.ones((n, m), bool), m - n)
+    return net.where(kept, x, np.full((), -np.inf, np.float32))
+
+
+def triangle(net: Builder, x: Value, n: int, m: int) -> Value:
+    low = net.full(shape=(n, m), value=float("-inf"))
+    return net.add(x, net.trilu(low, k=m - n + 1))
+
+
+def compared(net: Builder, x: Value, n: Size, m: Size) -> Value:
+    rows, columns = rows_and_columns(net, n, m)
+    kept = net.greater_equal(rows, columns)
+    zero, low = (np.full((), v, np.float32) for v in (0, -np.inf))
+    return net.add(x, net.where(kept, zero, low))
+
+
+def chosen(net: Builder, x: Value, n: Size, m: Size) -> Value:
+    rows, columns = rows_and_columns(net, n, m)
+    return net.where(net.less(rows, columns), np.full((), -1e10, np.float32), x)
+
+
+CAUSAL = {f.__name__: f for f in (
+    stored, stored_finite, stored_condition, triangle, compared, chosen
+)}  # fmt: skip
+
+
+def causal(mask: Callable[..., Value], n: Size, m: Size, batch: Size = 2) -> Function:
+    net = Builder("causal")
+    q, k, v = inputs(net, batch, n, m)
+    x = net.mul(net.matmul(heads(net, q), heads(net, k, (0, 2, 3, 1))), np.float32(8**-0.5))
+    return net.function(y=net.matmul(net.softmax(mask(net, x, n, m)), heads(net, v)))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("sizes", [(7, 7), (5, 9), (40, 40)])
+def test_a_causal_mask_is_a_condition(name: str, sizes: tuple[int, int]) -> None:
+    fn = causal(CAUSAL[name], *sizes)
+    found = recognise(fn, None)
+    verify_function(found)
+    assert "trilu" in function_text(found)
+    *_, call = applies(found)
+    assert len(call.args) == 3  # no mask is read
+    values = feeds(fn, 2, *sizes)
+    (want,) = run_reference(fn, values)
+    assert_close(run_reference(found, values)[0], want, 64, largest=1)
+    one, two = (mc.compile(fn, threads=t)(*values)[0] for t in (1, 2))
+    assert_close(one, want, 64, largest=1)
+    assert one.tobytes() == two.tobytes()
+
+
+def test_causal_for_any_number_of_positions() -> None:
+    """The same bits for any batch, and as for fixed sizes; the mask takes no memory."""
+    n, past = Dim("n", 1, 256), Dim("past", 0, 256)
+    net = Builder("decoder")
+    size = HEADS * WIDTH
+    q = net.input("q", (Dim("batch", 1, 8), n, size))
+    k, v = (net.input(x, (q.type.shape[0], past + n, size)) for x in "kv")
+    old = net.input("old", (past,))
+    x = net.mul(net.matmul(heads(net, q), heads(net, k, (0, 2, 3, 1))), np.float32(8**-0.5))
+    y = net.matmul(net.softmax(compared(net, x, n, past + n)), heads(net, v))
+    module = mc.compile(net.function(y=y, old=old), threads=1)
+    assert sum(c.kernel.startswith("fused_attention") for c in module.plan.calls) == 1
+    assert len(module.plan.calls) == 1
+    for rows, before in ((1, 0), (1, 30), (33, 0), (50, 14)):
+        fixed = causal(compared, rows, rows + before)
+        values = feeds(fixed, 2, rows, rows + before)
+        got = module(*values, np.zeros(before, np.float32))[0]
+        (want,) = run_reference(fixed, values)
+        assert_close(got, want, 256, largest=1)
+        part = [x[1:] for x in values]
+        assert module(*part, np.zeros(before, np.float32))[0].tobytes() == got[1:].tobytes()
+
+
+def other_triangle(net: Builder, x: Value, n: int, m: int) -> Value:
+    """Rows up to the diagonal are masked, and only it is left of the last one."""
+    return net.add(x, np.tril(np.full((n, m), -np.inf, np.float32), -1))
+
+
+def not_one(net: Builder, x: Value, n: int, m: int) -> Value:
+    mask = np.triu(np.full((n, m), -np.inf, np.float32), 1)
+    mask[2, 4] = 0
+    return net.add(x, mask)
+
+
+def without_a_row(net: Builder, x: Value, n: int, m: int) -> Value:
+    """The first row has no column: it is not a number, which must not change."""
+    return net.add(x, np.triu(np.full((n, m), -np.inf, np.float32), 0))
+
+
+def small_numbers(net: Builder, x: Value, n: int, m: int) -> Value:
+    """Scores may be lower than this."""
+    return net.add(x, np.triu(np.full((n, m), -1e4, np.float32), 1))
+
+
+def padded(net: Builder, x: Value, n: int, m: int) -> Value:
+    """With a second mask, all of a row may be masked by finite numbers: its mean is taken."""
+    x = net.add(x, np.triu(np.full((n, m), -1e9, np.float32), 1))
+    padding = np.zeros((1, m), bool)
+    padding[0, :2] = True
+    return net.where(padding, np.full((), -1e9, np.float32), x)
+
+
+@pytest.mark.parametrize("mask", [other_triangle, not_one, without_a_row, small_numbers, padded])
+def test_another_mask_is_read(mask: Callable[..., Value]) -> None:
+    fn = causal(mask, 6, 6)
+    found = recognise(fn, None)
+    assert kernels(found)[-1] == "fused_attention"
+    assert "trilu" not in function_text(found)
+    values = feeds(fn, 2, 6, 6)
+    with np.errstate(all="ignore"):
+        (want,) = run_reference(fn, values)
+        (got,) = mc.compile(fn)(*values)
+    assert (np.isnan(got) == np.isnan(want)).all()
+    assert_close(np.nan_to_num(got), np.nan_to_num(want), 64, largest=1)
+
+
 # ---- what stays apart ----------------------------------------------------------------------------
 def test_weights_that_are_returned_stay() -> None:
     net = Builder("returned")
