@@ -131,9 +131,13 @@ class Writer:
         return self.op(f"call {ty} @{full}({', '.join([f'{ty} {a}' for a in args])})", level)
 
     def branch(
-        self, cond: str, then: Callable[[], None], orelse: Callable[[], None] | None = None
+        self,
+        cond: str,
+        then: Callable[[], None],
+        orelse: Callable[[], None] | None = None,
+        rarely: bool = False,
     ) -> None:
-        """if cond: then() else: orelse()."""
+        """if cond: then() else: orelse(). rarely: `cond` almost never holds."""
         self.count += 1
         yes, no, done = f"then{self.count}", f"else{self.count}", f"end{self.count}"
         outer = self.scopes[-1]
@@ -145,7 +149,9 @@ class Writer:
             self.label = label
             body()
             parts.append((label, self.scopes.pop().lines))
-        outer.lines.append(f"  br i1 {cond}, label %{yes}, label %{no if orelse else done}")
+        hint = ", !prof !1" if rarely else ""
+        other = no if orelse else done
+        outer.lines.append(f"  br i1 {cond}, label %{yes}, label %{other}{hint}")
         for label, lines in parts:
             outer.lines.append(f"{label}:")
             outer.lines += lines
