@@ -325,31 +325,33 @@ class Module:
     # ---- arguments ------------------------------------------------------------------------------
     def _given(self, out: Any, sizes: _Sizes, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The caller's arrays for the outputs, checked, and new ones where there is none."""
-        if isinstance(out, np.ndarray) or not isinstance(out, Sequence):
+        if type(out) not in (list, tuple) and (
+            isinstance(out, np.ndarray) or not isinstance(out, Sequence)
+        ):
             raise RunError(
                 f"out= is {type(out).__name__}, expected a list or tuple with an array per output",
                 hint="m(x, out=[y]), or m.run({...}, out={...})",
             )
         if len(out) != len(self.outputs):
             raise self._wrong_count("output", self.outputs, len(out))
-        results: list[np.ndarray] = []
-        taken = [(f'input "{t.name}"', a) for t, a in zip(self.inputs, arrays, strict=True)]
+        taken = [*arrays]
         for t, array, spec in zip(self.outputs, out, sizes.outputs, strict=True):
             if array is None:
-                results.append(_new(*spec))
+                taken.append(_new(*spec))
                 continue
-            if len(results) in self._trimmed:
+            if self._trimmed and len(taken) - len(arrays) in self._trimmed:
                 raise RunError(f'out= for output "{t.name}", whose size is known only afterwards')
             _check_out(t, array, spec[0], spec[1])
-            for what, other in taken:
+            for k, other in enumerate(taken):
                 if np.may_share_memory(array, other):
+                    inputs = [f'input "{x.name}"' for x in self.inputs]
+                    outputs = [f'out= for output "{x.name}"' for x in self.outputs]
                     raise RunError(
-                        f'out= for output "{t.name}" overlaps {what}',
+                        f'out= for output "{t.name}" overlaps {[*inputs, *outputs][k]}',
                         hint="outputs are written while inputs are still read: use separate arrays",
                     )
-            taken.append((f'out= for output "{t.name}"', array))
-            results.append(array)
-        return results
+            taken.append(array)
+        return taken[len(arrays) :]
 
     def _wrong_count(self, kind: str, expected: Sequence[Tensor], got: int) -> RunError:
         names = ", ".join(map(str, expected))
@@ -574,6 +576,10 @@ def _from_numbers(value: Any, dtype: np.dtype[Any], t: Tensor) -> np.ndarray:
 
 
 def _check_out(t: Tensor, array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    if type(array) is _ndarray and array.dtype is dtype and array.shape == shape:
+        flags = array.flags
+        if flags.c_contiguous and flags.writeable:
+            return
     what = f'out= for output "{t.name}"'
     if not isinstance(array, np.ndarray):
         raise RunError(f"{what} is {type(array).__name__}, expected a numpy array")

@@ -1,7 +1,8 @@
 """The coefficients of the elementary functions are found again, to nearly the same error.
 
-Each polynomial has fixed low terms and free ones; the free ones that make the largest weighted
-error smallest come from least squares whose weights grow where the error is large (C. Lawson, 1961).
+Each polynomial has fixed low terms and free ones. Those free ones that make the largest relative
+error smallest come from least squares whose weights grow where the error is large (C. Lawson,
+1961).
 """
 
 from __future__ import annotations
