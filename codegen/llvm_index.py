@@ -44,6 +44,7 @@ class Indices(Conversions):
         self.resolved: dict[object, Expr] = {}
         self.buffers_in: dict[Expr, frozenset[Buffer]] = {}
         self.index_like: dict[Expr, bool] = {}
+        self.straight = False  # while code is written that must not branch
 
     # ---- facts about expressions ----------------------------------------------------------------
     def reads(self, e: Expr) -> frozenset[Buffer]:
@@ -156,10 +157,7 @@ class Indices(Conversions):
             a, b = self.index(e.a), self.index(e.b)
             name = self.op(f"select i1 {c}, i64 {a}, i64 {b}", home)
         else:  # a conversion from numbers: ordinary values, computed at their home
-            inner = self.scopes
-            self.scopes = inner[: home + 1]
-            name = self.value(e).name
-            self.scopes = inner
+            name = self.value_at(e, home).name
         self.scopes[home].values[e] = Operand(name)
         return name
 
@@ -199,6 +197,14 @@ class Indices(Conversions):
         q = self.op(f"sdiv {ty} {a}, {b}", level)
         less = self.op(f"sext {flag} {fix} to {ty}", level)
         return self.op(f"add {ty} {q}, {less}", level)
+
+    def value_at(self, e: Expr, level: int) -> Operand:
+        """A value computed in a scope further out, at the end of what is written of it."""
+        inner, straight = self.scopes, self.straight
+        self.scopes, self.straight = inner[: level + 1], True
+        result = self.value(e)
+        self.scopes, self.straight = inner, straight
+        return result
 
     def value(self, e: Expr, mask: Operand | None = None) -> Operand:
         """The operand for any expression; see llvm_values.py."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minicompiler.ir.expr import Const, Expr
-from minicompiler.ir.tir import PrimFunc
+from minicompiler.ir.tir import Buffer, PrimFunc
 from minicompiler.ir.types import CODED, DType
 
 _TYPES = {
@@ -86,12 +86,14 @@ def literal(e: Expr) -> str:
 class Lines:
     """Code being written for one loop body or branch, and the values known in it.
 
-    passing: values that the next store may change.
+    passing: values that the next store may change. writes: the buffers that a loop stores to; None
+    for what is no loop.
     """
 
     lines: list[str]
     values: dict[object, Operand] = dataclasses.field(default_factory=dict)
     passing: dict[object, Operand] = dataclasses.field(default_factory=dict)
+    writes: frozenset[Buffer] | None = None
 
 
 class Writer:

@@ -108,12 +108,31 @@ class Values(Indices):
             found = scope.values.get(key) or scope.passing.get(key)
             if found is not None:
                 return found
+        level = len(self.scopes) - 1 if in_vector else self.level_of(e, buffers)
+        if level < len(self.scopes) - 1:
+            return self.value_at(e, level)
         result = self.emit_value(e, mask)
         if all(b not in self.written and b.scope in _OUTSIDE for b in buffers):
             self.scopes[-1].values[key] = result
         else:
             self.scopes[-1].passing[key] = result
         return result
+
+    def level_of(self, e: Expr, buffers: frozenset[Buffer]) -> int:
+        """The scope of a value: outside of the loops that change nothing about it, where it is made
+        of what is in registers. A product stays where it may be fused with a sum."""
+        level = len(self.scopes) - 1
+        if not isinstance(e, Binary | Call) or _is_product(e) or not e.dtype.is_float:
+            return level
+        if not buffers or any(b.scope is not Scope.REGISTER for b in buffers) or self.arguments:
+            return level
+        lowest = self.home(self.resolve(e))
+        while level > lowest:
+            writes = self.scopes[level].writes
+            if writes is None or not writes.isdisjoint(buffers):
+                break
+            level -= 1
+        return level
 
     def emit_value(self, e: Expr, mask: Operand | None) -> Operand:
         if type(e) is Load:
@@ -322,6 +341,8 @@ class Values(Indices):
     def rare(self, e: Select, mask: Operand | None) -> Operand:
         """A branch: see `llvm_math.rarely_above`."""
         assert type(e.cond) is Call
+        if self.straight:
+            return self.value(e.a, mask)
         compared = e.cond.args[0]
         assert type(compared) is Binary and compared.op == "lt"
         self.scopes.append(Lines([]))  # either side computes for itself what it needs
