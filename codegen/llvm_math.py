@@ -103,6 +103,9 @@ def expand(e: Expr) -> Expr | None:
     f = _EXPANSIONS.get(e.fn)
     if f is not None:
         return f(*e.args)
+    f = llvm_trig.FLOAT32.get(e.fn)
+    if f is not None and e.dtype is float32:
+        return f(*e.args)
     f = llvm_trig.FUNCTIONS.get(e.fn)
     # One implementation, in float64, serves both types.
     return None if f is None else in_float64(f, *e.args)

@@ -8,11 +8,12 @@ error smallest come from least squares whose weights grow where the error is lar
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from minicompiler.codegen import llvm_math
+from minicompiler.codegen import llvm_math, llvm_trig
 
 LONG = np.longdouble
 POINTS = 4001
@@ -41,23 +42,33 @@ def lawson(basis: Array, wanted: Array) -> float:
     return float(error.max())
 
 
-# name: (coefficients, powers of x they belong to, how many are free, function, interval)
-Case = tuple[tuple[float, ...], tuple[int, ...], int, Callable[[Array], Array], tuple[float, float]]
+@dataclass(frozen=True)
+class Case:
+    """The first `free` coefficients were to be found; powers: what each is multiplied with."""
+
+    function: Callable[[Array], Array]
+    interval: tuple[float, float]
+    coefficients: tuple[float, ...]
+    powers: tuple[int, ...]
+    free: int
+    dtype: type[np.floating]
+
+
 HALF_LN2 = float(np.log(2)) / 2
-CASES: dict[str, Case] = {
-    "exp": (llvm_math.EXP, (6, 5, 4, 3, 2, 1, 0), 4, np.exp, (-HALF_LN2, HALF_LN2)),
+CASES = {
+    "exp": Case(np.exp, (-HALF_LN2, HALF_LN2), llvm_math.EXP, (6, 5, 4, 3, 2, 1, 0), 4, np.float32),
+    "sin": Case(np.sin, (1e-3, np.pi / 2), llvm_trig.SIN, (11, 9, 7, 5, 3, 1), 5, np.float64),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_coefficients_are_nearly_the_best(name: str) -> None:
-    coefficients, powers, free, function, interval = CASES[name]
-    x = chebyshev(*interval)
-    exact = function(x)
-    terms = np.stack([x**p for p in powers], 1) / exact[:, None]
-    ours = terms @ np.array([LONG(np.float32(c)) for c in coefficients])
-    error = float(np.abs(ours - 1).max())
-    fixed = terms[:, free:] @ np.array(coefficients[free:], LONG)
-    best = lawson(terms[:, :free], 1 - fixed)
+    case = CASES[name]
+    x = chebyshev(*case.interval)
+    exact = case.function(x)
+    terms = np.stack([x**p for p in case.powers], 1) / exact[:, None]
+    rounded = np.array(case.coefficients, case.dtype).astype(LONG)
+    error = float(np.abs(terms @ rounded - 1).max())
+    best = lawson(terms[:, : case.free], 1 - terms[:, case.free :] @ rounded[case.free :])
     print(f"{name}: relative error 2**{np.log2(error):.2f}, at best 2**{np.log2(best):.2f}")
     assert error < 1.25 * best
