@@ -211,7 +211,7 @@ class _Emitter(Memory):
         var = f"%{s.var.name.replace('.', '_')}_{self.count}"
         before = self.label
         outer = self.scopes[-1]
-        self.scopes.append(Lines([]))
+        self.scopes.append(Lines([], writes=frozenset(written_buffers(s.body))))
         self.level[s.var], self.names[s.var] = len(self.scopes) - 1, var
         self.label = head
         self.iteration(s)

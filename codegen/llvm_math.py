@@ -30,6 +30,9 @@ from minicompiler.ir.expr import (
 )
 from minicompiler.ir.types import DType, float32, float64, int32, int64
 
+# e**r for |r| <= ln2/2 with the last three fixed, minimax: relative error 2**-27.96
+# (tests/codegen/test_minimax.py finds them again).
+EXP = (1.38637854e-3, 8.36747698e-3, 4.16672379e-2, 1.66665345e-1, 0.5, 1.0, 1.0)
 LN2_HIGH, LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 
 # Functions that need a loop, one element at a time. NAME and TYPE are filled in by the emitter.
@@ -100,6 +103,9 @@ def expand(e: Expr) -> Expr | None:
     f = _EXPANSIONS.get(e.fn)
     if f is not None:
         return f(*e.args)
+    f = llvm_trig.FLOAT32.get(e.fn)
+    if f is not None and e.dtype is float32:
+        return f(*e.args)
     f = llvm_trig.FUNCTIONS.get(e.fn)
     # One implementation, in float64, serves both types.
     return None if f is None else in_float64(f, *e.args)
@@ -136,6 +142,13 @@ def horner(x: Expr, *coefficients: float) -> Expr:
     return result
 
 
+def rarely_above(limit: float, x: Expr) -> Expr:
+    """A condition for `select(rarely_above(..), a, b)`: a branch that takes `b` if no lane of x,
+    which is never negative, is above the limit or NaN, else `a` for all lanes. Within the limit
+    both must give the same bits, so that no lane depends on its neighbours."""
+    return Call("rarely", (binary("lt", const(limit, x.dtype), x),))
+
+
 def exact_product(a: Expr, b: Expr) -> tuple[Expr, Expr]:
     """a * b as rounded value and error. (An fma, so that it cannot be fused with a later sum.)"""
     high = fma(a, b, -0.0)
@@ -150,36 +163,38 @@ def fast_sum(a: Expr, b: Expr) -> tuple[Expr, Expr]:
 
 # ---- exp ----------------------------------------------------------------------------------------
 def exp(x: Expr, negative: bool = False) -> Expr:
-    """e**x. 1 ulp. negative: x is never above 0, which is cheaper; so is min(.., 0).
+    """e**x. float32 0.98 ulp, float64 1. negative: x is never above 0, which is cheaper; so is
+    min(.., 0).
 
-    x = n*ln2 + r with |r| <= ln2/2, a polynomial of r, times 2**n. The exponents of all results
-    do not fit one factor of 8 bits, so there are two; those of negative x fit if the polynomial is
-    made smaller. Subnormal results are rounded once and large ones become inf.
+    x = n*ln2 + r with |r| <= ln2/2, a polynomial of r, times 2**n. Where all results are normal
+    numbers, n is added to the exponent field. Else the exponents of all results do not fit one
+    factor of 8 bits, so there are two; those of negative x fit if the polynomial is made smaller.
+    Subnormal results are rounded once and large ones become inf.
     """
     if x.dtype is float64:
         return _exp64(x)
-    # Adding 1.5 * 2**23 rounds to an integer that then is the low end of the bits, where it is the
-    # exponent field of a factor, or the sum of both fields.
     if type(x) is Binary and x.op == "min" and type(x.b) is Const and x.b.value <= 0:
         negative = True
-    smaller = 30 if negative else 0
-    shift = 12582912.0 + (127.0 + smaller if negative else 254.0)
-    y = maximum(x if negative else minimum(x, 89.0), -104.0)
-    t = fma(y, const(1.4426950408889634, float32), shift)
-    n = t - shift
-    r = fma(n, const(-0.693145751953125, float32), y)
-    r = fma(n, const(-1.428606765330187e-06, float32), r)
-    # Minimax, with an error of 0.03 ulp.
-    minimax = (
-        1.38637854e-3, 8.36747698e-3, 4.16672379e-2, 1.66665345e-1, 0.5, 1.0, 1.0,
-    )  # fmt: skip
-    p = horner(r, *[c * 2.0**-smaller for c in minimax])
-    i = bits(t, DType("uint32"))
     if negative:
+        p, i = _exp_parts(maximum(x, -104.0), 127 + 30, 30)
         return p * bits(binary("shl", i, 23), float32)
+    p, i = _exp_parts(x, 0, 0)
+    near = bits(bits(p, i.dtype) + binary("shl", i, 23), float32)
+    p, i = _exp_parts(maximum(minimum(x, 89.0), -104.0), 254, 0)
     half = binary("shr", i, 1)
-    a, b = bits(binary("shl", half, 23), float32), bits(binary("shl", i - half, 23), float32)
-    return p * a * b
+    far = p * bits(binary("shl", half, 23), float32) * bits(binary("shl", i - half, 23), float32)
+    return select(rarely_above(87.0, absolute(x)), far, near)
+
+
+def _exp_parts(x: Expr, bias: int, smaller: int) -> tuple[Expr, Expr]:
+    """(e**r * 2**-smaller, n + bias in the low bits of an integer); see `exp`."""
+    # Adding 1.5 * 2**23 rounds to an integer that then is the low end of the bits.
+    shift = 12582912.0 + bias
+    t = fma(x, const(1.4426950408889634, float32), shift)
+    n = t - shift
+    r = fma(n, const(-0.693145751953125, float32), x)
+    r = fma(n, const(-1.428606765330187e-06, float32), r)
+    return horner(r, *[c * 2.0**-smaller for c in EXP]), bits(t, DType("uint32"))
 
 
 def _exp64(x: Expr, low: Expr | None = None) -> Expr:

@@ -160,7 +160,7 @@ class Memory(Values):
         scalar, align = memory_type(buffer.dtype), buffer.dtype.bytes
         lanes = self.vector[1] if kind == "next" and self.vector is not None else 1
         p = self.address(buffer, poly)
-        if mask is not None and lanes == 1:
+        if mask is not None and lanes == 1:  # one element for all lanes that want it
             p = self.op(f"select i1 {self.any_lane(mask)}, ptr {p}, ptr {self.nowhere()}")
             mask = None
         t = vector(scalar, lanes)
@@ -253,15 +253,6 @@ class Memory(Values):
             exchange(distance, low, high)
             distance *= 2
         return rows
-
-    def any_lane(self, mask: Operand) -> str:
-        """Whether any lane is set: one element for all lanes is loaded if one of them wants it."""
-        if mask.lanes == 1:
-            return mask.name
-        ty = vector("i1", mask.lanes)
-        f = f"llvm.vector.reduce.or.v{mask.lanes}i1"
-        f = self.declare(f, f"i1 @{f}({ty})")
-        return self.op(f"call i1 {f}({ty} {mask.name})")
 
     def gather(self, e: Load, mask: Operand | None) -> Operand:
         """Lane by lane, for elements that are not neighbours."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minicompiler.ir.expr import Const, Expr
-from minicompiler.ir.tir import PrimFunc
+from minicompiler.ir.tir import Buffer, PrimFunc
 from minicompiler.ir.types import CODED, DType
 
 _TYPES = {
@@ -86,12 +86,14 @@ def literal(e: Expr) -> str:
 class Lines:
     """Code being written for one loop body or branch, and the values known in it.
 
-    passing: values that the next store may change.
+    passing: values that the next store may change. writes: the buffers that a loop stores to; None
+    for what is no loop.
     """
 
     lines: list[str]
     values: dict[object, Operand] = dataclasses.field(default_factory=dict)
     passing: dict[object, Operand] = dataclasses.field(default_factory=dict)
+    writes: frozenset[Buffer] | None = None
 
 
 class Writer:
@@ -131,9 +133,13 @@ class Writer:
         return self.op(f"call {ty} @{full}({', '.join([f'{ty} {a}' for a in args])})", level)
 
     def branch(
-        self, cond: str, then: Callable[[], None], orelse: Callable[[], None] | None = None
+        self,
+        cond: str,
+        then: Callable[[], None],
+        orelse: Callable[[], None] | None = None,
+        rarely: bool = False,
     ) -> None:
-        """if cond: then() else: orelse()."""
+        """if cond: then() else: orelse(). rarely: `cond` almost never holds."""
         self.count += 1
         yes, no, done = f"then{self.count}", f"else{self.count}", f"end{self.count}"
         outer = self.scopes[-1]
@@ -145,7 +151,9 @@ class Writer:
             self.label = label
             body()
             parts.append((label, self.scopes.pop().lines))
-        outer.lines.append(f"  br i1 {cond}, label %{yes}, label %{no if orelse else done}")
+        hint = ", !prof !1" if rarely else ""
+        other = no if orelse else done
+        outer.lines.append(f"  br i1 {cond}, label %{yes}, label %{other}{hint}")
         for label, lines in parts:
             outer.lines.append(f"{label}:")
             outer.lines += lines

@@ -1,23 +1,22 @@
-"""Scalar expressions -> LLVM values: index arithmetic, hoisted, and the arithmetic of kernels.
+"""Scalar expressions -> LLVM values: the arithmetic of kernels.
 
-An index expression is emitted once, in the scope of its innermost variable. Any other value is
-emitted where it is needed and remembered there. Inside a vector loop an expression that depends on
-the loop variable has one lane per iteration; the rest stays scalar until it meets such a value.
+A value is emitted where it is needed and remembered there (an index: see llvm_index.py). Inside a
+vector loop an expression that depends on the loop variable has one lane per iteration; the rest
+stays scalar until it meets such a value.
 """
 
 from __future__ import annotations
 
 import functools
 
+import numpy as np
+
 from minicompiler.errors import CodegenError
-from minicompiler.ir.arith import Arith, Poly
 from minicompiler.ir.expr import (
-    ZERO,
     Binary,
     Call,
     Cast,
     Const,
-    Dim,
     Expr,
     Load,
     Select,
@@ -26,17 +25,14 @@ from minicompiler.ir.expr import (
     free_vars,
     maximum,
     minimum,
-    substitute,
 )
-from minicompiler.ir.tir import Buffer, For, PrimFunc, Scope, statements
+from minicompiler.ir.tir import Buffer, PrimFunc, Scope
 from minicompiler.ir.types import DType, float32, float64, int64
 
 from . import llvm_math
-from .llvm_convert import Conversions
-from .llvm_text import Operand, everywhere, literal, mangle, value_type, vector
+from .llvm_index import Indices
+from .llvm_text import Lines, Operand, everywhere, literal, mangle, value_type, vector
 
-_INDEX_OPS = frozenset(("add", "sub", "mul", "floordiv", "mod", "min", "max"))
-_NSW = {"add": "add nsw", "sub": "sub nsw", "mul": "mul nsw"}
 _FLOAT_COMPARE = {"lt": "fcmp olt", "le": "fcmp ole", "eq": "fcmp oeq", "ne": "fcmp une"}
 _FLOAT_OPS = {
     "add": "fadd contract", "sub": "fsub contract", "mul": "fmul contract", "div": "fdiv",
@@ -49,187 +45,23 @@ _INTRINSICS = {
     "sqrt": "sqrt", "floor": "floor", "ceil": "ceil", "round": "roundeven", "trunc": "trunc",
     "abs": "fabs", "fma": "fmuladd", "copysign": "copysign",
 }  # fmt: skip
+JOINED = 8  # lanes that are compared at once: a register with AVX, two of shorter vectors
 _OUTSIDE = (Scope.PARAM, Scope.GLOBAL)
-_NO_BUFFERS: frozenset[Buffer] = frozenset()
 
 
 def _is_product(e: Expr) -> bool:
     return type(e) is Binary and e.op == "mul"
 
 
-class Values(Conversions):
+class Values(Indices):
     """Expressions of one function, given the variables that are bound at this point."""
 
     def __init__(self, func: PrimFunc) -> None:
         super().__init__(func)
-        self.level: dict[Expr, int] = {}  # variable -> index of the scope it belongs to
-        self.names: dict[Expr, str] = {}
-        self.env: dict[Expr, Expr] = {}  # unrolled variables and their value now
         self.vector: tuple[Expr, int] | None = None
         self.masks: list[Operand] = []
         self.written: set[Buffer] = set()
-        self.arith = Arith(
-            {s.var: (ZERO, s.extent - 1) for s in statements(func) if isinstance(s, For)}
-        )
-        self.resolved: dict[object, Expr] = {}
         self.arguments: dict[Expr, Operand] = {}  # of the elementary function being emitted
-        self.buffers_in: dict[Expr, frozenset[Buffer]] = {}
-        self.index_like: dict[Expr, bool] = {}
-
-    # ---- facts about expressions ----------------------------------------------------------------
-    def reads(self, e: Expr) -> frozenset[Buffer]:
-        """The buffers that `e` loads from."""
-        found = self.buffers_in.get(e)
-        if found is None:
-            found = _NO_BUFFERS
-            for c in e.children():
-                inner = self.reads(c)
-                if inner:
-                    found = found | inner if found else inner
-            if type(e) is Load:
-                found = found | {e.buffer}
-            self.buffers_in[e] = found
-        return found
-
-    def is_index(self, e: Expr) -> bool:
-        """Whether `index` can emit all of `e`, which then moves out of inner loops."""
-        found = self.index_like.get(e)
-        if found is None:
-            if type(e) is Binary:
-                known = e.op in _INDEX_OPS and e.dtype is int64
-                found = known and self.is_index(e.a) and self.is_index(e.b)
-            elif type(e) is Select:
-                found = e.dtype is int64 and self.is_condition(e.cond)
-                found = found and self.is_index(e.a) and self.is_index(e.b)
-            else:
-                found = e.dtype is int64 and isinstance(e, Const | Var | Dim)
-            self.index_like[e] = found
-        return found
-
-    def is_condition(self, e: Expr) -> bool:
-        """A comparison of index expressions, or several joined by and, or."""
-        if type(e) is Binary and e.op in ("and", "or"):
-            return self.is_condition(e.a) and self.is_condition(e.b)
-        return type(e) is Binary and e.dtype.is_bool and self.is_index(e.a) and self.is_index(e.b)
-
-    def resolve(self, e: Expr) -> Expr:
-        """`e` with unrolled variables replaced by their current values, simplified."""
-        if not self.env:
-            return e
-        free = free_vars(e)
-        used = [v for v in self.env if v in free]
-        if not used:
-            return e
-        key = (e, *[(v, self.env[v]) for v in used])
-        found = self.resolved.get(key)
-        if found is None:
-            found = self.arith.simplify(substitute(e, {v: self.env[v] for v in used}))
-            self.resolved[key] = found
-        return found
-
-    def at_env(self, poly: Poly) -> Poly:
-        """A polynomial with the unrolled variables replaced."""
-        if not self.env:
-            return poly
-        result: Poly = {}
-        for m, whole in poly.items():
-            c = whole
-            rest: list[Expr] | None = []
-            for a in m:
-                value = self.env.get(a)
-                if type(value) is Const:
-                    c = c * value.value
-                elif free_vars(a).isdisjoint(self.env):
-                    assert rest is not None
-                    rest.append(a)
-                else:  # an unrolled variable inside // or %: simplify the whole term
-                    rest = None
-                    break
-            if rest is None:
-                term = self.resolve(self.arith.expr({m: whole}))
-                for m2, c2 in self.arith.poly(term).items():
-                    result[m2] = result.get(m2, 0) + c2
-            else:
-                k = tuple(rest)
-                result[k] = result.get(k, 0) + c
-        return {m: c for m, c in result.items() if c}
-
-    def home(self, e: Expr) -> int:
-        """The scope a pure expression belongs to: that of its innermost variable."""
-        level = self.level
-        return max([level[v] for v in free_vars(e)], default=0)
-
-    # ---- index arithmetic -----------------------------------------------------------------------
-    def index(self, e: Expr, at: int | None = None) -> str:
-        """An i64 operand for a scalar index expression."""
-        e = self.resolve(e)
-        if type(e) is Const:
-            return str(e.value)
-        known = self.names.get(e)
-        if known is not None:
-            return known
-        if self.reads(e):
-            return self.value(e).name
-        home = self.home(e) if at is None else at
-        found = self.scopes[home].values.get(e)
-        if found is not None:
-            return found.name
-        if type(e) is Binary and e.op in _INDEX_OPS:
-            a, b = self.index(e.a), self.index(e.b)
-            if e.op in _NSW:
-                name = self.op(f"{_NSW[e.op]} i64 {a}, {b}", home)
-            elif e.op in ("min", "max"):
-                name = self.intrinsic("s" + e.op, "i64", a, b, level=home)
-            else:
-                name = self.floor(e.op, e.a, a, e.b, b, home)
-        elif type(e) is Select and self.is_condition(e.cond):
-            c = self.condition(e.cond, home)
-            a, b = self.index(e.a), self.index(e.b)
-            name = self.op(f"select i1 {c}, i64 {a}, i64 {b}", home)
-        else:  # a conversion from numbers: ordinary values, computed at their home
-            inner = self.scopes
-            self.scopes = inner[: home + 1]
-            name = self.value(e).name
-            self.scopes = inner
-        self.scopes[home].values[e] = Operand(name)
-        return name
-
-    def condition(self, e: Expr, home: int) -> str:
-        """An i1 operand for what `is_condition` accepts."""
-        assert isinstance(e, Binary)
-        if e.op in ("and", "or"):
-            a, b = self.condition(e.a, home), self.condition(e.b, home)
-            return self.op(f"{e.op} i1 {a}, {b}", home)
-        code = {"lt": "slt", "le": "sle"}.get(e.op, e.op)
-        return self.op(f"icmp {code} i64 {self.index(e.a)}, {self.index(e.b)}", home)
-
-    def floor(self, op: str, ea: Expr, a: str, eb: Expr, b: str, home: int) -> str:
-        """Division rounding down; plain unsigned division where both sides are known positive."""
-        low = self.arith.interval(ea)[0]
-        divisor = self.arith.interval(eb)[0]
-        positive = divisor is not None and divisor > 0
-        if not positive and b.startswith("%"):
-            # Code moved out of a loop also runs where the loop does not: it must not trap.
-            zero = self.op(f"icmp eq i64 {b}, 0", home)
-            b = self.op(f"select i1 {zero}, i64 1, i64 {b}", home)
-        if low is not None and low >= 0 and positive:
-            return self.op(f"{'udiv' if op == 'floordiv' else 'urem'} i64 {a}, {b}", home)
-        return self.floor_signed(op, a, b, "i64", 1, home)
-
-    def floor_signed(self, op: str, a: str, b: str, scalar: str, lanes: int, level: int) -> str:
-        ty, flag = vector(scalar, lanes), vector("i1", lanes)
-        zero = "0" if lanes == 1 else "zeroinitializer"
-        r = self.op(f"srem {ty} {a}, {b}", level)
-        signs = self.op(f"xor {ty} {r}, {b}", level)
-        differ = self.op(f"icmp slt {ty} {signs}, {zero}", level)
-        some = self.op(f"icmp ne {ty} {r}, {zero}", level)
-        fix = self.op(f"and {flag} {differ}, {some}", level)
-        if op == "mod":
-            more = self.op(f"add {ty} {r}, {b}", level)
-            return self.op(f"select {flag} {fix}, {ty} {more}, {ty} {r}", level)
-        q = self.op(f"sdiv {ty} {a}, {b}", level)
-        less = self.op(f"sext {flag} {fix} to {ty}", level)
-        return self.op(f"add {ty} {q}, {less}", level)
 
     # ---- any value ------------------------------------------------------------------------------
     def load(self, e: Load, mask: Operand | None) -> Operand:
@@ -276,12 +108,31 @@ class Values(Conversions):
             found = scope.values.get(key) or scope.passing.get(key)
             if found is not None:
                 return found
+        level = len(self.scopes) - 1 if in_vector else self.level_of(e, buffers)
+        if level < len(self.scopes) - 1:
+            return self.value_at(e, level)
         result = self.emit_value(e, mask)
         if all(b not in self.written and b.scope in _OUTSIDE for b in buffers):
             self.scopes[-1].values[key] = result
         else:
             self.scopes[-1].passing[key] = result
         return result
+
+    def level_of(self, e: Expr, buffers: frozenset[Buffer]) -> int:
+        """The scope of a value: outside of the loops that change nothing about it, where it is made
+        of what is in registers. A product stays where it may be fused with a sum."""
+        level = len(self.scopes) - 1
+        if not isinstance(e, Binary | Call) or _is_product(e) or not e.dtype.is_float:
+            return level
+        if not buffers or any(b.scope is not Scope.REGISTER for b in buffers) or self.arguments:
+            return level
+        lowest = self.home(self.resolve(e))
+        while level > lowest:
+            writes = self.scopes[level].writes
+            if writes is None or not writes.isdisjoint(buffers):
+                break
+            level -= 1
+        return level
 
     def emit_value(self, e: Expr, mask: Operand | None) -> Operand:
         if type(e) is Load:
@@ -467,6 +318,8 @@ class Values(Conversions):
 
     # ---- select, functions ----------------------------------------------------------------------
     def select(self, e: Select, mask: Operand | None) -> Operand:
+        if type(e.cond) is Call and e.cond.fn == "rarely":
+            return self.rare(e, mask)
         cond = self.value(e.cond, mask)
         if cond.name == "true":
             return self.value(e.a, mask)
@@ -484,6 +337,55 @@ class Values(Conversions):
         flag = vector("i1", cond.lanes)
         text = f"select {flag} {cond.name}, {ty} {a.name}, {ty} {b.name}"
         return Operand(self.op(text), lanes)
+
+    def rare(self, e: Select, mask: Operand | None) -> Operand:
+        """A branch: see `llvm_math.rarely_above`."""
+        assert type(e.cond) is Call
+        if self.straight:
+            return self.value(e.a, mask)
+        compared = e.cond.args[0]
+        assert type(compared) is Binary and compared.op == "lt"
+        self.scopes.append(Lines([]))  # either side computes for itself what it needs
+        flag = self.any_above(self.value(compared.b, mask), compared.a)
+        self.scopes[-2].lines += self.scopes.pop().lines
+        parts: list[tuple[Operand, str]] = []
+
+        def side(x: Expr) -> None:
+            parts.append((self.value(x, mask), self.label))
+
+        self.branch(flag, lambda: side(e.a), lambda: side(e.b), rarely=True)
+        lanes = max([v.lanes for v, _ in parts])
+        values = ", ".join([f"[ {v.name}, %{label} ]" for v, label in parts])
+        return Operand(self.op(f"phi {value_type(e.dtype, lanes)} {values}"), lanes)
+
+    def any_above(self, v: Operand, limit: Expr) -> str:
+        """Whether any lane of a number that is not negative is above a limit, or NaN. Registers are
+        joined first, by maxima of the bits, among which those of NaN are the largest."""
+        assert type(limit) is Const
+        wide = limit.dtype is float64
+        scalar, lanes = "i64" if wide else "i32", v.lanes
+        floats, ty = vector(value_type(limit.dtype), lanes), vector(scalar, lanes)
+        most = self.op(f"bitcast {floats} {v.name} to {ty}")
+        if lanes > JOINED and lanes % JOINED == 0:
+            whole, ty, lanes = ty, vector(scalar, JOINED), JOINED
+            parts = []
+            for k in range(0, v.lanes, JOINED):
+                some = ", ".join([f"i32 {k + j}" for j in range(JOINED)])
+                text = f"shufflevector {whole} {most}, {whole} poison, <{JOINED} x i32> <{some}>"
+                parts.append(self.op(text))
+            most = functools.reduce(lambda x, y: self.intrinsic("smax", ty, x, y), parts)
+        bits = int(np.asarray(limit.value, limit.dtype.numpy).view(np.int64 if wide else np.int32))
+        flags = self.op(f"icmp sgt {ty} {most}, {everywhere(scalar, str(bits), lanes)}")
+        return self.any_lane(Operand(flags, lanes))
+
+    def any_lane(self, mask: Operand) -> str:
+        """Whether any lane is set."""
+        if mask.lanes == 1:
+            return mask.name
+        ty = vector("i1", mask.lanes)
+        f = f"llvm.vector.reduce.or.v{mask.lanes}i1"
+        f = self.declare(f, f"i1 @{f}({ty})")
+        return self.op(f"call i1 {f}({ty} {mask.name})")
 
     def call(self, e: Call, mask: Operand | None) -> Operand:
         t = e.args[0].dtype

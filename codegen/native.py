@@ -45,7 +45,9 @@ def module_text(functions: str, target: Target) -> str:
         f'"tune-cpu"="{target.cpu_name}" "prefer-vector-width"="{width}" '
         f'"min-legal-vector-width"="{width}" "no-trapping-math"="true" }}\n'
     )
-    return functions + attributes + "!0 = !{i32 1}\n"  # what !nontemporal refers to
+    # What !nontemporal and !prof refer to.
+    marks = '!0 = !{i32 1}\n!1 = !{!"branch_weights", i32 1, i32 2000}\n'
+    return functions + attributes + marks
 
 
 def _module(text: str, target: Target, machine: llvm.TargetMachine) -> llvm.ModuleRef:

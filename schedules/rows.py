@@ -12,16 +12,29 @@ from __future__ import annotations
 
 import math
 
-from minicompiler.ir.expr import Binary, Call, Const, Expr, Load, Var, const_int, free_vars, walk
+from minicompiler.ir.expr import (
+    Binary,
+    Call,
+    Const,
+    Expr,
+    Load,
+    Var,
+    const_int,
+    free_vars,
+    substitute,
+    walk,
+)
 from minicompiler.ir.tir import PARALLEL, VECTOR, Block, Iter, Scope
 
-from . import analysis, elementwise, streaming
+from . import analysis, elementwise, hints, streaming
 from .schedule import Schedule
 
 DEEP = 32  # rows that are added up: from here on it pays to keep partial sums in memory
 ROWS = 4  # of them are added to the sums at a time
 PART = 16384  # elements of a long reduction that are added up by themselves
 CHEAP = 4  # operations on one element
+AHEAD = 8192  # bytes that are asked for before they are needed
+LINES = 16  # of them are asked for at a time, at most
 ACCUMULATORS = 4  # vectors of partial results, enough to hide the latency of an addition
 
 
@@ -56,7 +69,39 @@ def apply(s: Schedule) -> None:
         work *= const_int(x.extent) or 64
     if work >= elementwise.WORTH_A_THREAD:
         s.mark(top, PARALLEL)
+    _fetch_ahead(s, top)
     streaming.apply(s)
+
+
+def _fetch_ahead(s: Schedule, top: str) -> None:
+    """The last of the passes over a row asks for what a row ahead reads: the memory is idle from
+    when a row is in the caches until the next one begins."""
+    arith = analysis.arith_of(s.func)
+    row = s.loop(top)[0]
+    near = s.target.caches[1]
+    for buffer in s.func.params:
+        last, places = "", set()
+        for block in analysis.blocks(row):
+            found = [x for x in analysis.operand_loads(block) if x.buffer is buffer]
+            if found:
+                last, places = block.name, {x.indices for x in found}
+        if len(places) != 1 or math.prod(const_int(n) or near for n in buffer.shape) < near // 2:
+            continue
+        loop = next(n for n in reversed(s.loops_of(last)) if s.loop(n)[0].kind is not VECTOR)
+        values = analysis.values_of(s.block(last)[0])
+        at = tuple(_unclamped(substitute(i, values)) for i in places.pop())
+        steps = [elementwise.strides(buffer, at, s.loop(n)[0].var, arith) for n in (top, loop)]
+        row_size, step = [(n or 0) * buffer.dtype.bytes for n in steps]
+        if 0 < step <= LINES * hints.LINE_BYTES and 0 < row_size <= near // 4:
+            rows = 1 if row_size >= 2 * AHEAD else max(2, -(-AHEAD // row_size))
+            lines = -(-step // hints.LINE_BYTES)
+            s.prefetch(buffer.name, loop, rows * row_size // buffer.dtype.bytes, lines=lines)
+
+
+def _unclamped(index: Expr) -> Expr:
+    """An index without the limit that keeps the excess lanes of a tail in memory."""
+    clamped = type(index) is Binary and index.op == "min" and const_int(index.b) is not None
+    return index.a if clamped else index  # type: ignore[attr-defined]
 
 
 def _cheap(block: Block) -> bool:
@@ -144,10 +189,10 @@ def _one_row(s: Schedule, name: str, top: str) -> None:
     if analysis.is_reduction(block):
         schedule_reduction(s, name, top)
         return
-    lanes = elementwise.lanes_for(s, block)
+    vector = s.target.vector_bytes // 4
     loop = inner[-1]
     extent = const_int(s.loop(loop)[0].extent)
-    vector = s.target.vector_bytes // 4
+    lanes = vector * elementwise.LONG_VECTORS
     if extent is not None and extent <= vector:
         s.mark(loop, VECTOR)
         return

@@ -373,7 +373,9 @@ class Module:
     # ---- arguments ------------------------------------------------------------------------------
     def _given(self, out: Any, sizes: _Sizes) -> list[np.ndarray]:
         """The caller's arrays for the outputs, checked, and new ones where there is none."""
-        if isinstance(out, np.ndarray) or not isinstance(out, Sequence):
+        if type(out) not in (list, tuple) and (
+            isinstance(out, np.ndarray) or not isinstance(out, Sequence)
+        ):
             raise RunError(
                 f"out= is {type(out).__name__}, expected a list or tuple with an array per output",
                 hint="m(x, out=[y]), or m.run({...}, out={...})",
@@ -385,7 +387,7 @@ class Module:
             if array is None:
                 results.append(_new(*spec))
                 continue
-            if len(results) in self._trimmed:
+            if self._trimmed and len(results) in self._trimmed:
                 raise RunError(f'out= for output "{t.name}", whose size is known only afterwards')
             _check_out(t, array, spec[0], spec[1], parts=len(results) in self._grown)
             results.append(array)
@@ -629,6 +631,10 @@ def _check_out(
     t: Tensor, array: Any, shape: tuple[int, ...], dtype: np.dtype[Any], parts: bool = False
 ) -> None:
     """parts: the array may be a part of another; `caches` looks at its strides."""
+    if type(array) is _ndarray and array.dtype is dtype and array.shape == shape:
+        flags = array.flags
+        if flags.c_contiguous and flags.writeable:
+            return
     what = f'out= for output "{t.name}"'
     if not isinstance(array, np.ndarray):
         raise RunError(f"{what} is {type(array).__name__}, expected a numpy array")
