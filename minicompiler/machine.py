@@ -93,12 +93,12 @@ def peaks(target: Target, threads: int, again: bool = False) -> Peaks:
 def flops_now(target: Target, threads: int) -> float:
     """The rate of fused multiply-adds at this moment: lower than the peak while other programs use
     the machine, or while it is hot."""
-    return _Meter(target, threads).flops()
+    return Meter(target, threads).flops()
 
 
 def measure(target: Target, threads: int) -> Peaks:
     """The measurement itself, about a second. Raises RunError as `peaks`."""
-    meter = _Meter(target, threads)
+    meter = Meter(target, threads)
     levels = [meter.level(name, size) for name, size in _sizes(target, threads).items()]
     return Peaks(threads, meter.flops(), tuple(levels), meter.launch())
 
@@ -108,7 +108,7 @@ def _from_json(data: Mapping[str, Any]) -> Peaks:
     return Peaks(data["threads"], data["flops"], levels, data["launch"])
 
 
-class _Meter:
+class Meter:
     """The generated functions, ready to run on some threads."""
 
     def __init__(self, target: Target, threads: int) -> None:

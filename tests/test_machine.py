@@ -29,7 +29,7 @@ def test_peaks_are_plausible() -> None:
 
 def test_every_thread_works_on_its_own_part() -> None:
     """Two threads write 1 to all of the memory that is counted, and to nothing beyond."""
-    meter = machine._Meter(Target.host(), 2)
+    meter = machine.Meter(Target.host(), 2)
     block = meter.lanes * machine._CHAINS  # elements of one round of the loop
     memory = np.zeros(6 * block + 8, np.int32)
     meter.seconds("mc_write", 1, memory.ctypes.data, 3 * block * 4)
