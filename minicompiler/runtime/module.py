@@ -147,8 +147,10 @@ class Module:
         if out is None:
             results = list(starmap(_new, sizes.outputs))
         else:
-            results = self._given(out, sizes, arrays)
+            results = self._given(out, sizes)
         addresses = [*map(_address, arrays), *map(_address, results)]
+        if out is not None:
+            self._check_apart((*arrays, *results), addresses)
         pool = self._pool
         if pool is None:
             pool = self._pool = self._start()
@@ -323,9 +325,11 @@ class Module:
         return dims
 
     # ---- arguments ------------------------------------------------------------------------------
-    def _given(self, out: Any, sizes: _Sizes, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _given(self, out: Any, sizes: _Sizes) -> list[np.ndarray]:
         """The caller's arrays for the outputs, checked, and new ones where there is none."""
-        if isinstance(out, np.ndarray) or not isinstance(out, Sequence):
+        if type(out) not in (tuple, list) and (
+            isinstance(out, np.ndarray) or not isinstance(out, Sequence)
+        ):
             raise RunError(
                 f"out= is {type(out).__name__}, expected a list or tuple with an array per output",
                 hint="m(x, out=[y]), or m.run({...}, out={...})",
@@ -333,23 +337,36 @@ class Module:
         if len(out) != len(self.outputs):
             raise self._wrong_count("output", self.outputs, len(out))
         results: list[np.ndarray] = []
-        taken = [(f'input "{t.name}"', a) for t, a in zip(self.inputs, arrays, strict=True)]
         for t, array, spec in zip(self.outputs, out, sizes.outputs, strict=True):
             if array is None:
                 results.append(_new(*spec))
                 continue
             if len(results) in self._trimmed:
                 raise RunError(f'out= for output "{t.name}", whose size is known only afterwards')
-            _check_out(t, array, spec[0], spec[1])
-            for what, other in taken:
-                if np.may_share_memory(array, other):
-                    raise RunError(
-                        f'out= for output "{t.name}" overlaps {what}',
-                        hint="outputs are written while inputs are still read: use separate arrays",
-                    )
-            taken.append((f'out= for output "{t.name}"', array))
+            if (
+                type(array) is not _ndarray
+                or array.dtype is not spec[1]
+                or array.shape != spec[0]
+                or not array.flags.carray
+            ):
+                _check_out(t, array, spec[0], spec[1])
             results.append(array)
         return results
+
+    def _check_apart(self, arrays: Sequence[np.ndarray], addresses: Sequence[int]) -> None:
+        """Raises RunError where an output shares memory with another argument, as only the caller's
+        arrays can. Arguments are contiguous, so their ends tell."""
+        count = len(self.inputs)
+        for k in range(count, len(arrays)):
+            start, size = addresses[k], arrays[k].nbytes
+            for i in range(k):
+                if -arrays[i].nbytes < addresses[i] - start < size:
+                    other = f'input "{self.inputs[i].name}"' if i < count else ""
+                    other = other or f'out= for output "{self.outputs[i - count].name}"'
+                    raise RunError(
+                        f'out= for output "{self.outputs[k - count].name}" overlaps {other}',
+                        hint="outputs are written while inputs are still read: use separate arrays",
+                    )
 
     def _wrong_count(self, kind: str, expected: Sequence[Tensor], got: int) -> RunError:
         names = ", ".join(map(str, expected))
