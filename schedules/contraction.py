@@ -26,6 +26,10 @@ from .schedule import Schedule
 STREAMS = 8  # rows of a matrix that are read side by side: the ways of a first-level cache
 _FEW = 4  # rows that a matrix is not turned for
 _TILES_PER_PACKING = 8  # or more, so that packing is little beside the products
+_DEPTHS = (STREAMS // 2, STREAMS, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024)
+_SHORT = 256  # what is never cut
+_PAGE = 4096
+_PLANES = 128  # of a reduction over channels whose images lie far apart
 _PART = 512  # of a long reduction, where both operands come at run time
 
 
@@ -211,15 +215,24 @@ def tile_rows(extent: int | None, vectors: int, registers: int) -> int:
 
 def depth_block(extent: int | None, limit: int) -> int | None:
     """How much of the reduction one pass over the tile does; None: all of it."""
-    if extent is not None and extent <= limit + limit // 3:
-        return None
-    if extent is None or limit <= STREAMS:
+    if limit <= STREAMS:
+        return limit if extent is None or extent > limit else None
+    if extent is None:
         return limit
+    if extent <= max(limit + limit // 3, _SHORT):
+        return None
     for size in range(limit + limit // 3, limit // 2, -1):
         if extent % size == 0 and size % 16 == 0:
             return size
     parts = -(-extent // (limit + limit // 3))
     return -(-extent // parts // 4) * 4
+
+
+def _blocks_together(block: int, extent: int | None, lanes: int) -> int:
+    """Blocks of the result's layout in one tile: what is broadcast serves several vectors."""
+    if extent is None or block > lanes or extent <= block:
+        return 1
+    return min((3, 2), key=lambda n: -(-extent // (block * n)) * n)
 
 
 def _tile(s: Schedule, nest: Nest) -> tuple[int, int, int, int | None]:
@@ -228,25 +241,23 @@ def _tile(s: Schedule, nest: Nest) -> tuple[int, int, int, int | None]:
     t = s.target
     lanes = t.vector_bytes // 4
     out = nest.block.body
-    axis = next(k for k, i in enumerate(out.indices) if i is nest.vector.var)
     vector_extent = const_int(nest.vector.extent)
-    blocked = block_of(out.buffer.layout, axis)
+    blocked = block_of(out.buffer.layout, axis_of(out, nest.vector))
     row_extent: int | None = 1
     for r in nest.rows:
         e = const_int(r.extent)
         row_extent = None if e is None or row_extent is None else row_extent * e
     depthwise = nest.vector.var in _vars(nest.broad)
     if blocked > 1:
-        width = blocked
+        width = _blocks_together(blocked, vector_extent, lanes) * blocked
     elif row_extent == 1:
         width = 8 * lanes if vector_extent is None or vector_extent >= 8 * lanes else 2 * lanes
     elif vector_extent is not None and vector_extent <= lanes:
         width = lanes
     else:
         width = 2 * lanes
-    width = s.choose(
-        "width", (blocked,) if blocked > 1 else (lanes, 2 * lanes, 4 * lanes, 8 * lanes), width
-    )
+    counts = (1, 2, 3, 4) if blocked > 1 else (1, 2, 4, 8)
+    width = s.choose("width", tuple(n * (blocked if blocked > 1 else lanes) for n in counts), width)
     vectors = max(1, width // lanes)
     # A depthwise tile loads a vector per row instead of broadcasting one, and may keep no operand.
     rows = tile_rows(row_extent, vectors, t.registers)
@@ -271,13 +282,17 @@ def _schedule(s: Schedule, nest: Nest) -> None:
     if nest.rows:
         row = s.fuse(*[_loop(i) for i in nest.rows]) if len(nest.rows) > 1 else _loop(nest.rows[0])
     depth, packed_depth = _reduction_order(s, nest)
-    v_o, v_i = s.split(_loop(nest.vector), width, "mask")
+    block = block_of(out.buffer.layout, axis_of(out, nest.vector))
+    v_o, v_i = s.split(_loop(nest.vector), block if block > 1 else width, "mask")
     tile = [v_i]
+    if 1 < block < width:  # several blocks
+        v_o, v_b = s.split(v_o, width // block, "mask")
+        tile = [v_b, v_i]
     outer = [_loop(i) for i in nest.outer]
     row_o = None
     if row is not None:
         row_o, row_i = s.split(row, rows, "mask")
-        tile = [row_i, v_i]
+        tile = [row_i, *tile]
     way = panels.way_of(s, nest, rows, row_extent, packed_depth)
     k_o, limit = None, 0
     part = _part_of_depth(s, nest, depth, width, row_extent, way)
@@ -329,8 +344,8 @@ def _schedule(s: Schedule, nest: Nest) -> None:
         fetch_ahead(s, name, nest.broad.buffer.name, last, v_o, row_o)
     elif row_o is not None and len(depth) > 1 and depth[0] != last:
         _fetch_rows(s, nest, depth[0], rows)
-    if tile[0] != v_i:
-        s.mark(tile[0], UNROLL)
+    for n in tile[:-1]:
+        s.mark(n, UNROLL)
     s.mark(v_i, VECTOR)
     alive = {b.name for b in analysis.blocks(s.func)}
     for b in [init, f"{staged}_in", f"{staged}_out", *_followers(s, staged)]:
@@ -389,6 +404,18 @@ def _rows_for_threads(s: Schedule, row_o: str, around: list[str]) -> tuple[str |
     return s.split(row_o, each, "guard")
 
 
+def _in_planes(s: Schedule, nest: Nest, depth: list[str]) -> bool:
+    """True when blocks of the reduction axis lie far apart, as whole images: a tile then reads a
+    few lines of each, which fight for the same places of the first-level cache."""
+    values = {
+        nest.reduce[0].var: analysis.values_of(s.block(nest.block.name)[0])[nest.reduce[0].var]
+    }
+    at = tuple(substitute(i, values) for i in nest.broad.indices)
+    arith = analysis.arith_of(s.func)
+    apart = elementwise.strides(nest.broad.buffer, at, s.loop(depth[0])[0].var, arith)
+    return len(depth) > 1 and apart is not None and 4 * apart >= _PAGE
+
+
 def _part_of_depth(
     s: Schedule,
     nest: Nest,
@@ -399,22 +426,22 @@ def _part_of_depth(
 ) -> tuple[int, int] | None:
     """How a long reduction is cut into parts, so that what a tile reads of the packed operand stays
     in a cache: (depth of a part, iterations of the outermost reduction loop); None: not at all."""
-    t = s.target
     near, stream = way is panels.Way.NEAR, way is panels.Way.STREAM
-    if nest.outer and not near:
-        return None
-    if row_extent == 1 and not stream:
+    if (nest.outer and not near) or (row_extent == 1 and not stream):
         return None
     # Every part is a pass over the result: cheap if that stays in the second-level cache.
     columns = const_int(nest.vector.extent)
-    small = (
-        row_extent is not None and columns is not None and 4 * row_extent * columns <= t.caches[1]
-    )
+    known = row_extent is not None and columns is not None
+    result = 4 * row_extent * columns if known else math.inf  # type: ignore[operator]
+    small = result <= s.target.caches[1]
     extents = [const_int(s.loop(n)[0].extent) for n in depth]
     if len(nest.reduce) == 1:
-        options = (STREAMS, 128, 192, 256, 320, 384, 512, 768, 1024)
-        default = STREAMS if stream else _PART if near else 256 if small else 768
-        limit = s.choose("depth", options, default)
+        planes = _in_planes(s, nest, depth) and result <= 2 * s.target.caches[1]
+        if stream:
+            default = STREAMS if row_extent != 1 else STREAMS // 2
+        else:
+            default = _PART if near else _PLANES if planes else 256 if small else 768
+        limit = s.choose("depth", _DEPTHS, default)
         size = depth_block(const_int(nest.reduce[0].extent), limit)
         # The axis may be cut into blocks of the operand's layout already.
         inner = 1 if len(depth) == 1 else extents[-1]
@@ -422,7 +449,7 @@ def _part_of_depth(
     if not small or None in extents:
         return None
     inner = math.prod(e for e in extents[1:] if e is not None)
-    most = t.caches[1] // 4 // (4 * width * inner)
+    most = s.target.caches[0] // 2 // (4 * width * inner)
     whole = extents[0] or 1
     if whole <= most:
         return None

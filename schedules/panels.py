@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from minicompiler.ir.expr import Load, const_int, free_vars
 from minicompiler.ir.layout import IndexMap
-from minicompiler.ir.tir import VECTOR, Iter, Scope
+from minicompiler.ir.tir import VECTOR, Iter, Scope, Store
 
 from . import analysis, elementwise
 
@@ -38,15 +38,16 @@ class Way(enum.Enum):
     IN_PLACE = "in place"
 
 
-def block_of(buffer_layout: IndexMap | None, axis: int) -> int:
+def block_of(buffer_layout: IndexMap | None, axis: int | None) -> int:
     """The block size of a logical axis in a layout (1: none)."""
     if buffer_layout is None:
         return 1
     return max([m for a, _, m in buffer_layout.splits() if a == axis], default=1)
 
 
-def axis_of(load: Load, it: Iter) -> int | None:
-    return next((k for k, i in enumerate(load.indices) if i is it.var), None)
+def axis_of(access: Load | Store, it: Iter) -> int | None:
+    """The axis along which an iterator walks by itself, if there is one."""
+    return next((k for k, i in enumerate(access.indices) if i is it.var), None)
 
 
 def rows_conflict(s: Schedule, nest: Nest) -> bool:
