@@ -2,11 +2,13 @@
 
     python benchmarks/kernels.py [GROUP or part of a case's name ...] [--threads 1,2] [--json FILE]
 
-Groups: math (functions of 2**18 numbers, in the caches), stream (results larger than the
-caches), rows (softmax, normalisations), reduce, move (transposes, gather, concat, split), pool.
-Bytes are those of the operands and results, once each. `copy` is the fraction of the copy bandwidth
-of the same turns, `el/ns` the elements of the result per nanosecond; x numpy and x ort say how many
-times as fast we are: medians over turns, the quartiles in brackets.
+Groups: gemm, conv, math (functions of numbers in the second-level cache), stream (results larger
+than the caches), rows (softmax, normalisations), reduce, move (transposes, gather, concat, split),
+pool. Bytes are those of the operands and results, once each. `copy`: fraction of the copy bandwidth
+of the same turns; `el/ns`: elements of the result per nanosecond; x numpy and x ort: how many times
+as fast a call is (medians over turns, quartiles in brackets). For gemm and conv, `FMA` is the rate
+of the kernel alone over the highest FMA peak of the turns, x node how many times as fast it is as
+the node in onnxruntime's own profile (layout conversions in neither).
 """
 
 from __future__ import annotations
@@ -26,10 +28,13 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 import onnxruntime as ort
 from machine import CopyRate
+from nodes import compare
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 import minicompiler as mc
+from minicompiler.machine import Meter
 
+BLAS_THREADS = int(os.environ["OPENBLAS_NUM_THREADS"])
 Array = np.ndarray
 TURN_SECONDS = 0.01  # of calls per runner and turn
 COPY_BYTES = 64 << 20
@@ -39,7 +44,8 @@ COPY_BYTES = 64 << 20
 class Case:
     """One measured graph: ONNX nodes from the inputs to the outputs y0, y1, ...
 
-    numpy: the same in numpy (None where numpy has no such function).
+    numpy: the same in numpy (None where numpy has no such function); flops: of a call, for what the
+    FMA rate bounds.
     """
 
     group: str
@@ -50,6 +56,7 @@ class Case:
     weights: Mapping[str, Array] = field(default_factory=dict)
     numpy: Callable[..., Any] | None = None
     tolerance: float = 2e-5
+    flops: float = 0
 
     def model(self) -> ModelProto:
         def value(name: str, a: Array) -> Any:
@@ -69,7 +76,8 @@ class Case:
 
 
 def op(name: str, inputs: str, outputs: str = "y", **attrs: Any) -> NodeProto:
-    return helper.make_node(name, inputs.split(), outputs.split(), **attrs)
+    made = outputs.split()
+    return helper.make_node(name, inputs.split(), made, name=f"to_{made[0]}", **attrs)
 
 
 # ---- the cases ----------------------------------------------------------------------------------
@@ -139,7 +147,57 @@ def rms_norm(*shape: int) -> Case:
     )  # fmt: skip
 
 
+def product(
+    m: int, n: int, k: int, *, batch: int = 1, turned: bool = False, constant: bool = False
+) -> Case:
+    """A (m x k) by B (k x n, or given as n x k if `turned`), which may be a weight."""
+    lead = (batch,) if batch > 1 else ()
+    a, b = draw(*lead, m, k), draw(*lead, *((n, k) if turned else (k, n)))
+    node = op("Gemm", "a b", transB=1) if turned else op("MatMul", "a b")
+    right = b.swapaxes(-1, -2) if turned else b
+    return Case(
+        "gemm",
+        "x".join(map(str, (*lead, m, n, k))) + "t" * turned + "_constant" * constant,
+        [node],
+        {"a": a} if constant else {"a": a, "b": b},
+        weights={"b": b} if constant else {},
+        numpy=lambda a, *_, out: np.matmul(a, right, out=out),
+        flops=2.0 * batch * m * n * k,
+    )
+
+
+def convolution(
+    c: int, o: int, size: int, kernel: int = 1, stride: int = 1, groups: int = 1
+) -> Case:
+    """From c to o channels on an image of size x size, with bias and ReLU."""
+    weights = {"w": draw(o, c // groups, kernel, kernel), "b": draw(o)}
+    pads, made = [kernel // 2] * 4, -(-size // stride)
+    attrs = {"kernel_shape": [kernel] * 2, "strides": [stride] * 2, "pads": pads, "group": groups}
+    return Case(
+        "conv",
+        f"conv_{kernel}x{kernel}" + f"s{stride}" * (stride > 1) + f"_{c}_to_{o}_{size}x{size}"
+        + f"_g{groups}" * (groups > 1),
+        [op("Conv", "x w b", "s", **attrs), op("Relu", "s")],
+        {"x": draw(1, c, size, size)},
+        weights=weights,
+        flops=2.0 * weights["w"].size * made**2,
+    )  # fmt: skip
+
+
 def cases() -> Iterator[Case]:
+    for constant in (False, True):
+        for shape in ((1024,) * 3, (2048,) * 3, (128, 3072, 768), (1, 2048, 2048)):
+            yield product(*shape, constant=constant)
+    yield product(128, 128, 64, batch=12, constant=False)
+    yield convolution(3, 64, 224, 7, stride=2)
+    yield convolution(64, 64, 56, 3)
+    yield convolution(512, 512, 7, 3)
+    yield convolution(64, 256, 56)
+    yield convolution(1024, 256, 14)
+    yield convolution(2048, 512, 7)
+    yield convolution(144, 24, 56)
+    yield convolution(512, 1024, 28, stride=2)
+    yield convolution(144, 144, 56, 3, groups=144)
     cached, large, rows = (1 << 18,), (4096, 4096), (16384, 1024)
     for name, f in (
         ("Exp", np.exp), ("Log", np.log), ("Tanh", np.tanh), ("Erf", None), ("Sigmoid", None),
@@ -262,11 +320,14 @@ def turn(run: Runner, count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def measure(case: Case, threads: int, turns: int, copy: CopyRate) -> dict[str, Any]:
+def measure(
+    case: Case, threads: int, turns: int, copy: CopyRate | None, meter: Meter
+) -> dict[str, Any]:
+    """One row of the table: all runners in turn, and what the machine could do at that time."""
     runners: dict[str, Runner] = {}
     runners["ours"], own = ours(case, threads)
     runners["ort"], theirs = onnxruntime(case, threads)
-    if case.numpy is not None and len(own) == 1 and threads == 1:
+    if case.numpy is not None and len(own) == 1 and threads == BLAS_THREADS:
         given, out = list(case.inputs.values()), np.empty_like(own[0])
         function = case.numpy
         runners["numpy"] = lambda: function(*given, out=out)
@@ -284,14 +345,16 @@ def measure(case: Case, threads: int, turns: int, copy: CopyRate) -> dict[str, A
     size = sum(read.values()) + sum(y.nbytes for y in own)
     counts = {n: max(1, int(TURN_SECONDS / turn(run, 1))) for n, run in runners.items()}
     times: dict[str, list[float]] = {n: [] for n in runners}
-    rates = []
-    large = size > COPY_BYTES // 2
+    rates, peaks = [], []
+    large = copy is not None and size > COPY_BYTES // 2
     for k in range(turns):
         names = list(runners)
         for n in names[k % len(names) :] + names[: k % len(names)]:
             times[n].append(turn(runners[n], counts[n]))
-        if large:
+        if large and copy is not None:
             rates.append(copy())
+        if case.flops:
+            peaks.append(meter.flops())
     median = {n: statistics.median(t) for n, t in times.items()}
     row: dict[str, Any] = {
         "group": case.group,
@@ -305,12 +368,25 @@ def measure(case: Case, threads: int, turns: int, copy: CopyRate) -> dict[str, A
     if large:
         each = [size / t / 1e9 / r for t, r in zip(times["ours"], rates, strict=True)]
         row["of_copy"] = quartiles(each)
+    if case.flops:
+        row["peak"] = max(peaks)
+        row["of_peak"] = quartiles([case.flops / t / max(peaks) for t in times["ours"]])
     for n in ("numpy", "ort"):
         if n in times:
             row[f"times_{n}"] = quartiles(
                 [b / a for a, b in zip(times["ours"], times[n], strict=True)]
             )
     return row
+
+
+def beside_node(case: Case, threads: int, peak: float) -> dict[str, Any]:
+    """The kernel alone, against the FMA peak and the node in onnxruntime's profile."""
+    (row,) = compare(case.model(), case.inputs, case.nodes[0].op_type, threads, rounds=3)
+    return {
+        "kernel": row["ours"] * 1e6,
+        "kernel_of_peak": case.flops / row["ours"] / peak,
+        "times_node": 1 / row["ratio"],
+    }
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -321,15 +397,18 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def text(row: Mapping[str, Any]) -> str:
     def spread(key: str) -> str:
         if key not in row:
-            return f"{'':17}"
+            return " " * 17
         middle, low, high = row[key]
         return f"{middle:5.2f} ({low:.2f}-{high:.2f})".ljust(17)
 
-    return (
+    line = (
         f"{row['case']:34} {row['threads']} {row['microseconds']['ours']:9.1f} us "
         f"{row['elements_per_ns']:6.2f} {row['gigabytes_per_s']:6.1f}  "
         f"{spread('of_copy')} {spread('times_numpy')} {spread('times_ort')}"
     )
+    if "times_node" in row:
+        line += f" {row['kernel_of_peak']:5.2f} {row['times_node']:6.2f}"
+    return line
 
 
 def main() -> None:
@@ -345,13 +424,15 @@ def main() -> None:
     found = []
     print(f"{target.cpu_name}, {target.vector_bytes * 8}-bit vectors")
     head = f"{'case':34} t {'median':>12} {'el/ns':>6} {'GB/s':>6}"
-    print(f"{head}  {'of copy':17} {'x numpy':17} x ort")
+    print(f"{head}  {'of copy':17} {'x numpy':17} {'x ort':17}   FMA x node")
     for threads in map(int, args.threads.split(",")):
-        copy = CopyRate(target, COPY_BYTES, threads)
+        copy, meter = CopyRate(target, COPY_BYTES, threads), Meter(target, threads)
         for case in cases():
             if args.which and not any(w == case.group or w in case.name for w in args.which):
                 continue
-            row = measure(case, threads, args.turns, copy)
+            row = measure(case, threads, args.turns, copy, meter)
+            if case.flops:
+                row |= beside_node(case, threads, row["peak"])
             found.append(row)
             print(text(row), flush=True)
     if args.json:

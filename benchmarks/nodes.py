@@ -17,6 +17,7 @@ import json
 import math
 import statistics
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,19 @@ from minicompiler.runtime.profile import profile
 from minicompiler.target import Target
 
 
-def node_times(path: str, feeds: dict[str, np.ndarray], threads: int) -> dict[str, list[float]]:
+def node_times(
+    model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], threads: int
+) -> dict[str, list[float]]:
     """Seconds per node of onnxruntime, by node name, several runs."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
+        path = model.SerializeToString()
         session = ort.InferenceSession(path, options, ["CPUExecutionProvider"])
         for _ in range(12):
-            session.run(None, feeds)
+            session.run(None, dict(feeds))
         events = json.loads(Path(session.end_profiling()).read_text())
     found: dict[str, list[float]] = collections.defaultdict(list)
     for e in events:
@@ -50,10 +54,14 @@ def node_times(path: str, feeds: dict[str, np.ndarray], threads: int) -> dict[st
     return {name: times[2:] for name, times in found.items()}
 
 
-def compare(model: str, operator: str, threads: int, rounds: int) -> list[dict[str, Any]]:
+def compare(
+    model: onnx.ModelProto,
+    feeds: Mapping[str, np.ndarray],
+    operator: str,
+    threads: int,
+    rounds: int,
+) -> list[dict[str, Any]]:
     """One record per kernel that stands for at least one node of the operator."""
-    arrays = np.load(Path(model).with_suffix(".npz"))
-    feeds = {k[3:]: arrays[k] for k in arrays.files if k.startswith("in:")}
     ctx = Context(Target.host(), Options(threads=threads, record=False))
     fn = driver.optimise(driver.import_model(model, None, ctx), ctx)
     built = driver.build_kernels(fn, ctx)
@@ -70,10 +78,7 @@ def compare(model: str, operator: str, threads: int, rounds: int) -> list[dict[s
             theirs[name] += found
     groups = [v for v in topological(fn.results) if isinstance(v, Apply)]
     # A convolution in a blocked layout is named after its result there.
-    outputs = {
-        n.name: [f"{o}_nchwc" for o in n.output]
-        for n in onnx.load(model, load_external_data=False).graph.node
-    }
+    outputs = {n.name: [f"{o}_nchwc" for o in n.output] for n in model.graph.node}
     rows = []
     for k, (group, call) in enumerate(zip(groups, built.calls, strict=True)):
         assert not isinstance(group.op, str)
@@ -109,7 +114,10 @@ def main() -> None:
     args = parser.parse_args()
     records = {}
     for model in args.models:
-        rows = records[model] = compare(model, args.op, args.threads, args.rounds)
+        arrays = np.load(Path(model).with_suffix(".npz"))
+        feeds = {k[3:]: arrays[k] for k in arrays.files if k.startswith("in:")}
+        rows = compare(onnx.load(model), feeds, args.op, args.threads, args.rounds)
+        records[model] = rows
         print(f"{Path(model).stem}, {args.op}, {args.threads} thread(s)")
         for r in rows:
             print(

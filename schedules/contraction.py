@@ -19,14 +19,22 @@ from minicompiler.ir.expr import Binary, Cast, Expr, Load, Var, const_int, free_
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Iter, Scope
 
-from . import analysis, elementwise
+from . import analysis, elementwise, panels
+from .panels import axis_of, block_of
 from .schedule import Schedule
 
-_ROWS = 32  # of a matrix that are copied into panels together
+STREAMS = 8  # rows of a matrix that are read side by side: the ways of a first-level cache
+_FEW = 4  # rows that a matrix is not turned for
+_TILES_PER_PACKING = 8  # or more, so that packing is little beside the products
+_DEPTHS = (STREAMS // 2, STREAMS, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024)
+_SHORT = 256  # what is never cut
+_PAGE = 4096
+_PLANES = 128  # of a reduction over channels whose images lie far apart
+_PART = 512  # of a long reduction, where both operands come at run time
 
 
 @dataclasses.dataclass
-class _Nest:
+class Nest:
     """What the rule found out: operand loads and the role of each iterator."""
 
     block: Block
@@ -71,54 +79,28 @@ def apply(s: Schedule) -> None:
     if nest is None:
         elementwise.apply(s)
         return
-    conflict = _rows_conflict(s, nest)
+    if _dots(s, nest):
+        elementwise.apply(s)
+        return
+    conflict = panels.rows_conflict(s, nest)
     if s.choose("block_rows", (False, True) if conflict else (False,), conflict):
-        nest = _block_rows(s, nest, main.name)
+        panels.block_rows(s, nest, _tile(s, nest)[2])
+        made = _analyse(s, main.name)
+        assert made is not None
+        nest = made
     _schedule(s, nest)
 
 
-def _rows_conflict(s: Schedule, nest: _Nest) -> bool:
-    """True when the rows of a tile lie a multiple of 4 KB apart: they would fight for the same
-    lines of the first-level cache for as long as the tile walks along them. Worth a copy if it is
-    read often."""
-    load = nest.broad
-    if (
-        load.buffer.scope is not Scope.PARAM
-        or load.buffer.constant
-        or load.buffer.layout is not None
-    ):
-        return False
-    if len(nest.reduce) != 1 or len(nest.rows) != 1 or nest.vector.var in _vars(load):
-        return False
-    row = const_int(nest.rows[-1].extent)
-    reuse = const_int(nest.vector.extent)
-    if (
-        (row is not None and row < 16)
-        or reuse is None
-        or reuse < 256
-        or analysis.writers(s.func, load.buffer)
-    ):
+def _dots(s: Schedule, nest: Nest) -> bool:
+    """True for a few rows times the rows of another run-time matrix: both are contiguous along the
+    reduction, and turning that matrix takes longer than all the products."""
+    rows = math.prod(const_int(r.extent) or 64 for r in nest.rows)
+    if rows > _FEW or nest.wide.buffer.constant or len(nest.reduce) != 1:
         return False
     arith = analysis.arith_of(s.func)
-    depth = elementwise.strides(load.buffer, load.indices, nest.reduce[0].var, arith)
-    step = elementwise.strides(load.buffer, load.indices, nest.rows[-1].var, arith)
-    return depth == 1 and step is not None and step * load.buffer.dtype.bytes % 4096 == 0
-
-
-def _block_rows(s: Schedule, nest: _Nest, name: str) -> _Nest:
-    """Copies the broadcast operand tile by tile with the reduction axis in blocks of 16, so that
-    the rows of a tile lie side by side."""
-    load = nest.broad
-    axis = _axis_of(load, nest.reduce[0])
-    row = _axis_of(load, nest.rows[-1])
-    assert axis is not None and row is not None
-    rows = _tile(s, nest)[2]
-    others = [[k, 1, 0] for k in range(len(load.indices)) if k not in (axis, row)]
-    parts = [*others, [row, rows, 0], [axis, 16, 0], [row, 1, rows], [axis, 1, 16]]
-    s.stage(load.buffer.name, None, Scope.GLOBAL, parts)
-    made = _analyse(s, name)
-    assert made is not None
-    return made
+    depth = nest.reduce[0].var
+    sides = (nest.broad, nest.wide)
+    return all(elementwise.strides(x.buffer, x.indices, depth, arith) == 1 for x in sides)
 
 
 def _before(s: Schedule, first: str, second: str) -> bool:
@@ -155,7 +137,7 @@ def follow_reader_layout(s: Schedule, name: str) -> None:
             return
 
 
-def _analyse(s: Schedule, name: str) -> _Nest | None:
+def _analyse(s: Schedule, name: str) -> Nest | None:
     block, _ = s.block(name)
     loads = product_loads(block)
     assert loads is not None
@@ -199,7 +181,7 @@ def _analyse(s: Schedule, name: str) -> _Nest | None:
     if not rows and only:
         rows = [only[-1]]
     outer = [i for i in spatial if i is not vector and i not in rows]
-    return _Nest(block, vector, broad, wide, rows, outer, reduce)
+    return Nest(block, vector, broad, wide, rows, outer, reduce)
 
 
 def _memory_order_without_blocks(layout: IndexMap, block: Block, spatial: list[Iter]) -> list[Iter]:
@@ -214,17 +196,6 @@ def _memory_order_without_blocks(layout: IndexMap, block: Block, spatial: list[I
 def _loop(it: Iter) -> str:
     assert isinstance(it.value, Var)
     return it.value.name
-
-
-def _block_of(buffer_layout: IndexMap | None, axis: int) -> int:
-    """The block size of a logical axis in a layout (1: none)."""
-    if buffer_layout is None:
-        return 1
-    return max([m for a, _, m in buffer_layout.splits() if a == axis], default=1)
-
-
-def _axis_of(load: Load, it: Iter) -> int | None:
-    return next((k for k, i in enumerate(load.indices) if i is it.var), None)
 
 
 def tile_rows(extent: int | None, vectors: int, registers: int) -> int:
@@ -244,40 +215,49 @@ def tile_rows(extent: int | None, vectors: int, registers: int) -> int:
 
 def depth_block(extent: int | None, limit: int) -> int | None:
     """How much of the reduction one pass over the tile does; None: all of it."""
-    if extent is not None and extent <= limit + limit // 3:
+    if limit <= STREAMS:
+        return limit if extent is None or extent > limit else None
+    if extent is None:
+        return limit
+    if extent <= max(limit + limit // 3, _SHORT):
         return None
-    if extent is not None:
-        for size in range(limit + limit // 3, limit // 2, -1):
-            if extent % size == 0 and size % 16 == 0:
-                return size
-    return limit
+    for size in range(limit + limit // 3, limit // 2, -1):
+        if extent % size == 0 and size % 16 == 0:
+            return size
+    parts = -(-extent // (limit + limit // 3))
+    return -(-extent // parts // 4) * 4
 
 
-def _tile(s: Schedule, nest: _Nest) -> tuple[int, int, int, int | None]:
+def _blocks_together(block: int, extent: int | None, lanes: int) -> int:
+    """Blocks of the result's layout in one tile: what is broadcast serves several vectors."""
+    if extent is None or block > lanes or extent <= block:
+        return 1
+    return min((3, 2), key=lambda n: -(-extent // (block * n)) * n)
+
+
+def _tile(s: Schedule, nest: Nest) -> tuple[int, int, int, int | None]:
     """The register tile: (lanes of the vector axis, vectors, rows), and the number of rows if
     known."""
     t = s.target
     lanes = t.vector_bytes // 4
     out = nest.block.body
-    axis = next(k for k, i in enumerate(out.indices) if i is nest.vector.var)
     vector_extent = const_int(nest.vector.extent)
-    blocked = _block_of(out.buffer.layout, axis)
+    blocked = block_of(out.buffer.layout, axis_of(out, nest.vector))
     row_extent: int | None = 1
     for r in nest.rows:
         e = const_int(r.extent)
         row_extent = None if e is None or row_extent is None else row_extent * e
     depthwise = nest.vector.var in _vars(nest.broad)
     if blocked > 1:
-        width = blocked
+        width = _blocks_together(blocked, vector_extent, lanes) * blocked
     elif row_extent == 1:
         width = 8 * lanes if vector_extent is None or vector_extent >= 8 * lanes else 2 * lanes
     elif vector_extent is not None and vector_extent <= lanes:
         width = lanes
     else:
         width = 2 * lanes
-    width = s.choose(
-        "width", (blocked,) if blocked > 1 else (lanes, 2 * lanes, 4 * lanes, 8 * lanes), width
-    )
+    counts = (1, 2, 3, 4) if blocked > 1 else (1, 2, 4, 8)
+    width = s.choose("width", tuple(n * (blocked if blocked > 1 else lanes) for n in counts), width)
     vectors = max(1, width // lanes)
     # A depthwise tile loads a vector per row instead of broadcasting one, and may keep no operand.
     rows = tile_rows(row_extent, vectors, t.registers)
@@ -287,8 +267,7 @@ def _tile(s: Schedule, nest: _Nest) -> tuple[int, int, int, int | None]:
     return width, vectors, rows, row_extent
 
 
-def _schedule(s: Schedule, nest: _Nest) -> None:
-    t = s.target
+def _schedule(s: Schedule, nest: Nest) -> None:
     name = nest.block.name
     out = nest.block.body
     width, _vectors, rows, row_extent = _tile(s, nest)
@@ -303,53 +282,51 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
     if nest.rows:
         row = s.fuse(*[_loop(i) for i in nest.rows]) if len(nest.rows) > 1 else _loop(nest.rows[0])
     depth, packed_depth = _reduction_order(s, nest)
-    v_o, v_i = s.split(_loop(nest.vector), width, "mask")
+    block = block_of(out.buffer.layout, axis_of(out, nest.vector))
+    v_o, v_i = s.split(_loop(nest.vector), block if block > 1 else width, "mask")
     tile = [v_i]
-    if width & (width - 1):  # vectors have a power of two of lanes
-        tile = [*s.split(v_i, t.vector_bytes // 4)]
+    if 1 < block < width:  # several blocks
+        v_o, v_b = s.split(v_o, width // block, "mask")
+        tile = [v_b, v_i]
+    elif width & (width - 1):  # vectors have a power of two of lanes
+        tile = [*s.split(v_i, s.target.vector_bytes // 4)]
     outer = [_loop(i) for i in nest.outer]
     row_o = None
     if row is not None:
         row_o, row_i = s.split(row, rows, "mask")
         tile = [row_i, *tile]
+    way = panels.way_of(s, nest, rows, row_extent, packed_depth)
     k_o, limit = None, 0
-    part = _part_of_depth(s, nest, depth, width, row_extent)
-    if part is not None and not outer and (row_extent is None or row_extent > rows):
+    part = _part_of_depth(s, nest, depth, width, row_extent, way)
+    if part is not None:
         limit, size = part
         k_o, k_i = s.split(depth[0], size, "guard")
         depth = [k_i, *depth[1:]]
-    # Rows that fit the second-level cache are done for all vector blocks before the next ones.
-    rows_outer = None
-    if row_o is not None and (row_extent is None or row_extent > 4 * rows):
-        k_total = limit if k_o is not None else 1
-        for n in depth if k_o is None else []:
-            k_total *= const_int(s.loop(n)[0].extent) or 1024
-        # What lies between the rows comes into the cache as well.
-        share = t.caches[1] // (8 if _leaves_gaps(s, nest) else 2)
-        fit = max(4, share // (4 * k_total) // rows)
-        blockable = not nest.outer or len(nest.rows) == 1 or k_o is not None or _plain_rows(nest)
-        if blockable and (row_extent is None or row_extent > fit * rows * 3 // 2):
-            if row_extent is not None:  # blocks of equal size, for the threads' sake
-                tiles = -(-row_extent // rows)
-                fit = -(-tiles // -(-tiles // fit))
-            rows_outer, row_o = s.split(row_o, fit, "guard")
-    # Parts of the reduction come outermost: then a block of rows and a panel both stay in cache,
-    # and the
-    # threads need no barrier between parts because each goes on with its own elements.
-    s.reorder(
-        *([k_o] if k_o else []),
-        *outer,
-        *([rows_outer] if rows_outer else []),
-        v_o,
-        *([row_o] if row_o else []),
-        *depth,
-        *tile,
-    )
-
-    # ---- packing --------------------------------------------------------------------------------
-    packed = _pack(s, nest, name, width, packed_depth)
+    # ---- packing, and the order of the loops around a tile --------------------------------------
+    packed = None
+    if way is panels.Way.NEAR:
+        assert row_o is not None
+        group = panels.group_of(s, nest, width, math.prod(_extent(s, n, limit) for n in depth))
+        v_g, v_o = s.split(v_o, group, "guard")
+        around = [*outer, v_g]
+        rows_outer, row_o = _rows_for_threads(s, row_o, around)
+        around += [rows_outer] if rows_outer else []
+        s.reorder(*around, *([k_o] if k_o else []), row_o, v_o, *depth, *tile)
+        packed = panels.pack_near(s, nest, k_o or around[-1], width, group)
+        home = v_o
+    else:
+        rows_outer = None
+        if row_o is not None:
+            rows_outer, row_o = _rows_in_cache(s, nest, row_o, rows, row_extent, depth, k_o, limit)
+        around = [*outer, *([rows_outer] if rows_outer else []), v_o]
+        # Parts of the reduction come outermost: then a block of rows and a panel both stay in
+        # cache, and the threads need no barrier between parts because each goes on with its own
+        # elements.
+        s.reorder(*([k_o] if k_o else []), *around, *([row_o] if row_o else []), *depth, *tile)
+        if way is panels.Way.FIRST:
+            packed = panels.pack_first(s, nest, width, packed_depth)
+        home = row_o if row_o is not None else v_o
     # ---- what comes after, and the register tile ------------------------------------------------
-    home = row_o if row_o is not None else v_o
     for b in _followers(s, name):
         s.compute_at(b, home)
     init = s.decompose_reduction(name, depth[0])
@@ -365,7 +342,9 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
             s.mark(inner, UNROLL)
             if packed is not None and nest.wide.buffer.constant and row_o is not None:
                 fetch_ahead(s, name, packed, last, row_o, v_o)
-    if row_o is not None and len(depth) > 1 and depth[0] != last:
+    if way is panels.Way.NEAR and nest.broad.buffer.scope is Scope.GLOBAL and row_o is not None:
+        fetch_ahead(s, name, nest.broad.buffer.name, last, v_o, row_o)
+    elif row_o is not None and len(depth) > 1 and depth[0] != last:
         _fetch_rows(s, nest, depth[0], rows)
     for n in tile[:-1]:
         s.mark(n, UNROLL)
@@ -375,29 +354,98 @@ def _schedule(s: Schedule, nest: _Nest) -> None:
         if b in alive:
             elementwise.vector_tile(s, b, home)
     # ---- threads --------------------------------------------------------------------------------
-    _share(s, [*outer, *([rows_outer] if rows_outer else []), v_o], name)
+    _share(s, around, name)
     for b in [x.name for x in analysis.blocks(s.func)]:
         if b not in alive or not _is_root_preparation(s, b, name):
             continue
-        if packed is None or b != f"{packed}_in" or not _copy_panels(s, b):
+        if packed is None or b != f"{packed}_in" or not panels.copy_panels(s, b):
             elementwise.one_block(s, b)
 
 
+def _extent(s: Schedule, loop: str, otherwise: int) -> int:
+    return const_int(s.loop(loop)[0].extent) or otherwise
+
+
+def _rows_in_cache(
+    s: Schedule,
+    nest: Nest,
+    row_o: str,
+    rows: int,
+    row_extent: int | None,
+    depth: list[str],
+    k_o: str | None,
+    limit: int,
+) -> tuple[str | None, str]:
+    """Rows that fit the second-level cache are done for all vector blocks before the next ones.
+    Returns the loop over blocks of tiles, if there is one, and the loop over the tiles of a
+    block."""
+    if row_extent is not None and row_extent <= 4 * rows:
+        return None, row_o
+    total = limit if k_o is not None else math.prod(_extent(s, n, 1024) for n in depth)
+    # What lies between the rows comes into the cache as well.
+    share = s.target.caches[1] // (8 if _leaves_gaps(s, nest) else 2)
+    fit = max(4, share // (4 * total) // rows)
+    blockable = not nest.outer or len(nest.rows) == 1 or k_o is not None or _plain_rows(nest)
+    if not blockable or (row_extent is not None and row_extent <= fit * rows * 3 // 2):
+        return None, row_o
+    if row_extent is not None:  # blocks of equal size, for the threads' sake
+        tiles = -(-row_extent // rows)
+        fit = -(-tiles // -(-tiles // fit))
+    return s.split(row_o, fit, "guard")
+
+
+def _rows_for_threads(s: Schedule, row_o: str, around: list[str]) -> tuple[str | None, str]:
+    """Where the loops around leave threads without work the rows are shared out too, though each
+    of their blocks then packs the same panels."""
+    wanted = 2 * s.target.cores
+    shares = math.prod(_extent(s, n, wanted) for n in around)
+    tiles = const_int(s.loop(row_o)[0].extent)
+    if shares >= wanted or (tiles is not None and tiles < 2 * _TILES_PER_PACKING):
+        return None, row_o
+    each = _TILES_PER_PACKING
+    if tiles is not None:
+        each = max(each, -(-tiles // -(-wanted // shares)))
+    return s.split(row_o, each, "guard")
+
+
+def _in_planes(s: Schedule, nest: Nest, depth: list[str]) -> bool:
+    """True when blocks of the reduction axis lie far apart, as whole images: a tile then reads a
+    few lines of each, which fight for the same places of the first-level cache."""
+    values = {
+        nest.reduce[0].var: analysis.values_of(s.block(nest.block.name)[0])[nest.reduce[0].var]
+    }
+    at = tuple(substitute(i, values) for i in nest.broad.indices)
+    arith = analysis.arith_of(s.func)
+    apart = elementwise.strides(nest.broad.buffer, at, s.loop(depth[0])[0].var, arith)
+    return len(depth) > 1 and apart is not None and 4 * apart >= _PAGE
+
+
 def _part_of_depth(
-    s: Schedule, nest: _Nest, depth: list[str], width: int, row_extent: int | None
+    s: Schedule,
+    nest: Nest,
+    depth: list[str],
+    width: int,
+    row_extent: int | None,
+    way: panels.Way,
 ) -> tuple[int, int] | None:
     """How a long reduction is cut into parts, so that what a tile reads of the packed operand stays
     in a cache: (depth of a part, iterations of the outermost reduction loop); None: not at all."""
-    t = s.target
+    near, stream = way is panels.Way.NEAR, way is panels.Way.STREAM
+    if (nest.outer and not near) or (row_extent == 1 and not stream):
+        return None
     # Every part is a pass over the result: cheap if that stays in the second-level cache.
     columns = const_int(nest.vector.extent)
-    small = (
-        row_extent is not None and columns is not None and 4 * row_extent * columns <= t.caches[1]
-    )
+    known = row_extent is not None and columns is not None
+    result = 4 * row_extent * columns if known else math.inf  # type: ignore[operator]
+    small = result <= s.target.caches[1]
     extents = [const_int(s.loop(n)[0].extent) for n in depth]
     if len(nest.reduce) == 1:
-        options = (128, 192, 256, 320, 384, 512, 768, 1024)
-        limit = s.choose("depth", options, 256 if small else 768)
+        planes = _in_planes(s, nest, depth) and result <= 2 * s.target.caches[1]
+        if stream:
+            default = STREAMS if row_extent != 1 else STREAMS // 2
+        else:
+            default = _PART if near else _PLANES if planes else 256 if small else 768
+        limit = s.choose("depth", _DEPTHS, default)
         size = depth_block(const_int(nest.reduce[0].extent), limit)
         # The axis may be cut into blocks of the operand's layout already.
         inner = 1 if len(depth) == 1 else extents[-1]
@@ -405,7 +453,7 @@ def _part_of_depth(
     if not small or None in extents:
         return None
     inner = math.prod(e for e in extents[1:] if e is not None)
-    most = t.caches[1] // 4 // (4 * width * inner)
+    most = s.target.caches[0] // 2 // (4 * width * inner)
     whole = extents[0] or 1
     if whole <= most:
         return None
@@ -439,7 +487,7 @@ def fetch_ahead(s: Schedule, name: str, operand: str, loop: str, turns: str, pan
         s.prefetch(operand, loop, panel, turns)
 
 
-def _fetch_rows(s: Schedule, nest: _Nest, loop: str, rows: int) -> None:
+def _fetch_rows(s: Schedule, nest: Nest, loop: str, rows: int) -> None:
     """While a tile goes through one block of a blocked operand, the next tile's part of that block
     is fetched: a short run of lines, far from the tile's next block, that no hardware foresees."""
     buffer = nest.broad.buffer
@@ -465,18 +513,18 @@ def _fetch_rows(s: Schedule, nest: _Nest, loop: str, rows: int) -> None:
     s.prefetch(buffer.name, loop, rows * step, None, lines)
 
 
-def _leaves_gaps(s: Schedule, nest: _Nest) -> bool:
+def _leaves_gaps(s: Schedule, nest: Nest) -> bool:
     """True for rows that are the pixels of a strided window in a blocked layout: each is a short
     run of memory, and the next one is not its neighbour."""
     buffer = nest.broad.buffer
-    runs = [_block_of(buffer.layout, k) for k in range(len(buffer.shape))]
+    runs = [block_of(buffer.layout, k) for k in range(len(buffer.shape))]
     arith = analysis.arith_of(s.func)
     step = elementwise.strides(buffer, nest.broad.indices, nest.rows[-1].var, arith)
     return max(runs) > 1 and step is not None and step > max(runs)
 
 
-def _plain_rows(nest: _Nest) -> bool:
-    return all(_axis_of(nest.broad, r) is not None for r in nest.rows)
+def _plain_rows(nest: Nest) -> bool:
+    return all(axis_of(nest.broad, r) is not None for r in nest.rows)
 
 
 def _share(s: Schedule, loops: list[str], block: str) -> None:
@@ -520,7 +568,7 @@ def _is_root_preparation(s: Schedule, name: str, main: str) -> bool:
     return all(x.kind.value == "for" for x in loops)
 
 
-def _reduction_order(s: Schedule, nest: _Nest) -> tuple[list[str], list[tuple[int, int]]]:
+def _reduction_order(s: Schedule, nest: Nest) -> tuple[list[str], list[tuple[int, int]]]:
     """Puts the reduction loops in the order of the broadcast operand's memory; a blocked axis is
     split.
 
@@ -531,7 +579,7 @@ def _reduction_order(s: Schedule, nest: _Nest) -> tuple[list[str], list[tuple[in
     packed: list[tuple[int, int]] = []
     if layout is None:
         for i in nest.reduce:
-            axis = _axis_of(nest.wide, i)
+            axis = axis_of(nest.wide, i)
             if axis is not None:
                 packed.append((axis, 0))
         return names, packed
@@ -539,9 +587,9 @@ def _reduction_order(s: Schedule, nest: _Nest) -> tuple[list[str], list[tuple[in
     outer_packed: list[tuple[int, int]] = []
     inner_packed: list[tuple[int, int]] = []
     for i, n in zip(nest.reduce, names, strict=True):
-        axis = _axis_of(nest.broad, i)
-        size = _block_of(layout, axis) if axis is not None else 1
-        wide_axis = _axis_of(nest.wide, i)
+        axis = axis_of(nest.broad, i)
+        size = block_of(layout, axis) if axis is not None else 1
+        wide_axis = axis_of(nest.wide, i)
         if size > 1:
             o, inner = s.split(n, size, "guard")
             outer_names.append(o)
@@ -557,68 +605,3 @@ def _reduction_order(s: Schedule, nest: _Nest) -> tuple[list[str], list[tuple[in
     if len(order) > 1:
         s.reorder(*order)
     return order, outer_packed + inner_packed
-
-
-def _pack(
-    s: Schedule, nest: _Nest, name: str, width: int, depth: list[tuple[int, int]]
-) -> str | None:
-    """Stages the wide operand as panels [vector blocks][reduction][width], where that helps."""
-    load = nest.wide
-    buffer = load.buffer
-    axis = _axis_of(load, nest.vector)
-    if axis is None or buffer.scope is not Scope.PARAM or analysis.writers(s.func, buffer):
-        return None
-    arith = analysis.arith_of(s.func)
-    contiguous = elementwise.strides(buffer, load.indices, nest.vector.var, arith) == 1
-    reuse = 1
-    for r in nest.rows:
-        reuse *= const_int(r.extent) or 64
-    if not buffer.constant and contiguous and reuse < 64:
-        return None
-    if any(
-        k not in [a for a, _ in depth] and k != axis and _axis_is_reduced(nest, load, k)
-        for k in range(len(load.indices))
-    ):
-        return None
-    parts: list[list[int]] = []
-    used = {axis, *[a for a, _ in depth]}
-    parts += [[k, 1, 0] for k in range(len(buffer.shape)) if k not in used]
-    parts.append([axis, width, 0])
-    for a, size in depth:
-        parts.append([a, 1, 0] if size == 0 else [a, size, 0] if size > 0 else [a, 1, -size])
-    parts.append([axis, 1, width])
-    return s.stage(buffer.name, None, Scope.GLOBAL, parts)
-
-
-def _copy_panels(s: Schedule, name: str) -> bool:
-    """Schedules the copy of a matrix into panels: a few of its rows go to all panels before the
-    next ones, since a panel's part of a row is one cache line, far from that of the next row.
-    False, with nothing changed, for any other copy."""
-    block, _ = s.block(name)
-    (load,) = analysis.operand_loads(block) or (None,)
-    lanes = s.loops_of(name)
-    if load is None or load.buffer.layout is not None or len(lanes) != 2:
-        return False
-    panels, rows = block.iters[-1], block.iters[0]
-    arith = analysis.arith_of(s.func)
-    along = elementwise.strides(load.buffer, load.indices, panels.var, arith)
-    apart = elementwise.strides(load.buffer, load.indices, rows.var, arith)
-    width = _block_of(block.body.buffer.layout, len(block.iters) - 1)
-    count = const_int(rows.extent)
-    columns = const_int(panels.extent)
-    if along != 1 or apart is None or width < 2 or columns is None or columns % width:
-        return False
-    if count is not None and count < 2 * _ROWS:
-        return False
-    order = elementwise.memory_order(s, name)
-    panel, depth, inner, vector = order[0], order[1], order[2:-1], order[-1]
-    far, near = s.split(depth, max(1, _ROWS // (16 if inner else 1)), "guard")
-    s.reorder(far, panel, near, *inner, vector)
-    s.mark(vector, VECTOR)
-    elementwise.threads_over(s, [far, panel], name)
-    return True
-
-
-def _axis_is_reduced(nest: _Nest, load: Load, axis: int) -> bool:
-    reduce = {i.var for i in nest.reduce}
-    return bool(free_vars(load.indices[axis]) & reduce)

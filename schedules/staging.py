@@ -86,14 +86,18 @@ def stage(s: Schedule, name: str, at: str | None, scope: Scope, layout: IndexMap
             return tiled
     box = analysis.region(loop.body, buffer, arith, found)
     outer = {x.var for x in analysis.loops_in(path)} | {loop.var}
+    room = []
     for _, extent in box:
         if scope is Scope.REGISTER and const_int(extent) is None:
             s.refuse(
                 f"a register buffer needs constant extents; {at} touches {extent} of {name}", loop
             )
-        if any(v in outer for v in free_vars(extent)):
+        varying = [v for v in free_vars(extent) if v in outer]
+        most = arith.bound(extent, varying, +1)  # the last part of an axis may be smaller
+        if most is None:
             s.refuse(f"what {at} touches of {name} varies in size: {extent}", loop)
-    new = Buffer(s.fresh(buffer.name + "_s"), buffer.dtype, tuple(x for _, x in box), scope, layout)
+        room.append(arith.simplify(most) if varying else extent)
+    new = Buffer(s.fresh(buffer.name + "_s"), buffer.dtype, tuple(room), scope, layout)
     writing = [a for a in found if a.is_store]
     body = _redirect(s, loop.body, buffer, new, [low for low, _ in box], arith, bool(writing))
     parts: list[Stmt] = []

@@ -295,9 +295,15 @@ def _worth_inlining(t: te.Tensor, original: te.Tensor, consumers: list[te.Tensor
             )  # fmt: skip
             if not once and (cost > 0 or gathers):
                 return False
-            if not _linear(c.body, original) and cost > 0:
+            if not _linear(c.body, original) and (cost > 0 or (not once and _has_gaps(t.body))):
                 return False
     return len(consumers) <= 1 or cost <= CHEAP
+
+
+def _has_gaps(e: Expr) -> bool:
+    """True for a load that leaves elements out: read often in place, it shares the caches with
+    them."""
+    return type(e) is Load and any(type(i) is Binary and i.op == "mul" for i in e.indices)
 
 
 def free_of(e: Load) -> frozenset[Expr]:

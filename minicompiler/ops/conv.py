@@ -8,6 +8,7 @@ The padded input is a tensor of its own, so the contraction itself is Load * Loa
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,6 +39,7 @@ from .rules import (
 from .windows import Windows, np_counts, np_padded, np_windows, padded
 
 Array = np.ndarray
+_OFTEN = 32  # times that an element is read, from where on it is worth a copy
 
 
 def _finished(x: te.Tensor, bias: te.Tensor | None, dtype: DType) -> te.Tensor:
@@ -109,12 +111,16 @@ def _conv_compute(x: te.Tensor, w: te.Tensor, *rest: Any) -> te.Tensor:
     windows = a.windows("conv", tuple(kernel))
     source, weight = widened(x), widened(w)
     source = padded(source, 2, windows, const(0, source.dtype))
+    sizes = windows.output(x.shape[2:])
+    per_group = out // a.groups
+    if max(kernel) == 1 and max(windows.strides) > 1 and per_group >= _OFTEN:
+        source = _picked(source, sizes, windows)
+        windows = dataclasses.replace(windows, strides=(1,) * windows.rank)
     taps, over = windows.taps()
     channel: Expr = Const(0)
     if cg > 1:
         (c,) = te.reduce_vars(1)
         channel, over = c, {c: cg, **over}
-    per_group = out // a.groups
 
     def body(n: Expr, o: Expr, *spatial: Expr) -> Expr:
         read = channel
@@ -124,8 +130,19 @@ def _conv_compute(x: te.Tensor, w: te.Tensor, *rest: Any) -> te.Tensor:
         at = [windows.position(k, i, taps[k]) for k, i in enumerate(spatial)]
         return source[(n, read, *at)] * weight[(o, channel, *taps)]
 
-    shape = (x.shape[0], w.shape[0], *windows.output(x.shape[2:]))
+    shape = (x.shape[0], w.shape[0], *sizes)
     return _finished(te.compute(shape, body, "conv", reduce=("sum", over)), bias, x.dtype)
+
+
+def _picked(source: te.Tensor, sizes: tuple[Expr, ...], windows: Windows) -> te.Tensor:
+    """The pixels that windows of one tap read, side by side: read in place for every output
+    channel, they would share caches with all those between them."""
+
+    def body(n: Expr, c: Expr, *out: Expr) -> Expr:
+        at = [windows.position(k, i, Const(0)) for k, i in enumerate(out)]
+        return source[(n, c, *at)]
+
+    return te.compute((*source.shape[:2], *sizes), body, "picked")
 
 
 def _conv_reference(x: Array, w: Array, *rest: Any) -> Array:
