@@ -18,14 +18,14 @@ import dataclasses
 
 from minicompiler.ir.expr import Binary, Const, Expr, Load, const_int, walk
 from minicompiler.ir.layout import IndexMap
-from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Scope
+from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Scope
 
 from . import analysis, contraction, elementwise
 from .schedule import Schedule
 
 MOST_TILES = 64  # of a block: their products for one vector block stay in the second-level cache
 PART = 16  # input channels whose transformed filter stays in the first-level cache
-NEAR = 8  # a filter is small if it takes at most this part of the last-level cache: 1/8
+NEAR = 8  # what takes at most this part of the last-level cache stays there: 1/8
 
 
 def applies(s: Schedule) -> bool:
@@ -85,12 +85,21 @@ def tile_rows_per_block(
         tiles = r * wide
         if tiles > MOST_TILES and r > 1:
             break
-        rows = contraction.tile_rows(tiles, vectors, registers)
+        rows = _tile_rows(tiles, vectors, registers, r in (1, high))
         time = -(-tiles // rows) * (max(rows * vectors / 2, 4) + 0.4) / tiles
         time *= 1 + each_block / tiles
         if time < least:
             best, least = r, time
     return best
+
+
+def _tile_rows(tiles: int, vectors: int, registers: int, alone: bool) -> int:
+    """Tiles of a register tile. alone: no other tiles follow those of the block in the buffer, so
+    the last register tile may reach beyond them."""
+    if alone:
+        return contraction.tile_rows(tiles, vectors, registers)
+    most = max(1, (registers - vectors - 1) // vectors)
+    return max(d for d in range(1, most + 1) if tiles % d == 0)
 
 
 def apply(s: Schedule) -> None:
@@ -141,7 +150,10 @@ def apply(s: Schedule) -> None:
     images = 1
     for n in batch:
         images *= const_int(s.loop(n)[0].extent) or 1
-    local = images * (count_h // lines) >= 2 * s.target.cores
+    # Each thread transforms the input of its own blocks, if all of it would not stay in a cache.
+    own = images * (count_h // lines) >= 2 * s.target.cores and not _is_near(s, broad.buffer)
+    local = s.choose("local", (False, True), own)
+    alone = images == 1 if together else lines in (1, count_h)
 
     # ---- what is computed where -----------------------------------------------------------------
     for name in reversed(after):
@@ -168,7 +180,7 @@ def apply(s: Schedule) -> None:
     s.relayout(wide.buffer.name, _filter_layout(main, wide, width))
     for name in after:
         _hold(s, name, tv)
-    at = _products(s, main.name, channels, vectors, part if made else None)
+    at = _products(s, main.name, channels, vectors, part if made else None, alone)
     for n, kind in ((mh, UNROLL), (mv, UNROLL), (vector, VECTOR)):
         s.mark(n, kind)
     for name in after:
@@ -205,10 +217,15 @@ def _where(s: Schedule, filters: Load) -> str:
     The transformed filter has a multiple of the bytes: if it comes from memory, its products wait
     for it, and transforming it is cheaper. It is stored if it is small enough to stay in a cache
     and not to count."""
-    size = filters.buffer.dtype.bytes
-    for n in filters.buffer.shape:
+    return "stored" if _is_near(s, filters.buffer) else "made"
+
+
+def _is_near(s: Schedule, buffer: Buffer) -> bool:
+    """True if a buffer takes so little of the last-level cache that it likely stays there."""
+    size = buffer.dtype.bytes
+    for n in buffer.shape:
         size *= const_int(n) or 1
-    return "stored" if size * NEAR <= s.target.caches[2] else "made"
+    return size * NEAR <= s.target.caches[2]
 
 
 def _part(s: Schedule, main: Block, most: int) -> int:
@@ -335,9 +352,11 @@ class _Loops:
     depth: str  # input channels of a part, several at a time
 
 
-def _products(s: Schedule, name: str, at: str, vectors: int, size: int | None) -> _Loops:
+def _products(
+    s: Schedule, name: str, at: str, vectors: int, size: int | None, alone: bool
+) -> _Loops:
     """The products of one block of tiles and one vector block: register tiles of several tiles.
-    size: input channels of a part, which come outermost; None: all."""
+    size: input channels of a part, which come outermost; None: all. alone: see `_tile_rows`."""
     _hold(s, name, at)
     names = s.loops_of(name)
     inner = names[names.index(at) + 1 :]
@@ -348,7 +367,9 @@ def _products(s: Schedule, name: str, at: str, vectors: int, size: int | None) -
     t = s.fuse(*tiles) if len(tiles) > 1 else tiles[0]
     extent = const_int(s.loop(t)[0].extent)
     rows = s.choose(
-        "rows", tuple(range(1, 33)), contraction.tile_rows(extent, vectors, s.target.registers)
+        "rows",
+        tuple(range(1, 33)),
+        _tile_rows(extent or 1, vectors, s.target.registers, alone),
     )
     t_o, t_i = s.split(t, rows, "mask")
     part = []

@@ -44,7 +44,15 @@ def _block(
 
 @pytest.mark.parametrize(
     ("channels", "size", "batch"),
-    [(64, (28, 28), 1), (32, (27, 30), 2), (64, (13, 9), 3), (48, (8, 8), 1), (512, (14, 14), 1)],
+    [
+        (64, (28, 28), 1),
+        (32, (27, 30), 2),
+        (64, (13, 9), 3),
+        (48, (8, 8), 1),
+        (512, (14, 14), 1),
+        (16, (36, 36), 1),  # three lines of nine tiles make a block
+        (16, (12, 12), 14),  # seven images of nine tiles make a block
+    ],
 )
 def test_compiled_agrees_with_direct(
     channels: int,
