@@ -411,7 +411,7 @@ def _rows_for_threads(s: Schedule, row_o: str, around: list[str]) -> tuple[str |
 def _in_planes(s: Schedule, nest: Nest, depth: list[str]) -> bool:
     """True when blocks of the reduction axis lie far apart, as whole images: a tile then reads a
     few lines of each, which fight for the same places of the first-level cache."""
-    values = {
+    values: dict[Expr, Expr] = {
         nest.reduce[0].var: analysis.values_of(s.block(nest.block.name)[0])[nest.reduce[0].var]
     }
     at = tuple(substitute(i, values) for i in nest.broad.indices)

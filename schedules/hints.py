@@ -11,11 +11,11 @@ next panel comes from far: each pass over this panel fetches its part of the nex
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from minicompiler.ir.arith import Arith
-from minicompiler.ir.expr import ZERO, Const, Expr, Load, const_int, free_vars, substitute
-from minicompiler.ir.tir import VECTOR, For, Prefetch, Scope, Seq, Stmt, seq
+from minicompiler.ir.expr import ZERO, Const, Expr, Load, const_int, free_vars, substitute, walk
+from minicompiler.ir.tir import VECTOR, Buffer, For, Prefetch, Scope, Seq, Stmt, seq
 
 from . import analysis, elementwise
 
@@ -44,19 +44,7 @@ def prefetch(
     if loop.kind is VECTOR:
         s.refuse(f"{loop_name} is a vector loop: its iterations are one", loop)
     arith = analysis.arith_of(s.func)
-    inner: dict[Expr, Expr] = {x.var: ZERO for x in analysis.loops(loop.body)}
-    places: dict[tuple[Expr, ...], Load] = {}
-    for block in analysis.blocks(loop.body):
-        values = analysis.values_of(block)
-        for load in analysis.operand_loads(block):
-            if load.buffer is buffer:
-                at = tuple(
-                    arith.simplify(substitute(substitute(i, values), inner)) for i in load.indices
-                )
-                places[at] = Load(buffer, at)
-    if len(places) != 1:
-        s.refuse(f"{name} is read at {len(places)} places inside {loop_name}, not at one", loop)
-    (place,) = places.values()
+    place = _place(s, buffer, loop, arith)
     lines = count or _lines_between(s, place, loop, arith)
     if lines > MOST_LINES:
         s.refuse(f"an iteration of {loop_name} moves on by {lines} cache lines of {name}", loop)
@@ -78,6 +66,59 @@ def prefetch(
     s.swap(loop, loop.with_(body=seq([*parts, loop.body])))
 
 
+def prefetch_next(s: Schedule, name: str, loop_name: str, around_name: str) -> None:
+    """What the next iteration of `around` reads of a buffer is asked for a few lines at a time by
+    the iterations of `loop` inside of it, wherever in `around` the buffer is read."""
+    buffer = s.buffer(name)
+    loop, path = s.loop(loop_name)
+    around, _ = s.loop(around_name)
+    nest = analysis.loops_in((*path, loop))
+    loops = nest[nest.index(around) + 1 :] if around in nest else []
+    if not loops or any(const_int(x.extent) is None for x in loops):
+        s.refuse(f"{around_name} is not a loop around {loop_name} that repeats it often", loop)
+    if buffer.scope not in (Scope.PARAM, Scope.GLOBAL):
+        s.refuse(f"{name} has scope {buffer.scope.value}: it is near already", loop)
+    arith = analysis.arith_of(s.func)
+    place = _place(s, buffer, around, arith)
+    lines = _lines_between(s, place, around, arith)
+    line = LINE_BYTES // buffer.dtype.bytes
+    turn, turns = cast(Expr, ZERO), 1
+    for x in loops:
+        if turns < lines:  # loops further in would only ask for the same once more
+            extent = const_int(x.extent) or 1
+            turn, turns = turn * extent + x.var, turns * extent
+    each = -(-lines // turns)
+    if each > MOST_LINES:
+        s.refuse(f"an iteration of {loop_name} would fetch {each} cache lines of {name}", loop)
+    parts: list[Stmt] = [
+        Prefetch(place, arith.simplify(turn * each * line + (lines + k) * line))
+        for k in range(each)
+    ]
+    s.swap(loop, loop.with_(body=seq([*parts, loop.body])))
+
+
+def _place(s: Schedule, buffer: Buffer, loop: For, arith: Arith) -> Load:
+    """Where an iteration of a loop begins to read a buffer."""
+    inner: dict[Expr, Expr] = {x.var: ZERO for x in analysis.loops(loop.body)}
+    places: dict[tuple[Expr, ...], Load] = {}
+    for block in analysis.blocks(loop.body):
+        values = analysis.values_of(block)
+        for load in analysis.operand_loads(block):
+            if load.buffer is buffer:
+                at = tuple(
+                    arith.simplify(substitute(substitute(i, values), inner)) for i in load.indices
+                )
+                places[at] = Load(buffer, at)
+    if len(places) != 1:
+        s.refuse(
+            f"{buffer.name} is read at {len(places)} places inside {loop.var}, not at one", loop
+        )
+    (place,) = places.values()
+    if any(type(e) is Load for i in place.indices for e in walk(i)):
+        s.refuse(f"where {buffer.name} is read depends on what is read elsewhere", loop)
+    return place
+
+
 def _lines_between(s: Schedule, place: Load, loop: For, arith: Arith) -> int:
     """Cache lines from what one iteration reads to what the next one does."""
     stride = elementwise.strides(place.buffer, place.indices, loop.var, arith)
@@ -88,8 +129,8 @@ def _lines_between(s: Schedule, place: Load, loop: For, arith: Arith) -> int:
 
 
 def drop_stale(s: Schedule) -> None:
-    """Removes the hints whose buffer is gone or no longer read where they stand."""
-    alive = {*s.func.params, *s.func.buffers}
+    """Removes the hints whose buffer is gone or no longer read."""
+    read = {ld.buffer for b in analysis.blocks(s.func) for ld in analysis.operand_loads(b)}
 
     def one(x: Stmt) -> Stmt | None:
         if not isinstance(x, For):
@@ -97,15 +138,10 @@ def drop_stale(s: Schedule) -> None:
         parts = x.body.stmts if isinstance(x.body, Seq) else (x.body,)
         if not any(isinstance(p, Prefetch) for p in parts):
             return None
-        read = {ld.buffer for b in analysis.blocks(x.body) for ld in analysis.operand_loads(b)}
-        kept = [
-            p
-            for p in parts
-            if not isinstance(p, Prefetch) or (p.place.buffer in alive and p.place.buffer in read)
-        ]
+        kept = [p for p in parts if not isinstance(p, Prefetch) or p.place.buffer in read]
         return None if len(kept) == len(parts) else x.with_(body=seq(kept))
 
     s.edit(one)
 
 
-__all__ = ["drop_stale", "prefetch"]
+__all__ = ["drop_stale", "prefetch", "prefetch_next"]

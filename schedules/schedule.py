@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from minicompiler.errors import ScheduleError
 from minicompiler.ir.expr import Var
@@ -126,7 +126,7 @@ class Schedule:
         return chosen
 
     # ---- for the primitives ---------------------------------------------------------------------
-    def refuse(self, message: str, at: Node | None = None, hint: str = "") -> None:
+    def refuse(self, message: str, at: Node | None = None, hint: str = "") -> NoReturn:
         """Raises ScheduleError showing the loop nest with `at` marked."""
         raise ScheduleError(
             message, self.func.locs, f"in {self.func.name}\n" + script(self.func, at), hint
@@ -175,7 +175,7 @@ class Schedule:
                 f"{primitive}({shown}): {e.message}", e.locs, e.excerpt, e.hint
             ) from None
         self._names = None
-        if any(step.primitive == "prefetch" for step in self.steps):
+        if any(step.primitive.startswith("prefetch") for step in self.steps):
             hints.drop_stale(self)
         names_made = made if isinstance(made, tuple) else (made,) if isinstance(made, str) else ()
         self.steps.append(Step(primitive, args, names_made))
@@ -291,6 +291,17 @@ class Schedule:
             ahead=ahead,
             turns=turns,
             lines=lines,
+        )
+
+    def prefetch_next(self, buffer: str, loop: str, around: str) -> None:
+        """The iterations of `loop` ask, line by line, for what the next iteration of `around` reads
+        of a buffer."""
+        self._apply(
+            "prefetch_next",
+            lambda: hints.prefetch_next(self, buffer, loop, around),
+            buffer=buffer,
+            loop=loop,
+            around=around,
         )
 
     def rolling(self, block: str, loop: str) -> str:

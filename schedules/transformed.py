@@ -3,23 +3,29 @@ tile from the input, and whose results are combined tile by tile into the output
 
     data[p, q, t, c] = f(x);  products[p, q, t, o] = sum over c of data * filters;  r = g(products)
 
-    parallel t_o:                          # a block of tiles
-        data of these tiles, in cache
-        for o_o:                           # one vector block of the output
+    parallel t_o, o_o:                     # a block of tiles, one vector block of the output
+        for c_o: for p:                    # a small part of a filter is transformed, then used
+            filters[p, q, o, c_i], in the first-level cache
             products of these tiles, in cache, register tile by register tile
-            the output pixels of these tiles
+        the output pixels of these tiles
+
+Small filters are transformed while compiling instead.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 from minicompiler.ir.expr import Binary, Const, Expr, Load, const_int, walk
 from minicompiler.ir.layout import IndexMap
-from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Scope
+from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Scope
 
 from . import analysis, contraction, elementwise
 from .schedule import Schedule
 
 MOST_TILES = 64  # of a block: their products for one vector block stay in the second-level cache
+PART = 16  # input channels whose transformed filter stays in the first-level cache
+NEAR = 8  # what takes at most this part of the last-level cache stays there: 1/8
 
 
 def applies(s: Schedule) -> bool:
@@ -69,20 +75,31 @@ def _chain(s: Schedule, load: Load) -> list[str]:
     return names
 
 
-def tile_rows_per_block(high: int, wide: int, vectors: int, registers: int) -> int:
-    """How many lines of tiles make one block: a divisor, by the cost of register tiles per tile."""
+def tile_rows_per_block(
+    high: int, wide: int, vectors: int, registers: int, each_block: float
+) -> int:
+    """How many lines of tiles make one block: a divisor, by the cost of register tiles per tile.
+    each_block: what a block costs besides its tiles, in the time of a tile's products."""
     best, least = 1, float("inf")
     for r in (d for d in range(1, high + 1) if high % d == 0):
         tiles = r * wide
         if tiles > MOST_TILES and r > 1:
             break
-        rows = contraction.tile_rows(tiles, vectors, registers)
+        rows = _tile_rows(tiles, vectors, registers, r in (1, high))
         time = -(-tiles // rows) * (max(rows * vectors / 2, 4) + 0.4) / tiles
-        # Small blocks read the transformed filter more often.
-        time *= 1 + 2.0 / tiles
+        time *= 1 + each_block / tiles
         if time < least:
             best, least = r, time
     return best
+
+
+def _tile_rows(tiles: int, vectors: int, registers: int, alone: bool) -> int:
+    """Tiles of a register tile. alone: no other tiles follow those of the block in the buffer, so
+    the last register tile may reach beyond them."""
+    if alone:
+        return contraction.tile_rows(tiles, vectors, registers)
+    most = max(1, (registers - vectors - 1) // vectors)
+    return max(d for d in range(1, most + 1) if tiles % d == 0)
 
 
 def apply(s: Schedule) -> None:
@@ -119,17 +136,24 @@ def apply(s: Schedule) -> None:
     tv, mv = s.split(wide_loop, m, "mask")
     count_h, count_v = (const_int(s.loop(n)[0].extent) or 1 for n in (th, tv))
     vectors = max(1, width // lanes)
+    made = s.choose("filter", ("stored", "made"), _where(s, wide)) == "made"
+    # A block transforms its filter (as much work as the products of 3.5 tiles), or reads it.
+    each_block = 3.5 if made else 2.0
     lines = s.choose(
         "lines",
         tuple(d for d in range(1, count_h + 1) if count_h % d == 0),
-        tile_rows_per_block(count_h, count_v, vectors, s.target.registers),
+        tile_rows_per_block(count_h, count_v, vectors, s.target.registers, each_block),
     )
     t_o, t_i = s.split(th, lines)
-    s.reorder(*batch, t_o, channels, t_i, tv, mh, mv, vector)
+    together = _images_of_a_block(s, batch, count_h * count_v) if lines == count_h else []
+    s.reorder(*batch, t_o, channels, *together, t_i, tv, mh, mv, vector)
     images = 1
     for n in batch:
         images *= const_int(s.loop(n)[0].extent) or 1
-    local = images * (count_h // lines) >= 2 * s.target.cores
+    # Each thread transforms the input of its own blocks, if all of it would not stay in a cache.
+    own = images * (count_h // lines) >= 2 * s.target.cores and not _is_near(s, broad.buffer)
+    local = s.choose("local", (False, True), own)
+    alone = images == 1 if together else lines in (1, count_h)
 
     # ---- what is computed where -----------------------------------------------------------------
     for name in reversed(after):
@@ -139,6 +163,10 @@ def apply(s: Schedule) -> None:
     data = [n for n in data if n not in copies]
     for name in copies:
         contraction.follow_reader_layout(s, name)
+    part = _part(s, main, PART if made else 4 * PART)
+    depth = len(broad.buffer.shape) - 1
+    parts = [[depth, part, 0], *[[k, 1, 0] for k in range(depth)], [depth, 1, part]]
+    s.relayout(broad.buffer.name, parts)
     if local:
         s.compute_at(data[-1], t_o)
     _data_block(s, data, t_o if local else None, width)
@@ -152,15 +180,59 @@ def apply(s: Schedule) -> None:
     s.relayout(wide.buffer.name, _filter_layout(main, wide, width))
     for name in after:
         _hold(s, name, tv)
-    _products(s, main.name, channels, vectors, wide.buffer.name)
+    at = _products(s, main.name, channels, vectors, part if made else None, alone)
     for n, kind in ((mh, UNROLL), (mv, UNROLL), (vector, VECTOR)):
         s.mark(n, kind)
     for name in after:
         elementwise.vector_tile(s, name, tv)
     shared = [*batch, t_o] if local else [*batch, t_o, channels]
     top = s.fuse(*shared) if len(shared) > 1 else shared[0]
+    if made:
+        s.compute_at(filters[-1], at.transform)
+        s.mark(at.transform, UNROLL)
+    packed = _filter_block(s, filters, width, at.transform if made else None)
+    if packed is None:
+        contraction.fetch_ahead(s, main.name, wide.buffer.name, at.depth, at.tiles, at.panel)
+    elif const_int(s.loop(at.part[0])[0].extent) != 1:
+        s.prefetch_next(packed, at.depth, at.part[0])
     s.mark(top, PARALLEL)
-    _filter_block(s, filters, width)
+
+
+def _images_of_a_block(s: Schedule, batch: list[str], tiles: int) -> list[str]:
+    """Several small images make one block of tiles: the loop over these; `batch` keeps the rest."""
+    if not batch:
+        return []
+    number = const_int(s.loop(batch[-1])[0].extent) or 1
+    most = max(1, MOST_TILES // tiles)
+    count = max(d for d in range(1, most + 1) if number % d == 0)
+    if count == 1:
+        return []
+    batch[-1], inside = s.split(batch[-1], count)
+    return [inside]
+
+
+def _where(s: Schedule, filters: Load) -> str:
+    """Whether a filter is transformed while compiling ("stored") or by each call, part by part.
+
+    The transformed filter has a multiple of the bytes: if it comes from memory, its products wait
+    for it, and transforming it is cheaper. It is stored if it is small enough to stay in a cache
+    and not to count."""
+    return "stored" if _is_near(s, filters.buffer) else "made"
+
+
+def _is_near(s: Schedule, buffer: Buffer) -> bool:
+    """True if a buffer takes so little of the last-level cache that it likely stays there."""
+    size = buffer.dtype.bytes
+    for n in buffer.shape:
+        size *= const_int(n) or 1
+    return size * NEAR <= s.target.caches[2]
+
+
+def _part(s: Schedule, main: Block, most: int) -> int:
+    """How many input channels lie together in the transformed input, tile beside tile."""
+    (channels,) = [const_int(i.extent) or 1 for i in main.iters if i.reduce]
+    options = tuple(d for d in (8, 16, 32, 64, channels) if channels % d == 0)
+    return s.choose("part", options, max([d for d in options if d <= most], default=channels))
 
 
 def _reads_constants(s: Schedule, load: Load) -> bool:
@@ -218,25 +290,37 @@ def _data_block(s: Schedule, data: list[str], at: str | None, width: int) -> Non
         s.mark(top, PARALLEL)
 
 
-def _filter_block(s: Schedule, filters: list[str], width: int) -> None:
+def _filter_block(s: Schedule, filters: list[str], width: int, at: str | None) -> str | None:
     """The transformed filter: per vector of outputs and input channel, all transform rows at once.
-    What it reads is gathered into registers first, so that no element is fetched twice."""
+    What it reads is gathered into registers first, so that no element is fetched twice.
+
+    at: the loop in whose iterations a part of it is made. The filter itself is then packed in the
+    order in which they read it; its name."""
     name = filters[-1]
-    first, second, out, channel = s.loops_of(name)
-    out_o, out_i = s.split(out, width, "mask")
-    s.reorder(out_o, channel, first, second, out_i)
-    for earlier in reversed(filters[:-1]):
-        s.compute_at(earlier, channel)
+    loops = s.loops_of(name)
+    *transform, out, channel = loops if at is None else loops[loops.index(at) + 1 :]
     (source,) = {x.buffer for x in analysis.operand_loads(s.block(filters[0])[0])}
     rank = len(source.shape)
+    packed = None
+    outer = []
+    if at is None:
+        out_o, out = s.split(out, width, "mask")
+        outer = [out_o]
+    else:
+        taps = [[k, 1, 0] for k in range(1, rank)]
+        packed = s.stage(source.name, None, Scope.GLOBAL, [[0, width, 0], *taps, [0, 1, width]])
+    each, vector = s.split(out, s.target.vector_bytes // 4, "mask")
+    s.reorder(*outer, channel, each, *transform, vector)
+    for earlier in reversed(filters[:-1]):
+        s.compute_at(earlier, each)
     layout = [*[[k, 1, 0] for k in range(1, rank)], [0, 1, 0]]
-    read = s.stage(source.name, channel, Scope.REGISTER, layout)
-    for n in (first, second):
+    read = s.stage(packed or source.name, each, Scope.REGISTER, layout)
+    for n in transform:
         s.mark(n, UNROLL)
-    s.mark(out_i, VECTOR)
+    s.mark(vector, VECTOR)
     for earlier in (f"{read}_in", *filters[:-1]):
         loops = s.loops_of(earlier)
-        inner = loops[loops.index(channel) + 1 :]
+        inner = loops[loops.index(each) + 1 :]
         inner = [n for n in inner if const_int(s.loop(n)[0].extent) != 1]
         along = max(inner, key=lambda n: const_int(s.loop(n)[0].extent) or 0)  # the outputs
         s.reorder(*[n for n in inner if n != along], along)
@@ -244,7 +328,11 @@ def _filter_block(s: Schedule, filters: list[str], width: int) -> None:
             s.mark(n, VECTOR if n == along else UNROLL)
         if earlier in filters:
             buffer = s.block(earlier)[0].body.buffer
-            s.stage(buffer.name, channel, Scope.REGISTER, buffer.layout)
+            s.stage(buffer.name, each, Scope.REGISTER, buffer.layout)
+    if at is not None:
+        _hold(s, name, at)
+        elementwise.one_block(s, f"{packed}_in")
+    return packed
 
 
 def _hold(s: Schedule, name: str, at: str) -> None:
@@ -253,8 +341,22 @@ def _hold(s: Schedule, name: str, at: str) -> None:
     s.stage(buffer.name, at, Scope.LOCAL, buffer.layout)
 
 
-def _products(s: Schedule, name: str, at: str, vectors: int, filters: str) -> None:
-    """The products of one block of tiles and one vector block: register tiles of several tiles."""
+@dataclasses.dataclass(frozen=True)
+class _Loops:
+    """Loops around the products, outermost first."""
+
+    part: list[str]  # parts of the input channels
+    transform: str  # the first axis of the transform
+    panel: str  # the second
+    tiles: str
+    depth: str  # input channels of a part, several at a time
+
+
+def _products(
+    s: Schedule, name: str, at: str, vectors: int, size: int | None, alone: bool
+) -> _Loops:
+    """The products of one block of tiles and one vector block: register tiles of several tiles.
+    size: input channels of a part, which come outermost; None: all. alone: see `_tile_rows`."""
     _hold(s, name, at)
     names = s.loops_of(name)
     inner = names[names.index(at) + 1 :]
@@ -265,15 +367,23 @@ def _products(s: Schedule, name: str, at: str, vectors: int, filters: str) -> No
     t = s.fuse(*tiles) if len(tiles) > 1 else tiles[0]
     extent = const_int(s.loop(t)[0].extent)
     rows = s.choose(
-        "rows", tuple(range(1, 33)), contraction.tile_rows(extent, vectors, s.target.registers)
+        "rows",
+        tuple(range(1, 33)),
+        _tile_rows(extent or 1, vectors, s.target.registers, alone),
     )
     t_o, t_i = s.split(t, rows, "mask")
-    s.reorder(*transform, t_o, depth, t_i, vector)
+    part = []
+    if size is not None:
+        k_o, depth = s.split(depth, size)
+        part = [k_o]
+    s.reorder(*part, *transform, t_o, depth, t_i, vector)
     init = s.decompose_reduction(name, depth)
     staged = s.stage(s.block(name)[0].body.buffer.name, t_o, Scope.REGISTER)
     k_o, k = s.split(depth, 4)
     for n, kind in ((k, UNROLL), (t_i, UNROLL), (vector, VECTOR)):
         s.mark(n, kind)
-    for b in (init, f"{staged}_out"):
-        elementwise.vector_tile(s, b, t_o)
-    contraction.fetch_ahead(s, name, filters, k_o, t_o, transform[-1])
+    alive = {b.name for b in analysis.blocks(s.func)}
+    for b in (init, f"{staged}_in", f"{staged}_out"):
+        if b in alive:
+            elementwise.vector_tile(s, b, t_o)
+    return _Loops(part, transform[0], transform[1], t_o, k_o)

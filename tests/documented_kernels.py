@@ -60,9 +60,9 @@ def layer_norm_rows() -> PrimFunc:
 
 def winograd() -> PrimFunc:
     """3x3 convolution by F(4x4, 3x3), bias, ReLU; activations in NCHW16c."""
-    x = te.placeholder("x", (1, 64, 28, 28), float32)
-    w = te.placeholder("w", (64, 64, 3, 3), float32)
-    b = te.placeholder("b", (64,), float32)
+    x = te.placeholder("x", (1, 256, 14, 14), float32)
+    w = te.placeholder("w", (256, 256, 3, 3), float32)
+    b = te.placeholder("b", (256,), float32)
     compute = next(c for c in conv.computes if c.name == "winograd4")
     attrs = conv.attrs(pads_begin=(1, 1), pads_end=(1, 1))
     y = te.map_elements(lambda v: maximum(v, 0.0), compute.build(x, w, b, attrs), name="relu")

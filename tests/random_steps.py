@@ -123,8 +123,14 @@ def prefetch(s: Schedule, pick: Pick) -> None:
     s.prefetch(pick(buffers), pick(loops), pick((0, 16, 100)), pick([None, *loops]))
 
 
+def prefetch_next(s: Schedule, pick: Pick) -> None:
+    buffers = [b.name for b in (*s.func.params, *s.func.buffers)]
+    loops = loop_names(s)
+    s.prefetch_next(pick(buffers), pick(loops), pick(loops))
+
+
 STEPS = (
     split, split, split, fuse, reorder, reorder, mark, inline, compute_at, compute_at,
     decompose_reduction, decompose_reduction, stage, stage, stage, relayout, rfactor, rolling,
-    prefetch, prefetch, skip,
+    prefetch, prefetch, prefetch_next, skip,
 )  # fmt: skip

@@ -9,6 +9,7 @@ Toom-Cook construction. For m = 4 the points 0, +-5/8, +-3/2, infinity give a th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
 from typing import Any
@@ -30,9 +31,12 @@ Matrix = tuple[tuple[float, ...], ...]
 
 @cache
 def matrices(m: int) -> tuple[Matrix, Matrix, Matrix]:
-    """(At [m, a], G [a, 3], Bt [a, a]) of F(m, 3), a = m + 2: Y = At ((G g) * (Bt d))."""
+    """(At [m, a], G [a, 3], Bt [a, a]) of F(m, 3), a = m + 2: Y = At ((G g) * (Bt d)).
+
+    G holds plain powers of the points, so that a filter takes the least work; At has the factors.
+    """
     points = POINTS[m]
-    at = [[p**i for p in points] + [Fraction(int(i == m - 1))] for i in range(m)]
+    at = [[Fraction(0) for _ in points] + [Fraction(int(i == m - 1))] for i in range(m)]
     g: list[list[Fraction]] = []
     bt: list[list[Fraction]] = []
     for j, p in enumerate(points):
@@ -40,7 +44,9 @@ def matrices(m: int) -> tuple[Matrix, Matrix, Matrix]:
         scale = Fraction(1)
         for q in others:
             scale *= p - q
-        g.append([p**k / scale for k in range(3)])
+        for i in range(m):
+            at[i][j] = p**i / scale
+        g.append([p**k for k in range(3)])
         bt.append([*_expand(others), Fraction(0)])
     g.append([Fraction(0), Fraction(0), Fraction(1)])
     bt.append(_expand(list(points)))
@@ -62,19 +68,55 @@ def _expand(roots: list[Fraction]) -> list[Fraction]:
 
 def _combine(row: Expr, matrix: Matrix, term: Any) -> Expr:
     """sum over i of matrix[row, i] * term(i), for a row that is known once its loop is unrolled."""
-    result: Expr | None = None
-    for r in reversed(range(len(matrix))):
-        total: Expr | None = None
-        for i, c in enumerate(matrix[r]):
-            if c == 0:
-                continue
-            part = term(i)
-            part = part if c == 1 else part * const(c, float32)
-            total = part if total is None else total + part
-        assert total is not None
-        result = total if result is None else select(_is(row, r), total, result)
-    assert result is not None
+    *others, result = _rows(matrix, term)
+    for r in reversed(range(len(others))):
+        result = select(_is(row, r), others[r], result)
     return result
+
+
+def _rows(matrix: Matrix, term: Any) -> list[Expr]:
+    """sum over i of matrix[r, i] * term(i) for every r. Points come in pairs p and -p: columns that
+    differ in signs alone are added and subtracted first, and rows that do have both parts of their
+    sums in common, which are computed once (equal expressions are)."""
+    terms: list[tuple[Expr, tuple[float, ...]]] = []
+    columns = list(zip(*matrix, strict=True))
+    while columns:
+        i = len(matrix[0]) - len(columns)
+        column = columns.pop(0)
+        if columns and columns[0] != column and [*map(abs, columns[0])] == [*map(abs, column)]:
+            pairs = [*zip(column, columns.pop(0), strict=True)]
+            x, y = term(i), term(i + 1)
+            terms.append((x + y, tuple(c if c == d else 0.0 for c, d in pairs)))
+            terms.append((x - y, tuple(c if c != d else 0.0 for c, d in pairs)))
+        else:
+            terms.append((term(i), column))
+    rows = []
+    for r, row in enumerate(zip(*[c for _, c in terms], strict=True)):
+        near = [other for k, other in enumerate(matrix) if abs(k - r) == 1 and other != matrix[r]]
+        twin = next((o for o in near if [*map(abs, o)] == [*map(abs, matrix[r])]), None)
+        x = [e for e, _ in terms]
+        if twin is None or len(terms) != len(twin):
+            rows.append(_sum(row, x))
+            continue
+        same = [c if c == d else 0.0 for c, d in zip(row, twin, strict=True)]
+        turned = [c if c != d else 0.0 for c, d in zip(row, twin, strict=True)]
+        factor = next(c for c in reversed(turned) if c)
+        odd = _sum([c / factor for c in turned], x)
+        rows.append(_sum(same, x) + (odd if factor == 1 else odd * const(factor, float32)))
+    return rows
+
+
+def _sum(factors: Sequence[float], terms: Sequence[Expr]) -> Expr:
+    """sum of factor * term, those with the factor 1 first."""
+    parts = sorted(
+        ((c, e) for c, e in zip(factors, terms, strict=True) if c), key=lambda t: t[0] != 1
+    )
+    total: Expr | None = None
+    for c, e in parts:
+        part = e if c == 1 else e * const(c, float32)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
 
 
 def _is(row: Expr, value: int) -> Expr:
@@ -101,9 +143,9 @@ def applies(types: list[TensorType | None], attrs: Any) -> bool:
 
 
 def cost(m: int, types: list[TensorType | None], attrs: Any) -> float:
-    """Estimated microseconds per image on one thread: the transforms, and the products at the FMA
-    rate of a typical core or the transformed filter once from memory, whichever takes longer (the
-    filter is fetched while the products are computed)."""
+    """Estimated microseconds per image on one thread, at the FMA rate and the memory rate of a
+    typical core. m: 0 for the direct sum. Half of the time in which a transformed filter comes from
+    memory is hidden; transforming it in place takes as long as the products of 3.5 tiles."""
     x, w = types[0], types[1]
     assert x is not None and w is not None
     o, c = const_int(w.shape[0]) or 1, const_int(w.shape[1]) or 1
@@ -112,9 +154,9 @@ def cost(m: int, types: list[TensorType | None], attrs: Any) -> float:
         return 2 * 9 * o * c * h * v / 93e3 + 4 * 9 * o * c / 15e3
     a = m + 2
     tiles = -(-h // m) * -(-v // m)
-    products = 2 * a * a * o * c * tiles / 85e3
-    transforms = tiles * (c * 1.6 + o * 1.3) * a * a / 8e3
-    return max(products, 4 * a * a * o * c / 15e3) + transforms
+    each_tile = 2 * a * a * o * c / 93e3
+    filters = min(4 * a * a * o * c / 15e3 / 2, 3.5 * each_tile)
+    return each_tile * tiles + filters + tiles * (c * 1.6 + o * 1.3) * a * a / 8e3
 
 
 def build(m: int) -> Any:

@@ -44,7 +44,15 @@ def _block(
 
 @pytest.mark.parametrize(
     ("channels", "size", "batch"),
-    [(64, (28, 28), 1), (32, (27, 30), 2), (64, (13, 9), 3), (48, (8, 8), 1), (512, (14, 14), 1)],
+    [
+        (64, (28, 28), 1),
+        (32, (27, 30), 2),
+        (64, (13, 9), 3),
+        (48, (8, 8), 1),
+        (512, (14, 14), 1),
+        (16, (36, 36), 1),  # three lines of nine tiles make a block
+        (16, (12, 12), 14),  # seven images of nine tiles make a block
+    ],
 )
 def test_compiled_agrees_with_direct(
     channels: int,
@@ -67,7 +75,21 @@ def test_compiled_agrees_with_direct(
     assert error > 0, "the two algorithms should not round alike"
 
 
-def test_same_bits_for_any_threads() -> None:
-    fn, x, y = _block(64, (28, 28), 2, 2)
+@pytest.mark.parametrize(("channels", "size"), [(64, 28), (256, 14)])
+def test_same_bits_for_any_threads_and_batch(channels: int, size: int) -> None:
+    """With filters that are transformed while compiling, and with those that are not."""
+    fn, x, y = _block(channels, (size, size), 4, 2)
     one, two = mc.compile(fn, threads=1), mc.compile(fn, threads=2)
-    assert one(x, y)[0].tobytes() == two(x, y)[0].tobytes()
+    together = one(x, y)[0]
+    assert together.tobytes() == two(x, y)[0].tobytes()
+    alone = mc.compile(_block(channels, (size, size), 1, 2)[0], threads=1)
+    # The same seed gives the same weights; inputs come after them.
+    for k in range(len(x)):
+        assert alone(x[k : k + 1], y[k : k + 1])[0].tobytes() == together[k].tobytes()
+
+
+def test_large_filters_are_not_kept_transformed() -> None:
+    weights = 256 * 256 * 9 * 4
+    module = mc.compile(_block(256, (14, 14), 1, 3)[0], threads=1)
+    held = sum(a.nbytes for a in module._constants)
+    assert weights < held < 1.01 * weights

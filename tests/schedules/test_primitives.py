@@ -114,6 +114,11 @@ def partial_sums(s: Schedule) -> None:
     s.rfactor("sum", "k0_i")
 
 
+def next_row(s: Schedule) -> None:
+    s.reorder("k0", "i0", "i1")
+    s.prefetch_next("p1", "i0", "k0")
+
+
 def without_border(s: Schedule) -> None:
     s.inline("pad")
     s.decompose_reduction("conv", "k0")
@@ -141,6 +146,7 @@ PRIMITIVES: dict[str, tuple[str, Callable[[Schedule], Any]]] = {
     "stage_packed": ("matmul", lambda s: s.stage("p1", None, "global", PANELS)),
     "prefetch": ("matmul", lambda s: s.prefetch("p1", "k0", 128)),
     "prefetch_in_turns": ("matmul", lambda s: s.prefetch("p1", "k0", 128, "i0")),
+    "prefetch_next": ("matmul", next_row),
     "rfactor": ("layer_norm", partial_sums),
     "skip": ("conv", without_border),
     "tile": ("matmul", blocked_tile),
@@ -162,6 +168,8 @@ def test_before_and_after(name: str, golden: Callable[[str, str], None]) -> None
 WRONG: dict[str, Callable[[Schedule], Any]] = {
     "prefetch_standing_still": lambda s: s.prefetch("p1", "i0", 128),
     "prefetch_no_turns": lambda s: s.prefetch("p1", "k0", 128, "i1"),
+    "prefetch_next_of_itself": lambda s: s.prefetch_next("p1", "k0", "k0"),
+    "prefetch_next_of_the_same": lambda s: s.prefetch_next("p1", "k0", "i0"),
     "split_not_perfect": lambda s: s.split("i1", 4),
     "split_unknown_tail": lambda s: s.split("i1", 4, "round"),
     "no_such_loop": lambda s: s.split("q", 4),
