@@ -77,11 +77,13 @@ def _weighted(n: OnnxNode) -> Value:
     for what, given, wanted in (("sizes", sizes, 1), ("scales", scales, 1), ("roi", roi, 2)):
         if given is not None:
             one_per_axis(n, what, given.size, wanted * len(axes))
+            if not np.isfinite(given).all() or (what == "scales" and not np.all(given > 0)):
+                n.fail(f"the {what} of Resize are {given.tolist()}")
     crop = n.attr("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
     plan: list[tuple[int, int, int, float, tuple[float, float]]] = []
     for k, axis in enumerate(axes):
         size = const_int(t.shape[axis])
-        if size is None:
+        if not size:
             n.fail(f"this form of Resize needs the size of axis {axis}, which is {t.shape[axis]}")
         if sizes is not None:
             out, scale = int(sizes[k]), float(sizes[k]) / size
@@ -120,8 +122,10 @@ def _table(
     """Weights and positions [out, taps] along an axis, and which results lie outside of x."""
     mode = n.attr("coordinate_transformation_mode", "half_pixel")
     full = scale * size
-    rows, places, outside = [], [], []
+    rows: list[np.ndarray] = []
+    places, outside = [], []
     for o in range(out):
+        n.table(len(rows[0]) if rows else 1)
         at = _coordinate(mode, o, size, out, scale, full, roi)
         outside.append(mode == "tf_crop_and_resize" and not 0 <= at <= size - 1)
         weights, taps = _taps(n, at, scale)
@@ -219,7 +223,7 @@ def _deform_conv(n: OnnxNode) -> Value:
 def _dft(n: OnnxNode) -> Value:
     axis = n.attr("axis", 1) if n.opset < 20 else n.scalar(2)
     length, t = n.scalar(1), n.type(0)
-    at = (-2 if axis is None else int(axis)) % t.rank
+    at = n.axis(-2 if axis is None else int(axis), t.rank)
     if at == t.rank - 1:
         n.fail("DFT along the axis of real and imaginary parts")
     inverse, onesided = bool(n.attr("inverse", 0)), bool(n.attr("onesided", 0))
@@ -236,9 +240,12 @@ def _transformed(
         n.fail(f"{n.op_type} along an axis of {t.shape[axis]} elements of {t.shape[-1]} numbers")
     halved = inverse and onesided  # x holds one half of a symmetric spectrum
     count = length if length is not None else 2 * (size - 1) if halved else size
+    if count < 1:
+        n.fail(f"{n.op_type} of {count} elements")
     used = min(size, count // 2 + 1 if halved else count)
     if used < size:
         x = _cut(n, x, axis, used)
+    n.table(3 * used * count)
     k = np.arange(count // 2 + 1 if onesided and not inverse else count)
     angle = 2 * np.pi * (np.outer(np.arange(used), k) % count) / count
     factor = np.full((used, 1), 1 / count if inverse else 1.0)
@@ -280,15 +287,18 @@ def _cut(n: OnnxNode, x: Value, axis: int, end: int, start: int = 0) -> Value:
 
 def _stft(n: OnnxNode) -> Value:
     """Frames of the signal, times the window, transformed."""
-    t, step, window = n.type(0), int(n.scalar(1)), n.opt(2)
+    t, step, window = n.type(0), n.scalar(1), n.opt(2)
     size = const_int(n.shape(0, 3)[1])
     length = n.scalar(3)
     if length is None and window is not None:
         length = const_int(n.shape(2, 1)[0])
-    if size is None or step < 1:
+    if size is None or step is None or step < 1:
         n.fail(f"STFT of a signal {t} in steps of {step}: its length has to be known")
     length = size if length is None else int(length)
+    if not 1 <= length <= size:
+        n.fail(f"STFT of frames of {length} elements of a signal of {size}")
     frames = (size - length) // step + 1
+    n.table(frames * length)
     where = np.arange(frames)[:, None] * step + np.arange(length)
     x: Value = n.apply(
         ix.gather, n.arg(0), n.constant(where, np.int64), attrs=ix.GatherAttrs(1), name=""
@@ -303,11 +313,17 @@ def _mel_weights(n: OnnxNode) -> Value:
     """Triangular filters, evenly spaced on the mel scale."""
     found: list[Any] = [n.scalar(k) for k in range(5)]
     bins, length, rate, low, high = found
+    if None in found or bins < 0 or length < 1 or rate < 1 or not 0 <= low <= high < np.inf:
+        n.fail(f"MelWeightMatrix of bins, length, rate, lowest, highest frequency {found}")
+    rows = length // 2 + 1
+    n.table(rows * bins)
     mels = [2595 * np.log10(1 + f / 700) for f in (low, high)]
     points = mels[0] + np.arange(bins + 2) * (mels[1] - mels[0]) / (bins + 2)
     hertz = 700 * (10 ** (points / 2595) - 1)
     edges = ((length + 1) * hertz // rate).astype(int)
-    table = np.zeros((length // 2 + 1, bins))
+    table = np.zeros((rows, bins))
+    if edges[-1] > rows or (bins and edges[-2] >= rows):
+        n.fail(f"MelWeightMatrix of {high} Hz at {rate} numbers a second: at most half is possible")
     for k in range(bins):
         left, centre, right = edges[k : k + 3]
         _ramp(table[:, k], left, centre)

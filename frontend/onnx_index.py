@@ -40,6 +40,7 @@ def _tensor_scatter(n: OnnxNode) -> Value:
         batch = const_int(n.type(0).shape[0])
         if batch is None:
             n.fail("TensorScatter without write_indices needs a constant batch size")
+        n.table(batch)
         start = n.constant(np.zeros(batch, np.int64))
     attrs = sc.WriteAtAttrs(n.attr("axis", -2), n.attr("mode", "linear") == "circular")
     return n.apply(sc.write_at, n.arg(0), n.arg(1), start, attrs=attrs)

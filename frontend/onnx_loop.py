@@ -161,13 +161,16 @@ def run(
     given += _padded(n, states, sizes)
     iteration = n.dim(f"{n.loc.name}.iteration", None).name
     room: Expr = most if rows and most is not None else ZERO
-    attrs = ct.LoopAttrs(body, len(params), iteration, room)
+    exact = _always(n, going) and _always(n, start)
+    if exact and trips is None:
+        n.fail(f"this {n.op_type} never ends", "give it a trip count or a condition")
+    known = const_int(most) if most is not None and exact else None
+    attrs = ct.LoopAttrs(body, len(params), iteration, room, 1 if known is None else known)
     found = items(n.apply(ct.loop, first, *given, *captured, attrs=attrs, name=""))
     done, ends = found[0], found[1 : 1 + len(counts)]
     last = _cut(n, found[1 + len(counts) : len(params)], ends, sizes)
     stacks: Sequence[Value] = found[len(params) :]
-    exact = _always(n, going) and _always(n, start) and not told
-    if not exact:
+    if told or not exact:
         stacks = [_head(n, s, done, 0, room) for s in stacks]
     return (*last, *stacks)
 

@@ -162,6 +162,11 @@ class OnnxNode:
         """A constant of the converter's own."""
         return Constant(np.asarray(value, dtype), name, locs=(self.loc,))
 
+    def table(self, elements: int) -> None:
+        """Pays for a table of numbers that the converter is about to make. Raises LimitError."""
+        self.values.budget.use("fold_bytes", 8 * elements, (self.loc,))
+        self.values.budget.check_time((self.loc,))
+
     def dim(self, name: str, hi: int | None, lo: int = 0) -> Dim:
         """A new dimension from lo to hi; a name that was given before gets a number."""
         count = self.minted[name] = self.minted.get(name, 0) + 1

@@ -6,6 +6,7 @@ Constant -> a Constant of the graph, no node
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,10 @@ def _constant_of_shape(n: OnnxNode) -> Value:
 def _range(n: OnnxNode) -> Value:
     if not n.type(0).dtype.is_float:
         return n.apply(sh.arange, *(n.arg(k) for k in range(3)))
-    start, limit, step = (n.scalar(k) for k in range(3))
+    start, limit, step = ends = [n.scalar(k) for k in range(3)]
+    if None in ends or not np.isfinite(ends).all() or step == 0:
+        n.fail(f"Range from {start} to {limit} in steps of {step}")
+    n.table(max(math.ceil((limit - start) / step), 0))
     return n.constant(np.arange(start, limit, step), n.type(0).dtype.numpy, n.outputs[0])
 
 
@@ -59,6 +63,7 @@ def _eye_like(n: OnnxNode) -> Value:
     rows, columns = (const_int(s) for s in n.shape(0, 2))
     if rows is None or columns is None:
         n.fail(f"EyeLike of {t} needs a constant shape")
+    n.table(rows * columns)
     dtype = t.dtype
     if n.attr("dtype", None) is not None:
         dtype = element_type(n.attr("dtype"), "the result of EyeLike", n.loc.file)

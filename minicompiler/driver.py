@@ -28,7 +28,7 @@ from .context import Context, Options, Stage
 from .errors import MinicompilerError
 from .extensions import Extensions
 from .frontend import onnx as onnx_frontend
-from .ir.arith import dims_of
+from .ir.arith import dims_of, evaluate_int
 from .ir.expr import Dim, Expr, binary, wrap
 from .ir.graph import (
     Apply,
@@ -195,6 +195,7 @@ def build_kernels(fn: Function, ctx: Context) -> Built:
     started: dict[str, Future[tuple[Kernel, list[Stage]]]] = {}
     wanted: list[tuple[Apply, str]] = []
     steps = steps_of(fn)
+    nodes = list(kernel_nodes(steps))
     # LLVM works on one kernel (without the interpreter lock) while the next is being scheduled, and
     # the constants of kernels from the cache are packed meanwhile.
     with (
@@ -202,7 +203,7 @@ def build_kernels(fn: Function, ctx: Context) -> Built:
         ThreadPoolExecutor(1, "minicompiler-llvm") as worker,
         _dropping(worker),
     ):
-        for v in kernel_nodes(steps):
+        for v, _ in nodes:
             assert isinstance(v.op, Function)
             constant = tuple(isinstance(a, Constant) for a in v.args)
             key = kernel_key(v.op, constant, ctx)
@@ -219,6 +220,8 @@ def build_kernels(fn: Function, ctx: Context) -> Built:
             for stage in stages:
                 record(ctx, stage)
             ctx.budget.check_time(where=kernels[key].name)
+        for (v, times), (_, key) in zip(nodes, wanted, strict=True):
+            ctx.budget.use("operations", times * _least_points(v, kernels[key]), v.locs)
         for v, key in wanted:
             preparation.start(v, kernels[key])
         pairs = tuple(
@@ -280,6 +283,13 @@ def _call(v: Apply, kernel: Kernel, args: tuple[Value | np.ndarray, ...]) -> Ker
         _expr(kernel.shared, dims),
         _expr(kernel.local, dims),
     )
+
+
+def _least_points(v: Apply, kernel: Kernel) -> int:
+    """The iterations of a kernel's loops where its dimensions are smallest."""
+    dims = {d.name: d for d in _dims(v)}
+    smallest = {name: max(d.lo, 1) for name, d in dims.items()}
+    return evaluate_int(_expr(kernel.points, dims), smallest)
 
 
 def counts_of(fn: Function) -> list[Count]:

@@ -41,7 +41,7 @@ from .ir.serial import to_json
 from .ir.tir import Buffer, PrimFunc, script
 from .ir.verify_tir import verify_tir
 from .lower.blocks import lower_blocks
-from .lower.cost import flops, moved
+from .lower.cost import flops, moved, points
 from .lower.guards import guard_accesses, run_time_guards
 from .lower.lift_constants import lift_constants
 from .lower.memory import to_size
@@ -59,8 +59,8 @@ class Kernel:
 
     params: per kernel parameter ("arg", k): argument k of the fused function; ("prepared", k): a
     constant made while compiling; ("result", k). prepared: for each, its symbol, its own parameters
-    in the same form, dtype and physical shape. flops, moved: operations and bytes of a call, see
-    lower/cost.py.
+    in the same form, dtype and physical shape. flops, moved, points: operations, bytes and
+    iterations of a call, see lower/cost.py.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Kernel:
     local: Size
     flops: Size
     moved: Size
+    points: Size
     code: bytes
 
 
@@ -167,6 +168,7 @@ def _kernel_from(data: Mapping[str, Any], code: bytes) -> Kernel:
         size(data["local"]),
         size(data["flops"]),
         size(data["moved"]),
+        size(data["points"]),
         bytes(code),
     )
 
@@ -307,6 +309,7 @@ def write_kernel(
         to_size(emitted.local),
         to_size(flops(meaning)),
         to_size(moved(meaning)),
+        to_size(points(meaning)),
         b"",
     )
     parts[0] = override.llvm(suffix) or parts[0]

@@ -29,6 +29,8 @@ class Limits:
         rank: dimensions of a tensor.
         fold_bytes: bytes of all constants that are computed while compiling.
         fold_operations: steps (points of loop nests) spent on computing them.
+        operations: steps of one call of the module where its dimensions are smallest. Loops whose
+            end depends on data are counted as one iteration.
         seconds: time from the start of the import. Looked at between nodes, passes, kernels and
             steps of a schedule.
     """
@@ -38,6 +40,7 @@ class Limits:
     rank: int = 32
     fold_bytes: int = 8 << 30
     fold_operations: int = 20_000_000_000
+    operations: int = 10**16
     seconds: float = 3600.0
 
     def __post_init__(self) -> None:
@@ -74,6 +77,7 @@ _TEXTS = {
     "rank": "a tensor has {} dimensions",
     "fold_bytes": "constants computed while compiling take {} bytes",
     "fold_operations": "computing constants while compiling takes {} operations",
+    "operations": "one call takes {} operations",
     "seconds": "compiling has taken {} seconds",
 }
 

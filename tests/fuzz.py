@@ -19,11 +19,13 @@ import faulthandler
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,11 +34,12 @@ from typing import Any
 import numpy as np
 from mutations import mutated_model, mutated_module
 
-BATCH = 500  # cases of one child
+BATCH = 1000  # cases of one child
 SECONDS = 20  # of processor time for one case
-IDLE = 3600  # seconds that a child may take in all: more means that it waits for something
+IDLE = 3600  # seconds by the clock for a child: more means that it waits for something
 ADDRESS_SPACE = 8 << 30
 ELEMENTS = 1 << 22  # larger models are imported, but not run
+OPERATIONS = 1 << 28  # of one run: about 2 seconds of the slowest kernels
 GROWTH = 150 << 20  # bytes that a child may grow by between its first quarter and its end
 MODULES = 0.05  # share of the cases that are saved modules
 KEPT = 3  # files kept of each kind of finding
@@ -137,7 +140,13 @@ def try_model(path: Path) -> str:
     from minicompiler.ops.evaluate import run_reference
     from minicompiler.target import Target
 
-    limits = Limits(nodes=3000, fold_bytes=1 << 24, fold_operations=1 << 24, seconds=SECONDS / 2)
+    limits = Limits(
+        nodes=3000,
+        fold_bytes=1 << 24,
+        fold_operations=1 << 24,
+        operations=OPERATIONS,
+        seconds=SECONDS / 2,
+    )
     target = Target.parse("cpu")
     checked = path.stat().st_size % 4 == 0  # slow, so not for all
     ctx = Context(target, Options(threads=1, record=False, limits=limits, checked=checked))
@@ -193,7 +202,7 @@ def try_module(path: Path, forged: bool) -> str:
 
 
 def attempt(path: Path, forged: bool) -> tuple[str, str, str]:
-    """(state, mark, message) of a file; good states are right, large and refused."""
+    """(state, mark, message) of a file; good are right, large and errors that blame the model."""
     from minicompiler.errors import (
         CodegenError,
         InternalError,
@@ -208,8 +217,8 @@ def attempt(path: Path, forged: bool) -> tuple[str, str, str]:
     except (InternalError, VerifyError, ScheduleError, CodegenError) as e:
         # Errors of the compiler, not of the model.
         return "internal", f"{type(e).__name__} {_place(e)}", str(e)
-    except MinicompilerError:
-        return "refused", "", ""
+    except MinicompilerError as e:
+        return type(e).__name__, "", ""
     except Wrong as e:
         return "wrong", "wrong", str(e)
     except Exception as e:
@@ -251,20 +260,24 @@ def watch_files(allowed: list[Path]) -> None:
 
 
 def child(folder: Path, seed: int, start: int, stop: int) -> None:
-    """Runs the cases start .. stop - 1; findings and counts go to stdout, one JSON a line."""
+    """Runs the cases start .. stop - 1; states and findings go to stdout, one JSON a line."""
     models, modules = read_seeds(folder / "seeds")
     own = folder / f"child-{os.getpid()}"
     own.mkdir()
     import minicompiler.driver
 
+    # A process that is stopped for a while is not slow: the limit counts processor time as well.
+    minicompiler.limits.time = types.SimpleNamespace(monotonic=time.process_time)  # type: ignore[assignment]
     package = Path(minicompiler.driver.__file__).parent
     cache = Path(os.environ["MINICOMPILER_CACHE"])
-    watch_files([own, cache, package, package.parent, folder / "position"])
+    allowed = [own, cache, package, package.parent, folder / "position"]
+    if sys.pycache_prefix is not None:
+        allowed.append(Path(sys.pycache_prefix))
+    watch_files(allowed)
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     # Time of this process alone: a busy machine is no hang.
     faulthandler.register(signal.SIGPROF, chain=True)
-    counts: collections.Counter[str] = collections.Counter()
     position = os.open(folder / "position", os.O_RDWR | os.O_CREAT)
     quarter = 0
     for case in range(start, stop):
@@ -279,7 +292,7 @@ def child(folder: Path, seed: int, start: int, stop: int) -> None:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         state, mark, message = attempt(path, forged)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        counts[state] += 1
+        print(json.dumps({"done": state}), flush=True)
         if _outside:
             tell(Finding(case, "access", "access", ", ".join(sorted(_outside))))
         if mark:
@@ -287,7 +300,8 @@ def child(folder: Path, seed: int, start: int, stop: int) -> None:
     grown = resident() - quarter if quarter else 0
     if grown > GROWTH:
         tell(Finding(start, "leak", "leak", f"{grown >> 20} MiB in cases {start} to {stop}"))
-    print(json.dumps({"counts": counts, "grown": grown}), flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(json.dumps({"memory": {"MiB grown, most": grown >> 20, "MiB peak": peak}}), flush=True)
 
 
 def tell(finding: Finding) -> None:
@@ -309,14 +323,24 @@ def findings_of(
         end = min(start + BATCH, stop)
         command = [sys.executable, "-X", "faulthandler", __file__, "--child", f"{start}:{end}"]
         command += ["--folder", str(folder), "--seed", str(seed)]
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False, timeout=IDLE
-        )
-        for line in done.stdout.splitlines():
+        (folder / "position").write_bytes(b"%020d" % start)
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as done:
+            try:
+                text, errors = done.communicate(timeout=IDLE)
+            except subprocess.TimeoutExpired:
+                done.send_signal(signal.SIGPROF)  # as if its processor time was over
+                text, errors = done.communicate()
+        for old in folder.glob("child-*"):
+            shutil.rmtree(old)
+        for line in text.splitlines():
             record = json.loads(line)
-            if "counts" in record:
-                counts.update(record["counts"])
-                counts["grown"] = max(counts["grown"], record["grown"])
+            if "done" in record:
+                counts[record["done"]] += 1
+            elif "memory" in record:
+                for name, size in record["memory"].items():
+                    counts[name] = max(counts[name], size)
             else:
                 yield Finding(**record)
         if done.returncode == 0:
@@ -324,13 +348,11 @@ def findings_of(
             continue
         at = int((folder / "position").read_bytes())
         hung = -done.returncode == signal.SIGPROF
-        frames = [line for line in done.stderr.splitlines() if "minicompiler" in line]
+        frames = [line for line in errors.splitlines() if "minicompiler" in line]
         mark = " ".join(frames[0].split()[-3:]) if frames else ""
         state = "hang" if hung else "crash"
         counts[state] += 1
-        # The counts of the cases before it are lost with the child.
-        counts["right, large or refused"] += at - start
-        yield Finding(at, state, f"{state} {mark}", done.stderr[-4000:])
+        yield Finding(at, state, f"{state} {mark}", errors[-4000:])
         start = at + 1
 
 

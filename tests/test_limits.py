@@ -94,6 +94,12 @@ CASES = {
     "fold_operations": (
         product(300), Limits(fold_operations=10_000_000), 'takes 27.* operations.*MatMul "n_p"',
     ),
+    "operations": (
+        product(300), Limits(operations=80_000), 'one call takes 90000 operations.*Add "n_y"',
+    ),
+    "operations of a loop": (
+        unrolled(5000), Limits(operations=5000), "one call takes .* operations.*operations=",
+    ),
 }  # fmt: skip
 
 

@@ -63,7 +63,8 @@ limit = click.option(
     "limits",
     multiple=True,
     metavar="NAME=VALUE",
-    help="What compiling may cost: nodes, model_bytes, rank, fold_bytes, fold_operations, seconds.",
+    help="What compiling may cost: nodes, model_bytes, rank, fold_bytes, fold_operations, "
+    "operations, seconds.",
 )
 several_dims = click.option(
     "--dims",

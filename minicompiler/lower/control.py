@@ -46,7 +46,10 @@ class Write:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """Steps that depend on a flag; memory.Region with calls that are not compiled yet."""
+    """Steps that depend on a flag; memory.Region with calls that are not compiled yet.
+
+    trips: how often they run, where that is known, else 1.
+    """
 
     flag: Value
     wanted: bool
@@ -55,20 +58,21 @@ class Part:
     last: Sequence[Step]
     states: Sequence[Value]
     results: Sequence[Alias]
+    trips: int = 1
 
 
 Step = Apply | Write | Alias | Reserve | Part
 
 
-def kernel_nodes(steps: Sequence[Step]) -> Iterator[Apply]:
-    """The nodes that are calls of kernels, in the order of the plan."""
+def kernel_nodes(steps: Sequence[Step], times: int = 1) -> Iterator[tuple[Apply, int]]:
+    """The nodes that are calls of kernels, in the order of the plan, and how often each runs."""
     for s in steps:
         if isinstance(s, Apply):
-            yield s
+            yield s, times
         elif isinstance(s, Write):
-            yield s.call
+            yield s.call, times
         elif isinstance(s, Part):
-            yield from kernel_nodes((*s.steps, *s.last))
+            yield from kernel_nodes((*s.steps, *s.last), times * s.trips)
 
 
 def with_calls(steps: Sequence[Step], calls: Mapping[int, memory.KernelCall]) -> list[memory.Step]:
@@ -157,7 +161,8 @@ def _loop(v: Apply, a: LoopAttrs) -> list[Step]:
     last += [_copy(x, p, True) for x, p in zip(moved, states, strict=True)]
     last.append(_copy(new_flag, flag, True))
     finals = [Alias(p, r) for p, r in zip(states, results, strict=False)]
-    steps.append(Part(flag, True, True, [*inputs, *steps_of(body)], last, (*states, flag), finals))
+    inner = [*inputs, *steps_of(body)]
+    steps.append(Part(flag, True, True, inner, last, (*states, flag), finals, a.trips))
     steps += [_copy(s, r) for s, r in zip(stacks, results[a.states :], strict=True)]
     return steps
 

@@ -2,6 +2,7 @@
 
     flops(func)      2*batch*m*n*k + batch*m*n      floating-point operations, over the dimensions
     moved(func)      4*(m*k + k*n + m*n)            bytes it reads and writes, each touched once
+    points(func)     m*n*k + m*n                    iterations of its loops, whatever they do
 
 An addition, a multiplication, a division and a function such as exp count as one each; a
 comparison, min and max count nothing. The padding of a convolution counts as if it was data. Of a
@@ -11,8 +12,30 @@ compute, this is the work that a rate in GFLOP/s refers to.
 
 from __future__ import annotations
 
-from minicompiler.ir.expr import ZERO, Binary, Call, Expr, free_vars, loads, minimum, product, walk
-from minicompiler.ir.tir import Block, Buffer, PrimFunc, Store, statements
+from minicompiler.ir.expr import (
+    ONE,
+    ZERO,
+    Binary,
+    Call,
+    Const,
+    Dim,
+    Expr,
+    free_vars,
+    loads,
+    minimum,
+    product,
+    walk,
+)
+from minicompiler.ir.tir import (
+    Block,
+    Buffer,
+    For,
+    PrimFunc,
+    Stmt,
+    Store,
+    statements,
+    sub_statements,
+)
 
 _COUNTED = ("add", "sub", "mul", "div", "pow")
 
@@ -28,6 +51,30 @@ def flops(func: PrimFunc) -> Expr:
             known.add(s.body.buffer)
         else:
             total = total + _operations(s)
+    return total
+
+
+def points(func: PrimFunc) -> Expr:
+    """How often the statements of the loops run at least: what bounds the time of a call.
+
+    A loop whose extent depends on data or on another loop counts as one iteration.
+    """
+
+    def within(s: Stmt) -> Expr:
+        inner = sub_statements(s)
+        if not inner:
+            return ONE
+        total: Expr = ZERO
+        for x in inner:
+            total = total + within(x)
+        known = isinstance(s, For) and all(
+            isinstance(e, Const | Dim | Binary) for e in walk(s.extent)
+        )
+        return s.extent * total if isinstance(s, For) and known else total
+
+    total: Expr = ZERO
+    for phase in func.phases:
+        total = total + within(phase)
     return total
 
 

@@ -4,9 +4,10 @@ Every access of a kernel stays inside its buffer: what cannot be proved is clamp
 
     guard_accesses(func)      order[k] as an index of p0[n]   ->   max(min(order[k], n - 1), 0)
 
-Done before scheduling, where loops are still simple; primitives keep the meaning, so this as well.
-Nearly everything is proved. What is left are tables that externs look up, and sizes that a type
-rule should have compared: there a mistake gives a wrong number, not a crash.
+Of a buffer that may be empty nothing is read (the value is 0) or written. Done before scheduling,
+where loops are still simple; primitives keep the meaning, so this as well. Nearly everything is
+proved. What is left are tables that externs look up, and sizes that a type rule should have
+compared: there a mistake gives a wrong number, not a crash.
 """
 
 from __future__ import annotations
@@ -14,10 +15,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..ir.arith import Arith, dims_of
-from ..ir.expr import ZERO, Const, Dim, Expr, Load, eq, maximum, minimum
+from ..ir.expr import (
+    FALSE,
+    TRUE,
+    ZERO,
+    Const,
+    Dim,
+    Expr,
+    Load,
+    all_of,
+    const,
+    eq,
+    maximum,
+    minimum,
+    select,
+)
 from ..ir.graph import Function, applies, arg_of, every_function, function_dims
 from ..ir.op import Counted, assumptions
-from ..ir.tir import PrimFunc, Stmt, Store, map_exprs, map_statements
+from ..ir.tir import If, PrimFunc, Seq, Stmt, Store, map_exprs, map_statements
 from ..ir.verify_tir import unproved_accesses
 
 
@@ -30,10 +45,17 @@ def guard_accesses(func: PrimFunc, facts: Sequence[Expr] = ()) -> PrimFunc:
     if not found:
         return func
     inner: dict[tuple[object, tuple[Expr, ...]], tuple[Expr, ...]] = {}
+    some: dict[tuple[object, tuple[Expr, ...]], Expr] = {}  # where there is an element at all
+    arith = Arith(facts=facts)
     for (buffer, indices), axes in found.items():
         inner[buffer, indices] = tuple(
             maximum(minimum(i, size - 1), ZERO) if axis in axes else i
             for axis, (i, size) in enumerate(zip(indices, buffer.shape, strict=True))
+        )
+        some[buffer, indices] = all_of(
+            buffer.shape[axis] > ZERO
+            for axis in sorted(axes)
+            if arith.prove(buffer.shape[axis] > ZERO) is not True
         )
 
     memo: dict[Expr, Expr] = {}
@@ -45,14 +67,21 @@ def guard_accesses(func: PrimFunc, facts: Sequence[Expr] = ()) -> PrimFunc:
                 indices = inner.get((e.buffer, e.indices), e.indices)
                 mask = None if e.mask is None else fixed(e.mask)
                 done = Load(e.buffer, tuple(map(fixed, indices)), mask)
+                there = some.get((e.buffer, e.indices), TRUE)
+                done = select(there, done, const(0, e.dtype))
             else:
                 done = e.map(fixed)
             memo[e] = done
         return done
 
     def store(s: Stmt) -> Stmt | None:
-        wanted = inner.get((s.buffer, s.indices)) if isinstance(s, Store) else None
-        return None if wanted is None else s.with_(indices=wanted)
+        if not isinstance(s, Store) or (s.buffer, s.indices) not in inner:
+            return None
+        place = s.buffer, s.indices
+        made = s.with_(indices=inner[place])
+        if some[place] is FALSE:
+            return Seq(())
+        return made if some[place] is TRUE else If(some[place], made)
 
     phases = [map_exprs(map_statements(p, store), fixed) for p in func.phases]
     return func.with_(phases=tuple(phases))

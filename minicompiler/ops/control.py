@@ -84,12 +84,14 @@ class LoopAttrs:
     states: their number; the first one counts the iterations from 0, `iteration` names its value
     while the body runs. most: there are no more iterations; a row is stored for each. Results: the
     last states, and per row a tensor [most, *row] of which the first `iterations` rows count.
+    trips: the number of iterations where it is known, else 1; it only says how much work there is.
     """
 
     body: Function = _NOTHING
     states: int = 0
     iteration: str = ""
     most: Expr | int = ZERO
+    trips: int = 1
 
 
 def _loop_infer(flag: Arg, *args: Any) -> TensorType | tuple[TensorType, ...]:

@@ -41,12 +41,14 @@ def _check(op: str, x: Arg, scale: Arg, zero: Arg | None, a: QuantizeAttrs) -> N
     need_dtype(op, scale, "fc")
     if scale.type.rank == 1 or a.block:
         axis_of(a.axis, max(x.type.rank, 1), op)
-    if scale.type.rank > 1 and scale.type.rank != x.type.rank:
+    # One for all, one per index of the axis, or one per block: of as many dimensions as x.
+    fits = {0, x.type.rank} if a.block else {0, 1, x.type.rank}
+    if scale.type.rank not in fits:
         fail(f"{op}: scales {scale.type} do not fit {x.type}")
     for v in (scale, zero):
         if v is not None:
             _check_sizes(op, x, v, a)
-    if zero is not None and {zero.type.rank, scale.type.rank} - {0, 1, x.type.rank}:
+    if zero is not None and {zero.type.rank} - fits:
         fail(f"{op}: the zero points {zero.type} do not fit {x.type}")
 
 
@@ -54,8 +56,9 @@ def _check_sizes(op: str, x: Arg, v: Arg, a: QuantizeAttrs) -> None:
     """One number for all, or one for each slice or block of x along the axis."""
     rank, shape = x.type.rank, v.type.shape
     if v.type.rank == 1 and not a.block:
-        if rank and shape[0] is not Const(1):
-            need_same(op, "the axis and the scales", x.type.shape[a.axis % rank], shape[0])
+        if shape[0] is not Const(1):
+            size = x.type.shape[a.axis % rank] if rank else 1
+            need_same(op, "the axis and the scales", size, shape[0])
         return
     if v.type.rank != rank:
         return
@@ -85,9 +88,11 @@ def _np_own(v: Array, x: Array, a: QuantizeAttrs) -> Array:
     v = codes.np_decode(v) if dtype_of(v).is_coded else v
     if v.ndim == 1 and v.size > 1 and not a.block:
         return v.reshape([-1 if k == a.axis % x.ndim else 1 for k in range(x.ndim)])
-    if v.ndim <= 1 and not a.block:
+    if v.ndim == 0 or (v.ndim == 1 and not a.block):
         return v.reshape([1] * x.ndim)
     axis = a.axis % x.ndim
+    if not a.block or v.shape[axis] == 1:
+        return v
     return np.repeat(v, a.block, axis)[
         tuple(slice(n) if k == axis else slice(None) for k, n in enumerate(x.shape))
     ]

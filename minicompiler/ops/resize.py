@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import te
 from ..ir.arith import Arith
-from ..ir.expr import Const, Expr, binary, cast, ceildiv, const_int, eq, select, wrap
+from ..ir.expr import Const, Expr, binary, cast, ceildiv, const_int, eq, minimum, select, wrap
 from ..ir.op import Arg, Op, Precision, register
 from ..ir.types import TensorType
 from .draws import Draw, array, choice, flag, integer
@@ -32,7 +32,9 @@ from .rules import (
     need_dtype,
     number,
     result,
+    same_size,
     simplified,
+    text,
     widened,
     wrapped,
 )
@@ -88,7 +90,12 @@ def _resize_infer(x: Arg, a: ResizeAttrs) -> TensorType:
         fail(f"resize: coordinates {a.coordinates!r} are not supported", ", ".join(COORDINATES))
     if a.rounding not in ROUNDINGS:
         fail(f"resize: rounding {a.rounding!r} is not supported", ", ".join(ROUNDINGS))
-    return result(_output(x.type.shape, a), x.type.dtype)
+    shape = _output(x.type.shape, a)
+    for size, out in zip(x.type.shape, shape, strict=True):
+        # Both are 1 unless something is to be made of nothing, which a count may turn out to be.
+        if same_size(minimum(size * out, 1), minimum(out, 1)) is False:
+            fail(f"resize: {x.type} has no elements to make {text(shape)} of")
+    return result(shape, x.type.dtype)
 
 
 def _position(i: Expr, size: Expr, out: Expr, a: ResizeAttrs, axis: int) -> tuple[Expr, Expr]:
@@ -217,6 +224,9 @@ def _resize_reference(x: Array, a: ResizeAttrs) -> Array:
         if not _changes(wrap(size), wrap(out), a, k):
             continue
         at = [_np_position(i, size, out, a, k) for i in range(out)]
+        if not at:
+            x = np.take(x, np.arange(0), axis=k)
+            continue
         if a.mode == "nearest":
             x = np.take(x, [_NP_ROUND[a.rounding](p) for p in at], axis=k, mode="clip")
             continue

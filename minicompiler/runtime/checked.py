@@ -127,7 +127,7 @@ class _Run:
             before = self._logical(arrays[:split], check.tensors[:split])
             given = [s if isinstance(s, np.ndarray) else before[s] for s in check.sources]
             for a in arrays[:split]:
-                if a is not None and a.size and _empty_parts(a).all():
+                if a is not None and a.size and _empty_parts(a).all() and self._counts_some():
                     raise self._no_value(call.kernel)
             if check.indexed:
                 self._replay_indices(call.kernel, check, given)
@@ -169,6 +169,10 @@ class _Run:
         found = max(min(found, evaluate(c.most, self.names)), 0)
         self.names[c.dim] = found
         self.table[self.layout.dims + len(self.plan.dims) + at] = found
+
+    def _counts_some(self) -> bool:
+        """Whether every tensor has elements that count: of none, memory holds nothing."""
+        return all(self.names.get(c.dim, 0) > 0 for c in self.plan.counts)
 
     def _bury(self, k: int) -> None:
         """Poison the values that no later call reads."""

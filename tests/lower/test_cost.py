@@ -6,7 +6,7 @@ from minicompiler import te
 from minicompiler.ir.arith import evaluate_int
 from minicompiler.ir.expr import Call, Dim
 from minicompiler.ir.types import float32
-from minicompiler.lower.cost import flops, moved
+from minicompiler.lower.cost import flops, moved, points
 from minicompiler.lower.to_tir import from_tensors
 
 N = Dim("n", 1, 64)
@@ -27,6 +27,12 @@ def test_a_matrix_product_with_a_bias() -> None:
     func = from_tensors("dense", [x, w, b], [y], [w, b])
     assert evaluate_int(flops(func), {"n": 5}) == 5 * 8 * (2 * 16 + 1)
     assert evaluate_int(moved(func), {"n": 5}) == 4 * (5 * 16 + 16 * 8 + 8 + 5 * 8)
+
+
+def test_points_count_every_loop() -> None:
+    x, w, b, y = product()
+    func = from_tensors("dense", [x, w, b], [y], [w, b])
+    assert evaluate_int(points(func), {"n": 5}) == 5 * 8 * (16 + 1)
 
 
 def test_work_on_constants_is_not_counted() -> None:

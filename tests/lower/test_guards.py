@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from onnx import NodeProto
 from onnx_models import attention, conv_net, mlp, model, node, numbers
 
 import minicompiler as mc
 from minicompiler import driver, pipeline, te
 from minicompiler.errors import VerifyError
-from minicompiler.ir.expr import cast
+from minicompiler.ir.expr import Dim, cast
 from minicompiler.ir.graph import Constant, applies
 from minicompiler.ir.interp import run
 from minicompiler.ir.tir import PrimFunc, script
@@ -45,6 +46,39 @@ def test_a_lookup_within_a_lookup() -> None:
     verify_tir(guarded)
     (got,) = run(guarded, [np.arange(5, dtype=np.float32), np.array([1, 40, 2])])
     assert got.tolist() == [4, 2, 2]
+
+
+def test_of_what_may_be_empty_nothing_is_read_or_written() -> None:
+    n = Dim("n", 0, 9)
+    x, at = te.placeholder("x", (n,), float32), te.placeholder("at", (3,), int64)
+    made = te.compute((3,), lambda i: x[(cast(at[(i,)], index),)], "lookup")
+    guarded = guard_accesses(from_tensors("lookup", [x, at], [made]))
+    verify_tir(guarded)
+    for size, want in ((5, [0, 3, 4]), (0, [0, 0, 0])):
+        (got,) = run(guarded, [np.arange(size, dtype=np.float32), np.array([-7, 3, 99])])
+        assert got.tolist() == want
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [node("Gather", "x i", "y")],
+        [node("GatherElements", "x j", "y")],
+        [node("ScatterElements", "x j u", "y")],
+        [node("ScatterND", "x k u", "y")],
+        [node("Compress", "u c", "z", axis=0), node("Gather", "z i", "y")],
+        [node("Compress", "u c", "z", axis=0), node("ScatterElements", "z j u", "y")],
+    ],
+)
+def test_an_index_into_nothing_touches_no_memory(nodes: list[NodeProto]) -> None:
+    inputs = {
+        "x": np.zeros((0, 2), np.float32), "u": numbers(2, 2), "c": np.zeros(2, bool),
+        "i": np.array([5, -1]), "j": np.ones((2, 2), np.int64), "k": np.ones((2, 1), np.int64),
+    }  # fmt: skip
+    read = [name for name in inputs if any(name in n.input for n in nodes)]
+    m = mc.compile(model(nodes, {name: inputs[name] for name in read}, ["y"]))
+    (y,) = m(*[inputs[name] for name in read])
+    assert y.shape[1] == 2 and len(y) in (0, 2)
 
 
 @pytest.mark.parametrize("make", [mlp, conv_net, attention])

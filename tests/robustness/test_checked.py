@@ -48,6 +48,11 @@ def lookup() -> ModelProto:
     return model(nodes, {"i": np.zeros(2, np.int64)}, ["y"], {"table": numbers(5, 3)})
 
 
+def selection() -> ModelProto:
+    nodes = [node("Compress", "x c", "z", axis=0), node("Relu", "z", "y")]
+    return model(nodes, {"x": numbers(4, 3), "c": np.zeros(4, bool)}, ["y"])
+
+
 # ---- while compiling ----------------------------------------------------------------------------
 def test_a_pass_that_breaks_the_graph_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def forget_types(fn: Function, ctx: Any) -> Function:
@@ -219,3 +224,10 @@ def test_the_command_line_asks_for_it(tmp_path: Path) -> None:
 def test_a_saved_module_runs_unchecked(tmp_path: Path) -> None:
     mc.compile(lookup(), checked=True).save(tmp_path / "m.mc")
     assert mc.load(tmp_path / "m.mc")(np.array([0, 9]))[0].shape == (2, 3)
+
+
+def test_a_selection_of_nothing_is_no_mistake() -> None:
+    """Where no element counts, memory holds nothing."""
+    m = mc.compile(selection(), checked=True)
+    assert m(numbers(4, 3), np.zeros(4, bool))[0].shape == (0, 3)
+    assert np.array_equal(m(np.ones((4, 3), np.float32), np.ones(4, bool))[0], np.ones((4, 3)))

@@ -11,7 +11,9 @@ from onnx import ModelProto, TensorProto, helper
 from onnx_models import model, node, numbers
 
 import minicompiler as mc
-from minicompiler.errors import ImportModelError, RunError, ShapeError
+from minicompiler.errors import ImportModelError, LimitError, RunError, ShapeError
+from minicompiler.frontend.onnx import load
+from minicompiler.ops.evaluate import run_reference
 
 Make = Callable[[], ModelProto]
 LONG = np.int64
@@ -62,6 +64,34 @@ def groups() -> ModelProto:
 def resize_scales() -> ModelProto:
     scales = {"s": np.ones(3, np.float32)}
     return model([node("Resize", "x - s", "y")], {"x": numbers(1, 1, 2, 2)}, ["y"], scales)
+
+
+def resize_of_nothing() -> ModelProto:
+    sizes = {"s": np.array([1, 1, 7, 8])}
+    return model([node("Resize", "x - - s", "y")], {"x": numbers(1, 1, 0, 2)}, ["y"], sizes)
+
+
+def quantize_blocks() -> ModelProto:
+    """Scales of blocks that have fewer dimensions than the tensor."""
+    inputs = {"x": numbers(3, 4), "s": numbers(2)}
+    return model([node("QuantizeLinear", "x s", "y", block_size=2)], inputs, ["y"], opset=21)
+
+
+def quantize_one_number() -> ModelProto:
+    inputs = {"x": numbers(), "s": numbers(4)}
+    return model([node("QuantizeLinear", "x s", "y", axis=0)], inputs, ["y"], opset=21)
+
+
+def endless_loop() -> ModelProto:
+    infos = [("k", TensorProto.INT64, []), ("go", TensorProto.BOOL, []), ("a", 1, [3])]
+    body = helper.make_graph(
+        [node("Identity", "go", "go_on"), node("Relu", "a", "b")],
+        "body",
+        [helper.make_tensor_value_info(*i) for i in infos],
+        [helper.make_empty_tensor_value_info(name) for name in ("go_on", "b")],
+    )
+    known = {"n": np.array(2**62), "go": np.array(True)}
+    return model([node("Loop", "n go x", "y", body=body)], {"x": numbers(3)}, ["y"], known)
 
 
 def unknown_attribute() -> ModelProto:
@@ -121,7 +151,7 @@ MODELS: tuple[Make, ...] = (
     deform_conv, scatter_elements, gather_elements, scatter_nd, quantize, grid_sample, roi_align,
     groups, resize_scales, unknown_attribute, wrong_attribute, too_many_inputs, different_types,
     wrong_type, newer_operator, same_output_twice, no_text, negative_opset, branch_without_result,
-    folder_as_weight,
+    folder_as_weight, resize_of_nothing, quantize_blocks, quantize_one_number, endless_loop,
 )  # fmt: skip
 
 
@@ -188,6 +218,31 @@ def test_a_scale_may_depend_on_a_size_that_no_tensor_of_the_kernel_has() -> None
     ]  # fmt: skip
     m = symbolic(nodes, {"x": numbers(3), "q": numbers(4, 9)}, {"q": (4, "n")}, {"k": np.array(1)})
     assert np.allclose(m(numbers(3), numbers(4, 9))[0], numbers(3) / 3)
+
+
+def test_a_scale_of_many_dimensions_may_be_one_number() -> None:
+    """Of the size 1 on every axis, it is no list of blocks."""
+    x, scale = numbers(3, 4), np.full((1, 1), 0.25, np.float32)
+    nodes = [node("QuantizeLinear", "x s", "q"), node("DequantizeLinear", "q s", "y")]
+    m = model(nodes, {"x": x, "s": scale}, ["y"], opset=21)
+    assert np.array_equal(mc.compile(m)(x, scale)[0], run_reference(load(m), [x, scale])[0])
+
+
+def test_resize_of_a_tensor_that_turns_out_to_be_empty() -> None:
+    sizes = {"s": np.array([1, 1, 3, 2])}
+    nodes = [node("Compress", "x c", "z", axis=2), node("Resize", "z - - s", "y")]
+    m = mc.compile(model(nodes, {"x": numbers(1, 1, 3, 2), "c": np.ones(3, bool)}, ["y"], sizes))
+    x = numbers(1, 1, 3, 2)
+    assert np.array_equal(m(x, np.ones(3, bool))[0], x)
+    assert m(x, np.zeros(3, bool))[0].shape == x.shape  # of no meaning, but no crash
+
+
+def test_work_without_bound_is_refused_before_it_starts() -> None:
+    inputs = {"x": numbers(1, 1, 9, 9), "r": numbers(3, 4), "b": np.zeros(3, LONG)}
+    sizes = {"output_height": 2, "output_width": 2, "sampling_ratio": 1 << 16}
+    m = model([node("RoiAlign", "x r b", "y", **sizes)], inputs, ["y"])
+    with pytest.raises(LimitError, match=r'(?s)one call takes \d+ operations.*RoiAlign "n_y"'):
+        mc.compile(m, limits=mc.Limits(operations=10**9))
 
 
 def test_the_extreme_of_nothing_is_the_identity() -> None:
