@@ -21,11 +21,13 @@ from minicompiler.ir.expr import (
     ZERO,
     Binary,
     Call,
+    Cast,
     Const,
     Expr,
     Load,
     Select,
     Var,
+    binary,
     conjuncts,
     const,
     const_int,
@@ -36,6 +38,8 @@ from minicompiler.ir.expr import (
     walk,
 )
 from minicompiler.ir.tir import SERIAL, Alloc, Block, Buffer, For, Stmt, statements, sub_statements
+from minicompiler.ir.types import index as index_type
+from minicompiler.ir.types import int64
 from minicompiler.lower.to_tir import identity_of
 
 from . import analysis
@@ -221,7 +225,10 @@ def _distance(found: _Search, cond: Expr) -> Expr | None:
     if any(type(x) is Load for x in walk(cond)):
         return None
     arith = found.arith
-    distance = arith.simplify(cond.a - cond.b + (1 if cond.op == "lt" else 0))
+    column, row = _position(cond.a), _position(cond.b)
+    if column is None or row is None:
+        return None
+    distance = arith.simplify(column - row + (1 if cond.op == "lt" else 0))
     # Columns count from 0, so without them it is that of the first.
     line = arith.poly(distance)
     moving = {m for m in line if _loops(arith, m)}
@@ -229,6 +236,18 @@ def _distance(found: _Search, cond: Expr) -> Expr | None:
     if len(first) == len(line) or moving.isdisjoint(first):
         return None
     return distance if arith.prove(arith.expr(first) <= ZERO) is True else None
+
+
+def _position(e: Expr) -> Expr | None:
+    """An integer expression as an index: positions in tensors are int64."""
+    if type(e) is Const:
+        return const(e.value, index_type)
+    if type(e) is Cast and e.dtype is int64:
+        return _position(e.a)
+    if type(e) is Binary and e.dtype is int64 and e.op in ("add", "sub", "mul"):
+        a, b = _position(e.a), _position(e.b)
+        return None if a is None or b is None else binary(e.op, a, b)
+    return e if e.dtype is index_type else None
 
 
 def _loops(arith: Arith, term: tuple[Expr, ...]) -> bool:

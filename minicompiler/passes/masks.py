@@ -12,6 +12,7 @@ each side of a diagonal.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from ..ir.expr import (
     ONE,
     ZERO,
     Binary,
+    Call,
     Cast,
     Const,
     Expr,
@@ -33,9 +35,9 @@ from ..ir.expr import (
     substitute,
     walk,
 )
-from ..ir.graph import Apply, Constant, Value, apply, type_of
+from ..ir.graph import Apply, Constant, Function, Value, apply, type_of
 from ..ir.op import Kind
-from ..ir.types import DType, bool_, index, int64
+from ..ir.types import DType, TensorType, bool_, index, int64
 from ..ops import elementwise, pieces, reduce, shape
 from .kind import expressions, kind_of
 
@@ -97,14 +99,103 @@ def never_empty(condition: Value) -> bool:
 def masked(x: Value, offset: Expr) -> Value:
     """x where column <= row + offset, -inf elsewhere."""
     t = type_of(x)
+    low = Constant(np.full((), -np.inf, t.dtype.numpy))
+    return apply(elementwise.where, _kept(t, offset), x, low)
+
+
+def _kept(t: TensorType, offset: Expr) -> Value:
+    """Where column <= row + offset in a matrix of a type."""
+    number = const_int(offset)
+    k = offset if number is None else number
     every = apply(shape.full, attrs=shape.FullAttrs(t.shape[-2:], True, bool_))
-    kept = apply(pieces.trilu, every, attrs=pieces.TriluAttrs(upper=False, k=_plain(offset)))
-    return apply(elementwise.where, kept, x, Constant(np.full((), -np.inf, t.dtype.numpy)))
+    return apply(pieces.trilu, every, attrs=pieces.TriluAttrs(upper=False, k=k))
 
 
-def _plain(size: Expr) -> Expr | int:
-    number = const_int(size)
-    return size if number is None else number
+def _written_out(mask: Constant) -> Value | None:
+    """A stored triangle as nodes that read nothing."""
+    found, dtype = triangle(mask), mask.type.dtype
+    if found is None:
+        return None
+    kept = _kept(mask.type, found.offset)
+    if dtype is bool_:
+        return kept if found.inside else apply(elementwise.logical_not, kept)
+    numbers = [Constant(np.full((), v, dtype.numpy)) for v in (found.inside, found.beyond)]
+    return apply(elementwise.where, kept, *numbers)
+
+
+def computed_inside(mask: Value, leaf: Callable[[Value], Value]) -> Value | None:
+    """The nodes of a mask again, down to values of rows or columns alone, which `leaf` makes
+    operands: a kernel that computes these needs no memory for the mask. None where a matrix is
+    read, or where something costs more than to read it."""
+    extents = type_of(mask).shape[-2:]
+    if type_of(mask).rank < 2 or ONE in extents:
+        return None
+    made: dict[int, Value] = {}
+
+    def is_matrix(v: Value) -> bool:
+        return type_of(v).shape[-2:] == extents
+
+    def copy(v: Value) -> bool:
+        """Notes a node and what it is made of; False: not all of it can be."""
+        if id(v) in made or (isinstance(v, Constant) and v.data.size == 1):
+            made.setdefault(id(v), v)
+            return True
+        if isinstance(v, Constant) and is_matrix(v):
+            triangular = _written_out(v)
+            if triangular is not None:
+                made[id(v)] = triangular
+                stored.append(v)
+            return triangular is not None
+        if not is_matrix(v) and not _reads_nothing(v):
+            leaves.append(v)
+            sizes = [n for n in type_of(v).shape if n in extents]
+            return len(sizes) < 2  # it has rows or columns, not both
+        if not isinstance(v, Apply) or not _is_cheap(v):
+            return False
+        if not all(copy(a) for a in v.args if a is not None):
+            return False
+        nodes.append(v)
+        return True
+
+    leaves: list[Value] = []
+    nodes: list[Apply] = []
+    stored: list[Constant] = []
+    if not copy(mask) or len(nodes) > _NODES:
+        return None
+    if stored and not any(_is_lowest(a) for v in nodes for a in v.args):
+        return None  # no loop ends earlier for it
+    for v in leaves:
+        if id(v) not in made:
+            made[id(v)] = leaf(v)
+    for v in nodes:
+        made[id(v)] = v.with_(args=tuple(None if a is None else made[id(a)] for a in v.args))
+    return made[id(mask)]
+
+
+def _is_lowest(v: Value | None) -> bool:
+    return isinstance(v, Constant) and v.data.size == 1 and bool(v.data.reshape(-1)[0] == -np.inf)
+
+
+def _reads_nothing(v: Value) -> bool:
+    return isinstance(v, Apply) and _is_cheap(v) and all(
+        a is not None and (_reads_nothing(a) or (isinstance(a, Constant) and a.data.size == 1))
+        for a in v.args
+    )  # fmt: skip
+
+
+def _is_cheap(v: Apply) -> bool:
+    """True for a few operations on elements whose place is known."""
+    if isinstance(v.op, Function) or isinstance(v.type, tuple) or any(v.layouts):
+        return False
+    if kind_of(v) > Kind.INJECTIVE:
+        return False
+    _, results = expressions(v)
+    for e in (x for t in te.closure(results) if t.body is not None for x in walk(t.body)):
+        if type(e) is Call or (type(e) is Binary and e.op in ("floordiv", "mod", "pow", "div")):
+            return False
+        if type(e) is Load and any(type(x) is Load for i in e.indices for x in walk(i)):
+            return False
+    return True
 
 
 def triangle(mask: Value) -> Triangle | None:

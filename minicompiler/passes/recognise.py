@@ -37,7 +37,7 @@ from ..ir.op import Kind
 from ..ir.types import float32
 from ..ops import elementwise, linalg, pieces, reduce, shape
 from .kind import kind_of
-from .masks import causal_offset, masked, never_empty
+from .masks import causal_offset, computed_inside, masked, never_empty
 
 _VIEWS = (
     shape.reshape, shape.transpose, shape.squeeze, shape.unsqueeze, shape.expand,
@@ -267,7 +267,7 @@ def _call(m: _Match, new: dict[int, Value], shared: dict[str, Function]) -> Appl
             continue
         x = node.with_(
             args=tuple(
-                x if i == position else None if a is None else leaf(a)
+                x if i == position else None if a is None else computed_inside(a, leaf) or leaf(a)
                 for i, a in enumerate(node.args)
             )
         )

@@ -18,9 +18,13 @@ from minicompiler.ir.expr import Dim
 from minicompiler.ir.graph import Function, Value, applies
 from minicompiler.ir.text import function_text
 from minicompiler.ir.verify import verify_function
+from minicompiler.lower.to_tir import lower_function
 from minicompiler.ops.evaluate import run_reference
+from minicompiler.passes.fold import fold_constants
 from minicompiler.passes.recognise import recognise
 from minicompiler.runtime.plan import evaluate
+from minicompiler.schedules.cpu import schedule
+from minicompiler.target import Target
 
 Size = int | Dim
 HEADS, WIDTH = 3, 8
@@ -296,6 +300,49 @@ def test_causal_for_any_number_of_positions() -> None:
         assert_close(got, want, 256, largest=1)
         part = [x[1:] for x in values]
         assert module(*part, np.zeros(before, np.float32))[0].tobytes() == got[1:].tobytes()
+
+
+def with_padding(low: float, n: Size) -> Function:
+    """Any batch and number of positions; some of the first are padding."""
+    net = Builder("with_padding")
+    batch = Dim("batch", 1, 8)
+    q, k, v = inputs(net, batch, n, n)
+    real = net.unsqueeze(net.input("real", (batch, n), "bool"), axes=(1, 2))
+    rows, columns = rows_and_columns(net, n, n)
+    kept = net.logical_and(net.greater_equal(rows, columns), real)
+    mask = net.where(kept, np.zeros((), np.float32), np.full((), low, np.float32))
+    x = net.matmul(heads(net, q), heads(net, k, (0, 2, 3, 1)))
+    return net.function(y=net.matmul(net.softmax(net.add(x, mask)), heads(net, v)))
+
+
+@pytest.mark.parametrize("low", [-np.inf, -1e9])
+def test_a_mask_of_rows_and_columns_needs_no_memory(low: float) -> None:
+    fn = with_padding(low, Dim("n", 2, 4096))
+    module = mc.compile(fn, threads=2)
+    assert all("attention" in c.kernel or "unsqueeze" in c.kernel for c in module.plan.calls)
+    memory = []
+    for n in (1024, 2048, 4096):
+        names = {"batch": 2, "n": n}
+        for name, size in module.plan.named:
+            names[name] = evaluate(size, names)
+        memory.append(sum(evaluate(s, names) for s in (module.plan.arena, module.plan.shared)))
+    assert memory[2] <= 2.2 * memory[1] <= 2.2 * 2.2 * max(memory[0], 1)
+    size = HEADS * WIDTH
+    values: list[np.ndarray] = [numbers(2, 37, size, seed=k) for k in range(3)]
+    real = np.ones((2, 37), bool)
+    real[1, 1:5] = False
+    (want,) = run_reference(fn, [*values, real])
+    (got,) = module(*values, real)
+    assert_close(got, want, 256, largest=1)
+
+
+@pytest.mark.parametrize("n", [Dim("n", 2, 4096), 40])
+def test_padding_beside_a_causal_mask_leaves_half_out(n: Size) -> None:
+    fn = fold_constants(with_padding(-np.inf, n), None)  # 40: the triangle is stored by then
+    *_, call = applies(recognise(fn, None))
+    assert isinstance(call.op, Function)
+    s = schedule(lower_function(call.op), Target.parse("cpu:avx2"))
+    assert "truncate" in [step.primitive for step in s.steps]
 
 
 def other_triangle(net: Builder, x: Value, n: int, m: int) -> Value:
