@@ -8,6 +8,8 @@ where all lanes want the same, else lane by lane. Masked lanes touch no memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from minicompiler.errors import CodegenError
 from minicompiler.ir.arith import Poly
 from minicompiler.ir.expr import FALSE, TRUE, ZERO, Binary, Const, Expr, Load, Var, free_vars
@@ -155,8 +157,10 @@ class Memory(Values):
         if buffer.scope is Scope.REGISTER and e.mask is None:
             mask = None  # always there; a masked access would keep it from being a register
         if kind == "any":
-            column = self.column(buffer, indices) if mask is None else None
-            return self.gather(e, mask) if column is None else column
+            found = None
+            if mask is None:
+                found = self.column(buffer, indices) or self.strided(buffer, indices)
+            return self.gather(e, mask) if found is None else found
         scalar, align = memory_type(buffer.dtype), buffer.dtype.bytes
         lanes = self.vector[1] if kind == "next" and self.vector is not None else 1
         p = self.address(buffer, poly)
@@ -217,6 +221,42 @@ class Memory(Values):
             key = ("column", buffer, start + k, lanes)
             self.scopes[-1].values[key] = Operand(parts[0], lanes)
         return self.scopes[-1].values["column", buffer, first, lanes]
+
+    def strided(self, buffer: Buffer, indices: Indices) -> Operand | None:
+        """Every second, third or fourth element, picked out of whole vectors; the last vector ends
+        at the last element. None for other accesses."""
+        assert self.vector is not None
+        v, lanes = self.vector
+        poly = self.at_env(self.offset(buffer, indices))
+        step = poly.get((v,), 0)
+        first = poly.get((), 0)
+        rest = {m: c for m, c in poly.items() if m and m != (v,)}
+        width = next((w for w in (8, 4) if lanes % w == 0), 0)
+        if step not in (2, 3, 4) or not width or any(v in free_vars(a) for m in rest for a in m):
+            return None
+        scalar, result = memory_type(buffer.dtype), "poison"
+        ty = vector(scalar, width)
+        for group in range(0, lanes, width):
+            part, there = "poison", 0  # lanes that are picked already
+            for k in range(step):
+                start = min(k * width, (width - 1) * step + 1 - width)
+                at = first + group * step + start
+                p = self.address(buffer, {**rest, (): at} if at else rest)
+                chunk = self.op(f"load {ty}, ptr {p}, align {buffer.dtype.bytes}")
+                reach = (start + width - 1) // step + 1
+                order = [
+                    width + j * step - start if there <= j < reach else j for j in range(width)
+                ]
+                part, there = self.shuffled(ty, part, chunk, order), reach
+            wide = self.shuffled(ty, part, "poison", [*range(width), *[-1] * (lanes - width)])
+            order = [*range(group), *range(lanes, lanes + width), *[-1] * (lanes - group - width)]
+            result = self.shuffled(vector(scalar, lanes), result, wide, order)
+        return self.from_memory(Operand(result, lanes), buffer.dtype)
+
+    def shuffled(self, ty: str, a: str, b: str, order: Sequence[int]) -> str:
+        """Lanes chosen from two vectors; -1: any."""
+        lanes = ", ".join([f"i32 {k}" if k >= 0 else "i32 poison" for k in order])
+        return self.op(f"shufflevector {ty} {a}, {ty} {b}, <{len(order)} x i32> <{lanes}>")
 
     def turned(self, rows: list[str], ty: str) -> list[str]:
         """The columns of a square of vectors."""

@@ -17,7 +17,17 @@ from minicompiler.ir.expr import ZERO
 from minicompiler.ir.tir import PrimFunc
 from minicompiler.target import Target
 
-from . import analysis, attention, contraction, depthwise, elementwise, recurrent, rows, transformed
+from . import (
+    analysis,
+    attention,
+    contraction,
+    depthwise,
+    elementwise,
+    recurrent,
+    rows,
+    transformed,
+    windows,
+)
 from .schedule import Schedule
 
 
@@ -36,6 +46,7 @@ RULES: tuple[Rule, ...] = (
     Rule("attention", attention.applies, attention.apply),
     Rule("depthwise", depthwise.applies, depthwise.apply),
     Rule("contraction", contraction.applies, contraction.apply),
+    Rule("windows", windows.applies, windows.apply),
     Rule("rows", rows.applies, rows.apply),
     Rule("elementwise", lambda s: True, elementwise.apply),
 )

@@ -3,6 +3,7 @@ any number of threads."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ import pytest
 
 import minicompiler as mc
 from minicompiler import te
+from minicompiler.codegen.llvm import emit
 from minicompiler.errors import ScheduleError
 from minicompiler.frontend.builder import Builder
 from minicompiler.ir.expr import FALSE, TRUE, Dim
 from minicompiler.ir.tir import UNROLL, VECTOR, For, PrimFunc, statements, stores
 from minicompiler.ir.types import float32
 from minicompiler.ir.verify_tir import verify_tir
+from minicompiler.lower.blocks import hoist_conditions, lower_blocks, unswitch
 from minicompiler.lower.to_tir import from_tensors
 from minicompiler.schedules.cpu import schedule
 from minicompiler.schedules.schedule import Schedule
@@ -173,3 +176,36 @@ def test_separate_needs_a_statement_before() -> None:
     s.rfactor("sum", outer)
     s.separate("sum")
     assert len(s.func.phases) == 2
+
+
+@pytest.mark.parametrize(
+    ("width", "step", "dtype"),
+    [
+        *itertools.product((9, 56, 101), (1, 2, 3, 4), ["float32"]),
+        *itertools.product([28], [2, 3], ["float64", "float16", "uint8"]),
+    ],
+)
+def test_windows_along_a_line(width: int, step: int, dtype: str) -> None:
+    """All positions of a window against the border, vectors of every kind."""
+    x = np.random.default_rng(1).integers(0, 100, (3, 2, 7, width)).astype(dtype)
+    attrs = {"kernel": (2, 3), "strides": (1, step), "pads_begin": (0, 1), "pads_end": (1, 1)}
+    got = run("max_pool", x, width == 56, **attrs)
+    low = 0 if dtype == "uint8" else -np.inf
+    wide = np.pad(x, ((0, 0), (0, 0), (0, 1), (1, 1)), constant_values=low)
+    view = np.lib.stride_tricks.sliding_window_view(wide, (2, 3), (2, 3))[:, :, :, ::step]
+    np.testing.assert_array_equal(got, view.max((4, 5)))
+
+
+def test_windows_apart_are_picked_out_of_vectors() -> None:
+    x = te.placeholder("x", (4, 64, 64), float32)
+    a, b = te.reduce_vars(2)
+    mean = te.compute(
+        (4, 32, 32), lambda c, h, w: x[c, h * 2 + a, w * 2 + b], "s", ("sum", {a: 2, b: 2})
+    )
+    s = schedule(from_tensors("f", [x], [mean]), AVX2, after_step=verify_tir)
+    assert s.rule == "windows"
+    func = s.func
+    for step in (lower_blocks, hoist_conditions, unswitch):
+        func = step(func)
+    text = emit(func).text
+    assert "shufflevector" in text and "insertelement" not in text
