@@ -482,8 +482,9 @@ def fetch_ahead(s: Schedule, name: str, operand: str, loop: str, turns: str, pan
     for x in analysis.loops_in(path):
         if x is not around and analysis.contains(around, x) and x.var in used:
             part *= const_int(x.extent) or 64
-    # Both parts stay in the second-level cache, and what it holds already need not be fetched.
-    if size > s.target.caches[1] and 4 * part <= s.target.caches[1]:
+    # Both parts stay in the second-level cache. From one call of a model to the next nothing does
+    # but what is smaller than the first-level one.
+    if size > s.target.caches[0] and 4 * part <= s.target.caches[1]:
         s.prefetch(operand, loop, panel, turns)
 
 
