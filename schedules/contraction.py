@@ -5,9 +5,8 @@ depthwise convolutions, batched products), with elementwise work before and afte
 
 One tile of C, `rows` x `lanes`, stays in registers while k runs. The vector axis is the one that is
 contiguous in the result; rows are the axes that only the other operand has, fused while they lie
-next to each other in memory. What is not contiguous as the tile wants it is packed: once while
-compiling
-if it is constant, otherwise in a phase of its own.
+next to each other in memory. What tiles read often is packed as they read it: while compiling if it
+is constant, otherwise beside them (panels.py).
 """
 
 from __future__ import annotations
