@@ -5,9 +5,8 @@ depthwise convolutions, batched products), with elementwise work before and afte
 
 One tile of C, `rows` x `lanes`, stays in registers while k runs. The vector axis is the one that is
 contiguous in the result; rows are the axes that only the other operand has, fused while they lie
-next to each other in memory. What is not contiguous as the tile wants it is packed: once while
-compiling
-if it is constant, otherwise in a phase of its own.
+next to each other in memory. What tiles read often is packed as they read it: while compiling if it
+is constant, otherwise beside them (panels.py).
 """
 
 from __future__ import annotations
@@ -482,8 +481,9 @@ def fetch_ahead(s: Schedule, name: str, operand: str, loop: str, turns: str, pan
     for x in analysis.loops_in(path):
         if x is not around and analysis.contains(around, x) and x.var in used:
             part *= const_int(x.extent) or 64
-    # Both parts stay in the second-level cache, and what it holds already need not be fetched.
-    if size > s.target.caches[1] and 4 * part <= s.target.caches[1]:
+    # Both parts stay in the second-level cache. From one call of a model to the next nothing does
+    # but what is smaller than the first-level one.
+    if size > s.target.caches[0] and 4 * part <= s.target.caches[1]:
         s.prefetch(operand, loop, panel, turns)
 
 

@@ -1,0 +1,116 @@
+"""Matrix products of all proportions: the way their second operand takes, and their numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import minicompiler as mc
+from minicompiler.context import Context, Options
+from minicompiler.ir.expr import Const, Dim, Expr
+from minicompiler.ir.graph import Constant, Function, Input, apply
+from minicompiler.ir.tir import PrimFunc, Scope
+from minicompiler.ir.types import TensorType, float32
+from minicompiler.kernel import lower_kernel
+from minicompiler.ops.conv import ConvAttrs, conv
+from minicompiler.ops.linalg import MatmulAttrs, matmul
+from minicompiler.schedules import analysis
+from minicompiler.schedules.cpu import schedule
+from minicompiler.target import Target
+
+AVX2 = Target.parse("cpu:avx2")
+
+
+def product(m: Expr | int, n: Expr | int, k: Expr | int, turned: bool = False) -> Function:
+    m, n, k = (Const(x) if isinstance(x, int) else x for x in (m, n, k))
+    a = Input("a", TensorType((m, k), float32))
+    b = Input("b", TensorType((n, k) if turned else (k, n), float32))
+    attrs = MatmulAttrs(transpose_b=turned)
+    return Function("product", (a, b), (apply(matmul, a, b, attrs=attrs),), result_names=("c",))
+
+
+def scheduled(fn: Function) -> PrimFunc:
+    ctx = Context(AVX2, Options(threads=1))
+    return schedule(lower_kernel(fn, (False,) * len(fn.params), ctx), AVX2).func
+
+
+def scopes(func: PrimFunc) -> list[Scope]:
+    return [b.body.buffer.scope for b in analysis.blocks(func) if b.name.startswith("p1_s")]
+
+
+def test_many_rows_pack_next_to_their_tiles() -> None:
+    assert scopes(scheduled(product(96, 200, 300))) == [Scope.LOCAL]
+
+
+def test_few_rows_stream_the_matrix() -> None:
+    func = scheduled(product(8, 512, 512))
+    assert scopes(func) == []
+    outermost = next(analysis.loops(func))
+    assert outermost.var.name.startswith("k0")
+
+
+def test_one_row_times_rows_packs_nothing() -> None:
+    func = scheduled(product(1, 512, 512, turned=True))
+    assert scopes(func) == []
+    assert any(b.name == "matmul_rf" for b in analysis.blocks(func))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 300, 500), (1, 64, 4096), (2, 130, 1000), (7, 2048, 77), (12, 500, 700),
+        (13, 1024, 300), (40, 17, 1030), (97, 33, 5), (300, 16, 600), (64, 64, 2049), (65, 129, 1),
+    ],
+    ids=lambda s: "x".join(map(str, s)),
+)  # fmt: skip
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+def test_products_of_all_proportions(shape: tuple[int, int, int], turned: bool) -> None:
+    m, n, k = shape
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(s, np.float32) for s in ((m, k), (k, n)))
+    module = mc.compile(product(m, n, k, turned), threads=1)
+    (got,) = module(a, np.ascontiguousarray(b.T) if turned else b)
+    want = a.astype(np.float64) @ b
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.sqrt(k) * np.abs(want).max())
+
+
+def test_sizes_that_are_known_only_when_called() -> None:
+    m, n, k = (Dim(x, 1, 3000) for x in "MNK")
+    module = mc.compile(product(m, n, k), threads=2)
+    rng = np.random.default_rng(0)
+    for rows, columns, depth in ((1, 1, 1), (50, 70, 90), (7, 33, 1100), (130, 20, 513)):
+        a, b = (rng.standard_normal(s, np.float32) for s in ((rows, depth), (depth, columns)))
+        (got,) = module(a, b)
+        np.testing.assert_allclose(got, a @ b, rtol=0, atol=1e-3)
+
+
+def test_pixels_that_a_strided_convolution_reads_lie_side_by_side() -> None:
+    rng = np.random.default_rng(0)
+    x = Input("x", TensorType((Const(1), Const(8), Const(9), Const(11)), float32))
+    w = Input("w", TensorType((Const(64), Const(8), Const(1), Const(1)), float32))
+    y = apply(conv, x, w, attrs=ConvAttrs(strides=(2, 3)))
+    fn = Function("strided", (x, w), (y,), result_names=("y",))
+    lowered = lower_kernel(fn, (False, True), Context(AVX2, Options()))
+    assert "picked" in [b.name for b in analysis.blocks(lowered)]
+    value = rng.standard_normal((1, 8, 9, 11)).astype(np.float32)
+    weight = rng.standard_normal((64, 8, 1, 1), np.float32)
+    (got,) = mc.compile(fn, threads=1)(value, weight)
+    want = np.einsum("oc,nchw->nohw", weight[:, :, 0, 0], value[:, :, ::2, ::3])
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [8, 56, 72])
+def test_tiles_of_several_blocks_of_channels(channels: int) -> None:
+    """Blocks of 8 are joined in a tile, also where the last group is not complete."""
+    rng = np.random.default_rng(0)
+    x = Input("x", TensorType((Const(1), Const(16), Const(7), Const(5)), float32))
+    weights = [
+        Constant(rng.standard_normal((o, c, 1, 1)).astype(np.float32))
+        for o, c in ((channels, 16), (16, channels))
+    ]
+    y = apply(conv, apply(conv, x, weights[0]), weights[1])
+    module = mc.compile(Function("chain", (x,), (y,), result_names=("y",)), threads=1)
+    value = rng.standard_normal((1, 16, 7, 5)).astype(np.float32)
+    (got,) = module(value)
+    matrix = weights[1].data[:, :, 0, 0] @ weights[0].data[:, :, 0, 0]
+    np.testing.assert_allclose(got, np.einsum("oc,nchw->nohw", matrix, value), rtol=0, atol=1e-3)
