@@ -124,7 +124,6 @@ def _lines_between(s: Schedule, place: Load, loop: For, arith: Arith) -> int:
     stride = elementwise.strides(place.buffer, place.indices, loop.var, arith)
     if not stride or stride < 0:
         s.refuse(f"iterations of {loop.var} do not walk forward through {place.buffer.name}", loop)
-        return 0
     return -(-stride * place.buffer.dtype.bytes // LINE_BYTES)
 
 

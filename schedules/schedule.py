@@ -87,7 +87,7 @@ class Schedule:
         if found is None:
             names = [x.var.name for x in analysis.loops(self.func)]
             self.refuse(f"there is no loop {name!r}", hint=f"loops: {', '.join(names)}")
-        return found  # type: ignore[return-value]
+        return found
 
     def block(self, name: str) -> tuple[Block, analysis.Path]:
         """The block of that name and the statements above it. Raises ScheduleError."""
@@ -95,7 +95,7 @@ class Schedule:
         if found is None:
             names = [b.name for b in analysis.blocks(self.func)]
             self.refuse(f"there is no block {name!r}", hint=f"blocks: {', '.join(names)}")
-        return found  # type: ignore[return-value]
+        return found
 
     def buffer(self, name: str) -> Buffer:
         """The buffer of that name. Raises ScheduleError."""

@@ -29,15 +29,20 @@ NEAR = 8  # what takes at most this part of the last-level cache stays there: 1/
 
 
 def applies(s: Schedule) -> bool:
-    """One sum of products that the result reads tile by tile (at i // m and i % m of its index)."""
+    """One sum of products that the result reads tile by tile (at i // m and i % m of its index).
+    The number of images may be symbolic."""
     found = [b for b in analysis.blocks(s.func) if contraction.product_loads(b)]
-    if len(found) != 1 or s.func.dims:
+    if len(found) != 1:
         return False
     last = list(analysis.blocks(s.func))[-1]
+    windows = _windows(last)
+    varying = {i.var for i in last.iters if const_int(i.extent) is None}
     return (
         found[0].body.buffer in s.func.buffers
-        and len(_windows(last)) == 2
+        and len(windows) == 2
         and last.body.buffer in s.func.params
+        and varying.isdisjoint({*windows, *_channel(found[0], last)})
+        and all(const_int(i.extent) is not None for i in found[0].iters if i.reduce)
     )
 
 
