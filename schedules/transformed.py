@@ -29,15 +29,20 @@ NEAR = 8  # what takes at most this part of the last-level cache stays there: 1/
 
 
 def applies(s: Schedule) -> bool:
-    """One sum of products that the result reads tile by tile (at i // m and i % m of its index)."""
+    """One sum of products that the result reads tile by tile (at i // m and i % m of its index).
+    The number of images may be symbolic."""
     found = [b for b in analysis.blocks(s.func) if contraction.product_loads(b)]
-    if len(found) != 1 or s.func.dims:
+    if len(found) != 1:
         return False
     last = list(analysis.blocks(s.func))[-1]
+    windows = _windows(last)
+    varying = {i.var for i in last.iters if const_int(i.extent) is None}
     return (
         found[0].body.buffer in s.func.buffers
-        and len(_windows(last)) == 2
+        and len(windows) == 2
         and last.body.buffer in s.func.params
+        and varying.isdisjoint({*windows, *_channel(found[0], last)})
+        and all(const_int(i.extent) is not None for i in found[0].iters if i.reduce)
     )
 
 
@@ -146,7 +151,9 @@ def apply(s: Schedule) -> None:
     )
     t_o, t_i = s.split(th, lines)
     together = _images_of_a_block(s, batch, count_h * count_v) if lines == count_h else []
-    s.reorder(*batch, t_o, channels, *together, t_i, tv, mh, mv, vector)
+    # One vector at a time: the transform of a tile takes all registers.
+    each, vector = s.split(vector, lanes if width % lanes == 0 else width)
+    s.reorder(*batch, t_o, channels, *together, t_i, tv, each, mh, mv, vector)
     images = 1
     for n in batch:
         images *= const_int(s.loop(n)[0].extent) or 1
@@ -157,7 +164,7 @@ def apply(s: Schedule) -> None:
 
     # ---- what is computed where -----------------------------------------------------------------
     for name in reversed(after):
-        s.compute_at(name, tv)
+        s.compute_at(name, each)
     s.compute_at(main.name, channels)
     copies = [n for n in data if _copies(s, n)]
     data = [n for n in data if n not in copies]
@@ -169,7 +176,7 @@ def apply(s: Schedule) -> None:
     s.relayout(broad.buffer.name, parts)
     if local:
         s.compute_at(data[-1], t_o)
-    _data_block(s, data, t_o if local else None, width)
+    _data_block(s, data, t_o if local else None, lanes)
     for name in reversed(copies):
         if local:
             s.compute_at(name, t_o)
@@ -179,12 +186,12 @@ def apply(s: Schedule) -> None:
             elementwise.one_block(s, name)
     s.relayout(wide.buffer.name, _filter_layout(main, wide, width))
     for name in after:
-        _hold(s, name, tv)
+        _hold(s, name, each)
     at = _products(s, main.name, channels, vectors, part if made else None, alone)
     for n, kind in ((mh, UNROLL), (mv, UNROLL), (vector, VECTOR)):
         s.mark(n, kind)
     for name in after:
-        elementwise.vector_tile(s, name, tv)
+        elementwise.vector_tile(s, name, each)
     shared = [*batch, t_o] if local else [*batch, t_o, channels]
     top = s.fuse(*shared) if len(shared) > 1 else shared[0]
     if made:
@@ -262,7 +269,7 @@ def _copies(s: Schedule, name: str) -> bool:
     )
 
 
-def _data_block(s: Schedule, data: list[str], at: str | None, width: int) -> None:
+def _data_block(s: Schedule, data: list[str], at: str | None, lanes: int) -> None:
     """The transformed input of some tiles: per tile and vector of channels, all transform rows at
     once."""
     name = data[-1]
@@ -270,7 +277,7 @@ def _data_block(s: Schedule, data: list[str], at: str | None, width: int) -> Non
     inner = names[names.index(at) + 1 :] if at is not None else names
     transform, (channel,) = inner[:2], inner[-1:]
     tiles = inner[2:-1]
-    c_o, c_i = s.split(channel, width)
+    c_o, c_i = s.split(channel, lanes)
     s.reorder(*tiles, c_o, *transform, c_i)
     for earlier in reversed(data[:-1]):
         s.compute_at(earlier, c_o)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import minicompiler as mc
-from minicompiler.ir.expr import Const
+from minicompiler.ir.expr import Const, Dim, Expr
 from minicompiler.ir.graph import Constant, Function, Input, apply
 from minicompiler.ir.types import TensorType, float32
 from minicompiler.ops import winograd
@@ -28,12 +28,13 @@ def test_matrices_compute_a_correlation(m: int) -> None:
 
 
 def _block(
-    channels: int, size: tuple[int, int], batch: int, seed: int
+    channels: int, size: tuple[int, int], batch: int, seed: int, number: Expr | None = None
 ) -> tuple[Function, np.ndarray, np.ndarray]:
-    """relu(conv(x) + bias + y) and its inputs."""
+    """relu(conv(x) + bias + y) and its inputs. number: of images, as the model says it."""
     rng = np.random.default_rng(seed)
     shape = (batch, channels, *size)
-    x, y = (Input(n, TensorType(tuple(map(Const, shape)), float32)) for n in "xy")
+    sizes = (Const(batch) if number is None else number, *map(Const, shape[1:]))
+    x, y = (Input(n, TensorType(sizes, float32)) for n in "xy")
     w = rng.standard_normal((channels, channels, 3, 3)).astype(np.float32)
     b = rng.standard_normal(channels).astype(np.float32)
     attrs = conv.attrs(pads_begin=(1, 1), pads_end=(1, 1))
@@ -82,10 +83,13 @@ def test_same_bits_for_any_threads_and_batch(channels: int, size: int) -> None:
     one, two = mc.compile(fn, threads=1), mc.compile(fn, threads=2)
     together = one(x, y)[0]
     assert together.tobytes() == two(x, y)[0].tobytes()
-    alone = mc.compile(_block(channels, (size, size), 1, 2)[0], threads=1)
     # The same seed gives the same weights; inputs come after them.
+    alone = mc.compile(_block(channels, (size, size), 1, 2)[0], threads=1)
+    any_number = mc.compile(_block(channels, (size, size), 1, 2, Dim("n", 1, 8))[0], threads=2)
     for k in range(len(x)):
         assert alone(x[k : k + 1], y[k : k + 1])[0].tobytes() == together[k].tobytes()
+    for several in (x, y), (x[:3], y[:3]):
+        assert any_number(*several)[0].tobytes() == together[: len(several[0])].tobytes()
 
 
 def test_large_filters_are_not_kept_transformed() -> None:
