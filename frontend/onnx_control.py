@@ -69,14 +69,20 @@ def _scan(n: OnnxNode) -> tuple[Any, ...]:
     values = list(n.inputs)
     if n.opset < 9:
         n.fail("Scan of opset 8 is not supported", "convert it with onnx.version_converter")
+    if not 0 < count <= len(values):
+        n.fail(f"Scan over {count} of {len(values)} inputs")
     state, scanned = values[: len(values) - count], values[len(values) - count :]
-    axes = n.attr("scan_input_axes", (0,) * count)
-    backward = n.attr("scan_input_directions", (0,) * count)
-    sizes = [type_of(x).shape[a] for x, a in zip(scanned, axes, strict=True)]
+    given = [n.type(k) for k in range(len(state), len(values))]
+    axes = n.per_axis("scan_input_axes", count, 0)
+    axes = tuple(n.axis(a, t.rank) for a, t in zip(axes, given, strict=True))
+    backward = n.per_axis("scan_input_directions", count, 0)
+    sizes = [t.shape[a] for t, a in zip(given, axes, strict=True)]
     trips = next((s for s in map(const_int, sizes) if s is not None), None)
     outputs = len(n.outputs) - len(state)
-    out_axes = n.attr("scan_output_axes", (0,) * outputs)
-    reverse = n.attr("scan_output_directions", (0,) * outputs)
+    if outputs < 0:
+        n.fail(f"Scan with {len(state)} states and {len(n.outputs)} outputs")
+    out_axes = n.per_axis("scan_output_axes", outputs, 0)
+    reverse = n.per_axis("scan_output_directions", outputs, 0)
     if trips is None or trips > UNROLL_LIMIT:
         made = onnx_loop.scan(n, state, [n.arg(k) for k in range(len(state), len(values))],
                               axes, backward)  # fmt: skip

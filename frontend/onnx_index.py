@@ -49,9 +49,11 @@ def _tensor_scatter(n: OnnxNode) -> Value:
 def _max_unpool(n: OnnxNode) -> Value:
     """Values go where the indices say in a flat image; a larger output has zeros around it."""
     t = n.type(0)
-    kernel = n.attr("kernel_shape")
-    d = len(kernel)
-    strides, pads = n.attr("strides", (1,) * d), n.attr("pads", (0,) * 2 * d)
+    d = len(n.attr("kernel_shape"))
+    if t.rank != 2 + d:
+        n.fail(f"MaxUnpool of {t} with a window of {d} dimensions")
+    kernel, strides = n.attr("kernel_shape"), n.per_axis("strides", d, 1)
+    pads = n.per_axis("pads", 2 * d, 0)
     spatial = [
         (t.shape[2 + k] - 1) * strides[k] - (pads[k] + pads[k + d]) + kernel[k] for k in range(d)
     ]

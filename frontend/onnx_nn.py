@@ -107,7 +107,9 @@ def _transposed_padding(
 ) -> tuple[tuple[int, ...], ...]:
     """Padding, and output_padding, that give the stated shape (auto_pad: size times stride)."""
     begin, end, after = [], [], []
-    for k, size in enumerate(n.type(0).shape[2:]):
+    if wanted is not None and len(wanted) - len(kernel) not in (0, 2):
+        n.fail(f"'output_shape' of ConvTranspose has {len(wanted)} numbers")
+    for k, size in enumerate(n.shape(0, 2 + len(kernel))[2:]):
         number = const_int(size)
         if number is None:
             n.fail(f"ConvTranspose needs the size of spatial axis {k}, which is {size}")

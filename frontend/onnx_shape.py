@@ -54,8 +54,10 @@ def _range(n: OnnxNode) -> Value:
     start, limit, step = ends = [n.scalar(k) for k in range(3)]
     if None in ends or not np.isfinite(ends).all() or step == 0:
         n.fail(f"Range from {start} to {limit} in steps of {step}")
-    n.table(max(math.ceil((limit - start) / step), 0))
-    return n.constant(np.arange(start, limit, step), n.type(0).dtype.numpy, n.outputs[0])
+    count = (limit - start) / step
+    n.table(math.ceil(max(min(count, 2**62), 0)))
+    values = np.arange(start, limit, step) if count > 0 else ()
+    return n.constant(values, n.type(0).dtype.numpy, n.outputs[0])
 
 
 def _eye_like(n: OnnxNode) -> Value:

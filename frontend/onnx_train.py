@@ -121,6 +121,8 @@ def _adam(
 def _batch_norm(n: OnnxNode) -> tuple[Value, ...]:
     """Statistics of the batch itself, and running ones that take part of them."""
     x, t = n.arg(0), n.type(0)
+    if t.rank < 2:
+        n.fail(f"BatchNormalization of {t}, which has no channels")
     over = red.ReduceAttrs((0, *range(2, t.rank)), True)
     mean = _Number(n, n.apply(red.reduce_mean, x, attrs=over, name=""))
     away = _Number(n, x) - mean

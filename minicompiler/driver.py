@@ -170,7 +170,11 @@ def optimise(fn: Function, ctx: Context) -> Function:
 def _optimised(fn: Function, ctx: Context) -> Function:
     """The passes on a function, then on those that its control flow runs."""
     passes = ctx.options.extensions.passes(pipeline.GRAPH_PASSES[ctx.options.level])
-    fn = pipeline.run(passes, fn, ctx)
+    return optimise_bodies(pipeline.run(passes, fn, ctx), ctx)
+
+
+def optimise_bodies(fn: Function, ctx: Context) -> Function:
+    """The passes on the functions that the control flow of an optimised function runs."""
 
     def inner(v: Value, args: tuple[Value | None, ...]) -> Value | None:
         if not isinstance(v, Apply) or not nested_functions(v.attrs):
@@ -341,5 +345,6 @@ __all__ = [
     "import_model",
     "kernel_key",
     "optimise",
+    "optimise_bodies",
     "run_time_guards",
 ]

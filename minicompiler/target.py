@@ -124,6 +124,9 @@ class Target:
             names = {field.name for field in fields(cls)}
             if values.keys() != names:
                 raise ValueError(f"fields {sorted(values.keys() ^ names)}")
+            for name, value in values.items():
+                if type(value) is not type(getattr(cls(), name)):
+                    raise TypeError(f"{name} {value!r}")
         except (KeyError, TypeError, ValueError) as error:
             raise MinicompilerError(f"not a description of a target: {error}") from error
         return cls(**values)

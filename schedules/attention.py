@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from minicompiler.ir.expr import Binary, Expr, Load, Var, const_int, free_vars
+from minicompiler.ir.expr import Binary, Expr, Load, Var, const_int, free_vars, walk
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, SERIAL, UNROLL, VECTOR, Block, Buffer, Iter, Scope
 
@@ -66,6 +66,8 @@ def _find(s: Schedule) -> _Nest | None:
     products = [b for b in blocks if contraction.product_loads(b)]
     if len(products) != 2 or blocks[0] is not products[0]:
         return None
+    if any(_is_clamped(i) for b in products for i in _operand_indices(b)):
+        return None  # tiles of an operand would differ in size
     scores, values = products
     out = values.body.buffer
     followers = [b for b in blocks if out in _read_by(b) and b is not values]
@@ -107,6 +109,14 @@ def _find(s: Schedule) -> _Nest | None:
     return _Nest(
         scores.name, names, values.name, last.name, column, row_axis, only_v[0].var, roles, after
     )
+
+
+def _operand_indices(product: Block) -> list[Expr]:
+    return [i for x in contraction.product_loads(product) or () for i in x.indices]
+
+
+def _is_clamped(index: Expr) -> bool:
+    return any(type(e) is Binary and e.op in ("min", "max") for e in walk(index))
 
 
 def _roles(values: Block, last: Block, row: Iter | None, vector: Iter) -> _Roles | None:

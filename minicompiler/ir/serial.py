@@ -58,13 +58,15 @@ def to_json(obj: Any, arrays: list[np.ndarray] | None = None) -> dict[str, Any]:
     return {"nodes": writer.table, "root": root}
 
 
-def from_json(data: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> Any:
-    """The inverse of `to_json`, given the same arrays.
+def from_json(
+    data: Mapping[str, Any], arrays: Sequence[np.ndarray] = (), operators: Sequence[Op] = ()
+) -> Any:
+    """The inverse of `to_json`, given the same arrays. operators: some that are not registered.
 
     Raises ValueError for a document that is not one. Operators are found by name, so `ops` must
     have been imported.
     """
-    reader = _Reader(arrays)
+    reader = _Reader(arrays, operators)
     for entry in data["nodes"]:
         name, *fields = entry
         made: Any = _EXPRS.get(name) or _NODES.get(name)
@@ -139,10 +141,11 @@ class _Writer:
 
 
 class _Reader:
-    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+    def __init__(self, arrays: Sequence[np.ndarray], operators: Sequence[Op]) -> None:
         self.arrays = arrays
         self.done: list[Any] = []
-        attrs = {op.attrs for op in REGISTRY.values()}
+        self.operators = {**REGISTRY, **{op.name: op for op in operators}}
+        attrs = {op.attrs for op in self.operators.values()}
         self.records = {_record_name(c): c for c in (*_RECORDS, *attrs)}
 
     def value(self, v: Any) -> Any:
@@ -162,9 +165,9 @@ class _Reader:
         if kind == "float":
             return struct.unpack(">d", bytes.fromhex(x))[0]
         if kind == "op":
-            if x not in REGISTRY:
+            if x not in self.operators:
                 raise ValueError(f"operator {x!r} is not known to this version")
-            return REGISTRY[x]
+            return self.operators[x]
         if kind == "enum":
             return _ENUMS[x[0]][x[1]]
         if kind == "array":

@@ -25,6 +25,7 @@ from .expr import (
     Load,
     Reduce,
     Select,
+    Var,
     conjuncts,
     const_int,
     free_vars,
@@ -376,6 +377,17 @@ class _Verifier:
             attempts.append((substitute(i, own), values, self.ranges))
         if conditions:
             attempts.append((i, (), ranges or self.ranges))
+        rest = {
+            x: (Var(f"rest.{k}"), x.b)
+            for k, x in enumerate(dict.fromkeys(walk(i)))
+            if type(x) is Binary and x.op == "mod" and type(x.b) is Const and x.b.value > 0
+        }
+        if rest:  # i % 4 times a size: all that counts is that it is at most 3 times the size
+            known = {v: (ZERO, n - 1) for v, n in rest.values()}
+            names: dict[Expr, Expr] = {x: v for x, (v, _) in rest.items()}
+            attempts.append(
+                (rewrite(i, names.get), conditions, {**(ranges or self.ranges), **known})
+            )
         for e, facts, known in attempts:
             facts = (*p.facts, *facts)
             if self.equal:

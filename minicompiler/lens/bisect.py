@@ -57,7 +57,7 @@ class Culprit:
 
     Attributes:
         kind: "import", "graph pass", "lowering", "schedule step", "tir pass", "code generation",
-            "constant preparation", "memory plan" or "native main".
+            "constant preparation", "memory plan", "control flow" or "native main".
         name: the pass, primitive or function of the compiler.
         detail: what it did, as far as it is known.
         where: the kernel or the value concerned.

@@ -16,7 +16,16 @@ import numpy as np
 
 from minicompiler.errors import RunError
 from minicompiler.ir.expr import Dim
-from minicompiler.ir.graph import Apply, Constant, Function, Item, Value, topological
+from minicompiler.ir.graph import (
+    Apply,
+    Constant,
+    Function,
+    Item,
+    Value,
+    applies,
+    nested_functions,
+    topological,
+)
 from minicompiler.ir.op import Counted
 from minicompiler.ir.types import TensorType
 from minicompiler.ops.evaluate import bind_attrs
@@ -74,7 +83,9 @@ class Values:
                 if isinstance(size, Dim):
                     self.dims.setdefault(size.name, got)
             found[id(p)] = self._float(a, p.type)
-        for v in topological(fn.results):
+        # A node may use a counted size without reading what tells it, so these come first.
+        counted = [v for v in applies(fn) if _counts(v)]
+        for v in topological((*counted, *fn.results)):
             if isinstance(v, Constant):
                 found[id(v)] = self._float(v.data, v.type)
             elif isinstance(v, Item):
@@ -90,12 +101,21 @@ class Values:
         if isinstance(v.attrs, Counted) and isinstance(v.attrs.dim, Dim):
             count = args[-1]
             assert count is not None
-            self.dims[v.attrs.dim.name] = int(count)
+            self.dims[v.attrs.dim.name] = max(int(count.reshape(-1)[0]), v.attrs.dim.lo)
+        more: list[Any] = []
+        if nested_functions(v.attrs):
+            more.append(lambda f, arrays: self._run(f, arrays, {}))
         with np.errstate(all="ignore"):
-            got = v.op.reference(*args, bind_attrs(v.attrs, self.dims))
+            got = v.op.reference(*args, bind_attrs(v.attrs, self.dims), *more)
         if isinstance(v.type, tuple):
             return tuple(self._float(a, t) for a, t in zip(got, v.type, strict=True))
         return self._float(got, v.type)
+
+
+def _counts(v: Apply) -> bool:
+    """Whether a node, or one that is fused into it, tells a size."""
+    inner = applies(v.op) if isinstance(v.op, Function) else [v]
+    return any(isinstance(x.attrs, Counted) for x in inner)
 
 
 class Exact:

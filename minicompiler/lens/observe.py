@@ -1,26 +1,26 @@
 """A compiled model run call by call, so that every value between kernels can be looked at.
 
-    seen = observe(module, calls, [x])
-    seen.results[k]        the results of call k, as they lay in memory right after it
+    seen = observe(module, steps, [x])
+    seen.value(v)          a value as it lay in memory right after its call (or branch, or loop)
     seen.changed           arguments that differed from what their maker had left there
 
 The calls run on the module's own plan, arena and threads: what is observed is what a call of the
-module computes, except for the native main.
+module computes, except for the native main. Of control flow only the results are kept.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from minicompiler.errors import RunError
 from minicompiler.ir.arith import sizes
-from minicompiler.ir.graph import Item, Value, layout_of, type_of
-from minicompiler.lower.memory import KernelCall
+from minicompiler.ir.graph import Input, Item, Value, layout_of, type_of
+from minicompiler.lower.memory import Alias, KernelCall, Region, Reserve, Step, kernel_calls
 from minicompiler.runtime.arrays import address
 from minicompiler.runtime.module import Module, _as_input, _Context
 from minicompiler.runtime.plan import Location, evaluate
@@ -30,6 +30,7 @@ from minicompiler.runtime.profile import _symbol, _trampolines
 from .memory import POISON, from_memory, physical_shape
 
 Array = np.ndarray
+Key = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,36 +44,45 @@ class Overwritten:
 
 @dataclasses.dataclass
 class Observed:
-    """What a run call by call has shown. dims: the sizes of dimensions, counted ones included."""
+    """What a run call by call has shown. Calls are numbered as in the plan.
 
-    results: list[tuple[Array, ...]]
+    overlaps: calls that write where they read. dims: the sizes of dimensions, counted ones
+    included.
+    """
+
+    values: dict[Key, Array]
     changed: list[Overwritten]
-    overlaps: list[int]  # calls that write where they read
+    overlaps: list[int]
     dims: dict[str, int]
 
+    def value(self, v: Value) -> Array:
+        """The result of a call, a branch or a loop that is not inside of another."""
+        return self.values[_key(v)]
 
-def observe(module: Module, calls: Sequence[KernelCall], arrays: Sequence[Array]) -> Observed:
-    """Runs the calls of a module's plan one by one; `calls` are the plan's, in its order.
+
+def observe(module: Module, steps: Sequence[Step], arrays: Sequence[Array]) -> Observed:
+    """Runs the calls of a module's plan one by one; `steps` are those that the plan was made of, in
+    its order.
 
     Raises RunError where an input does not fit, or another call holds the threads.
     """
     outputs = module(*arrays)  # checks the arguments
-    return _Run(module, calls, arrays, outputs).run()
+    return _Run(module, steps, arrays, outputs).run()
 
 
 class _Run:
     def __init__(
         self,
         module: Module,
-        calls: Sequence[KernelCall],
+        steps: Sequence[Step],
         arrays: Sequence[Array],
         outputs: Sequence[Array],
     ) -> None:
-        self.module, self.calls, self.plan = module, calls, module.plan
+        self.module, self.steps, self.plan = module, steps, module.plan
         self.inputs = [
             _as_input(*x) for x in zip(arrays, module._dtypes, module.inputs, strict=True)
         ]
-        measured = module._measure(tuple(a.shape for a in self.inputs))
+        measured = module._sizes_of(self.inputs)
         # Outputs whose size is counted are given room for the most, as the module does.
         self.outputs = [np.empty(shape, dtype) for shape, dtype, _ in measured.outputs]
         layout = module._layout
@@ -90,38 +100,89 @@ class _Run:
         }  # fmt: skip
 
     def run(self) -> Observed:
-        seen = Observed([], [], [], self.names)
-        written: dict[tuple[int, int], bytes] = {}
+        self.seen = Observed({}, [], [], self.names)
+        self.written: dict[Key, bytes] = {}
+        self.places: dict[Key, Location] = {}
+        for call, made in zip(self.plan.calls, kernel_calls(self.steps), strict=True):
+            for v, place in zip(made.results, call.args[len(made.args) :], strict=True):
+                self.places.setdefault(_key(v), place)
+        pairs = zip(_regions(self.steps), self.plan.regions, strict=True)
+        self.flags = {id(r): planned.flag for r, planned in pairs}
         kinds = {(len(c.args), len(c.dims)) for c in self.plan.calls}
-        library = _trampolines(kinds)
+        self.library = _trampolines(kinds)
         with get_pool(self.module.threads).lease() as lease:
             if lease is None:
                 raise RunError(
                     "another call is using the threads", hint="verify while nothing runs"
                 )
-            for k, (call, made) in enumerate(zip(self.plan.calls, self.calls, strict=True)):
-                for c in self.plan.counts:
-                    if c.before == k:
-                        at = self.address(c.place)
-                        count = ctypes.c_int64.from_address(at).value
-                        self.names[c.dim] = max(min(count, evaluate(c.most, self.names)), 0)
-                count = len(made.args)
-                for n, (v, place) in enumerate(zip(made.args, call.args[:count], strict=True)):
-                    before = written.get(_key(v))
-                    if before is not None and before != self.bytes_at(place, len(before)):
-                        seen.changed.append(Overwritten(k, n))
-                if self.overlapping(call.args[:count], call.args[count:], made):
-                    seen.overlaps.append(k)
-                words = self.words(call)
-                fn = library.address(_symbol(len(call.args), len(call.dims)))
-                lease.run(fn, ctypes.addressof(words), self.module.threads)
-                found = []
-                for v, place in zip(made.results, call.args[count:], strict=True):
-                    raw = self.bytes_at(place, self.nbytes(v))
-                    written[_key(v)] = raw
-                    found.append(self.value(v, raw))
-                seen.results.append(tuple(found))
-        return seen
+            self.lease = lease
+            self.walk(self.steps, 0, 0)
+        return self.seen
+
+    def walk(self, steps: Sequence[Step], k: int, depth: int) -> int:
+        """Runs steps whose first call has number k; the number of the first call after them."""
+        reserved: list[Value] = []
+        for s in steps:
+            if isinstance(s, KernelCall):
+                self.count(k, depth)
+                self.call(s, k, depth == 0)
+                k += 1
+            elif isinstance(s, Region):
+                k = self.region(s, k, depth)
+                for v in [*(r.result for r in s.results), *reserved] if depth == 0 else ():
+                    if _key(v) in self.places:
+                        self.keep(v)
+            elif isinstance(s, Reserve):
+                if not isinstance(s.value, Input):  # rows, which are copied when all are there
+                    reserved.append(s.value)
+            else:
+                self.alias(s)
+        return k
+
+    def region(self, r: Region, k: int, depth: int) -> int:
+        """Runs the steps of a branch or a loop as often as its flag says."""
+        inner = (*r.steps, *r.last)
+        flag = self.flags[id(r)]
+        self.count(k, depth)
+        while bool(ctypes.c_uint8.from_address(self.address(flag)).value) is r.wanted:
+            self.walk(inner, k, depth + 1)
+            if not r.repeat:
+                break
+        for s in r.results:
+            self.alias(s)
+        return k + sum(1 for _ in kernel_calls(inner))
+
+    def alias(self, s: Alias) -> None:
+        if _key(s.source) in self.places:
+            self.places.setdefault(_key(s.result), self.places[_key(s.source)])
+
+    def count(self, k: int, depth: int) -> None:
+        """The dimensions that are counted before call k."""
+        for c in self.plan.counts:
+            if c.before == k and c.depth == depth:
+                found = ctypes.c_int64.from_address(self.address(c.place)).value
+                self.names[c.dim] = max(min(found, evaluate(c.most, self.names)), 0)
+
+    def call(self, made: KernelCall, k: int, kept: bool) -> None:
+        call = self.plan.calls[k]
+        count = len(made.args)
+        if kept:
+            for n, (v, place) in enumerate(zip(made.args, call.args[:count], strict=True)):
+                before = self.written.get(_key(v))
+                if before is not None and before != self.bytes_at(place, len(before)):
+                    self.seen.changed.append(Overwritten(k, n))
+            if self.overlapping(call.args[:count], call.args[count:], made):
+                self.seen.overlaps.append(k)
+        words = self.words(call)
+        fn = self.library.address(_symbol(len(call.args), len(call.dims)))
+        self.lease.run(fn, ctypes.addressof(words), self.module.threads)
+        for v in made.results if kept else ():
+            self.keep(v)
+
+    def keep(self, v: Value) -> None:
+        raw = self.bytes_at(self.places[_key(v)], self.nbytes(v))
+        self.written[_key(v)] = raw
+        self.seen.values[_key(v)] = self.value(v, raw)
 
     def address(self, location: Location) -> int:
         place, at = location
@@ -171,6 +232,14 @@ class _Run:
         return any(a < d + m and d < a + n for (a, n), (d, m) in pairs)
 
 
-def _key(v: Value | Array) -> tuple[int, int]:
+def _regions(steps: Sequence[Step]) -> Iterator[Region]:
+    """All regions, outer before inner, as the plan lists them."""
+    for s in steps:
+        if isinstance(s, Region):
+            yield s
+            yield from _regions((*s.steps, *s.last))
+
+
+def _key(v: Value | Array) -> Key:
     """Identity of a value; Items of one result are equal though they are different objects."""
     return (id(v.tuple), v.index) if isinstance(v, Item) else (id(v), 0)

@@ -19,11 +19,13 @@ import numpy as np
 
 from minicompiler import ops, pipeline
 from minicompiler.context import Context, Options
+from minicompiler.driver import optimise_bodies
 from minicompiler.errors import InternalError, MinicompilerError
 from minicompiler.ir.graph import Apply, Constant, Function, Input, Item, Value, topological
 from minicompiler.ir.serial import from_json, to_json
 from minicompiler.ir.tir import PrimFunc
 from minicompiler.lower.lift_constants import lift_constants
+from minicompiler.ops.control import cond, loop
 from minicompiler.runtime.plan import numpy_dtype
 from minicompiler.schedules.schedule import replay
 from minicompiler.target import Target
@@ -87,7 +89,8 @@ class Case:
 
     def check_pass(self) -> str:
         """Runs a graph pass and compares the graphs before and after it."""
-        passes = {p.__name__: p for p in pipeline.GRAPH_PASSES[self.options.level]}
+        every = (*pipeline.GRAPH_PASSES[self.options.level], optimise_bodies)
+        passes = {p.__name__: p for p in every}
         if self.name not in passes:
             raise MinicompilerError(f'the pass "{self.name}" is not one of minicompiler itself')
         step = passes[self.name]
@@ -254,7 +257,7 @@ def load(script: str) -> Case:
 
     return Case(
         data["name"],
-        from_json(data["artifact"], numbered("constant")),
+        from_json(data["artifact"], numbered("constant"), (cond, loop)),
         numbered("input"),
         data["dims"],
         Target.from_json(data["target"]),

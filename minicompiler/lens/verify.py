@@ -11,7 +11,7 @@ between kernels. Reference: the operators in numpy, or values that another runti
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -31,9 +31,11 @@ from minicompiler.ir.graph import (
     nested_functions,
 )
 from minicompiler.ir.tir import SCAN, Block, For, PrimFunc, script, statements
+from minicompiler.lower import memory
 from minicompiler.lower.guards import run_time_guards
-from minicompiler.lower.memory import KernelCall, after_counts
+from minicompiler.lower.memory import KernelCall, Region, after_counts, kernel_calls
 from minicompiler.lower.to_tir import lower_function
+from minicompiler.ops.control import LoopAttrs, loop
 from minicompiler.runtime.module import Module
 from minicompiler.schedules.schedule import Step
 
@@ -106,14 +108,9 @@ def verify(
     """Compiles an imported graph, compares all values with the reference, and looks for the cause.
 
     reference: values by their names in the model; where it names none, the operators in numpy
-    serve. Raises RunError where an input is missing or does not fit, MinicompilerError for a model
-    with control flow, whose calls are no list to be followed one by one.
+    serve. Of branches and loops the results are compared, not the values inside. Raises RunError
+    where an input is missing or does not fit.
     """
-    if any(nested_functions(v.attrs) for v in applies(graph)):
-        raise MinicompilerError(
-            "a model with control flow cannot be verified value by value",
-            hint="minicompiler run MODEL --check onnxruntime compares its outputs",
-        )
     return _Verification(graph, feeds, ctx, reference or {}).run()
 
 
@@ -170,18 +167,18 @@ class _Verification:
                 raise
             return Report([], *blamed)  # the compiler stumbled over what the pass made
         steps = after_counts(self.built.calls, driver.counts_of(self.fn))
-        self.calls = [c for c in steps if isinstance(c, KernelCall)]
-        self.nodes = [_maker(c.results[0]) for c in self.calls]
+        self.calls = list(kernel_calls(steps))
         arrays = [np.asarray(self.feeds[p.name]) for p in self.fn.params]
-        seen = observe(self.module, self.calls, arrays)
-        rows = [self.rows_of(k, seen) for k in range(len(self.calls))]
+        seen = observe(self.module, steps, arrays)
+        made = _makers(steps, self.fn)
+        rows = [self.rows_of(v, results, seen) for v, results in made]
         outputs = self.output_rows(arrays)
         every = [r for found in rows for r in found] + outputs
         if blamed is not None:
             return Report(every, *blamed)
-        for k, found in enumerate(rows):
+        for (v, _), found in zip(made, rows, strict=True):
             if any(r.deviation.verdict == WRONG for r in found):
-                return Report(every, *self.blame_call(k, seen))
+                return Report(every, *self.blame_node(v, seen))
         if any(r.deviation.verdict == WRONG for r in outputs):
             detail = "all kernels are right one by one, the native main that calls them is not"
             culprit = Culprit("native main", "emit_main", detail, self.fn.name)
@@ -252,7 +249,10 @@ class _Verification:
 
     def sum_of(self, v: Apply) -> tuple[int, float]:
         """The length of the sums of a kernel, and what its algorithm may add to their error."""
-        assert isinstance(v.op, Function)
+        if not isinstance(v.op, Function):  # all that its bodies do, in each iteration
+            inner = [self.sum_of(x) for f in nested_functions(v.attrs) for x in applies(f)]
+            trips = int(self.own[Item(v, 0)]) if v.op is loop else 1
+            return trips * sum(n for n, _ in inner), max((e for _, e in inner), default=0.0)
         constant = _constant(v)
         func = lower_function(v.op, constant)
         error = self.ctx.options.max_error
@@ -260,12 +260,16 @@ class _Verification:
         return _sum_length(func, self.own.dims), error if script(other) != script(func) else 0.0
 
     # ---- comparison -----------------------------------------------------------------------------
-    def rows_of(self, k: int, seen: Observed) -> list[Row]:
-        """The results of one call."""
-        call, v, found = self.calls[k], self.nodes[k], []
-        for r, got in zip(call.results, seen.results[k], strict=True):
+    def rows_of(self, v: Apply, results: Sequence[Value], seen: Observed) -> list[Row]:
+        """The results of a node: a kernel, or a branch or loop as a whole."""
+        found = []
+        for r in results:
             name = value_name(r) + (f".{r.index}" if isinstance(r, Item) else "")
-            apart = self.expected(r).deviation(got, self.lengths[id(v)], self.extra)
+            got, e = seen.value(r), self.expected(r)
+            if isinstance(v.attrs, LoopAttrs) and isinstance(r, Item) and r.index >= v.attrs.states:
+                made = int(self.own[Item(v, 0)])  # rows behind these hold anything
+                got, e = got[:made], _Expected(e.want[:made], e.exact[:made], e.spread)
+            apart = e.deviation(got, self.lengths[id(v)], self.extra)
             found.append(Row(name, " + ".join(map(str, v.locs)), v.op.name, apart))
         return found
 
@@ -288,9 +292,14 @@ class _Verification:
             found.append(Row(t.name, nodes, "", apart))
         return found
 
-    def blame_call(self, k: int, seen: Observed) -> tuple[Culprit, Failure]:
-        """What made the results of a call wrong, when its inputs were right."""
-        case = self.case(k)
+    def blame_node(self, v: Apply, seen: Observed) -> tuple[Culprit, Failure]:
+        """What made the results of a node wrong, when its inputs were right."""
+        if not isinstance(v.op, Function):
+            detail = "a kernel inside of it is wrong, or run at the wrong time" + _from(v)
+            where = f'value "{value_name(v)}"'
+            return Culprit("control flow", v.op.name, detail, where), self.whole()
+        k = next(k for k, c in enumerate(self.calls) if _maker(c.results[0]) is v)
+        case = self.case(v, self.calls[k])
         kernel = case.fn.name
         blamed = blame_kernel(case, self.ctx)
         if blamed is not None:
@@ -313,9 +322,8 @@ class _Verification:
         """The model with its inputs."""
         return Failure(self.graphs[0], self.feeds, self.longest)
 
-    def case(self, k: int) -> KernelCase:
+    def case(self, v: Apply, call: KernelCall) -> KernelCase:
         """A call with the inputs that it should get."""
-        v, call = self.nodes[k], self.calls[k]
         fn = v.op
         assert isinstance(fn, Function)
         inputs = [self.own[a] for a in v.args if a is not None]
@@ -336,7 +344,11 @@ def _optimised(graph: Function, ctx: Context) -> tuple[list[str], list[Function]
     passes = ctx.options.extensions.passes(pipeline.GRAPH_PASSES[ctx.options.level])
     for step in passes:
         graphs.append(pipeline.run([step], graphs[-1], ctx))
-    return [step.__name__ for step in passes], graphs
+    names = [step.__name__ for step in passes]
+    if any(nested_functions(v.attrs) for v in applies(graph)):
+        names.append(driver.optimise_bodies.__name__)
+        graphs.append(driver.optimise_bodies(graphs[-1], ctx))
+    return names, graphs
 
 
 def _sum_length(func: PrimFunc, dims: Mapping[str, int]) -> int:
@@ -355,11 +367,26 @@ def _constant(v: Apply) -> tuple[bool, ...]:
     return tuple(isinstance(a, Constant) for a in v.args)
 
 
-def _maker(v: Value) -> Apply:
-    """The node that makes a value."""
-    node = v.tuple if isinstance(v, Item) else v
-    assert isinstance(node, Apply)
-    return node
+def _maker(v: Value) -> Value:
+    """The node that makes a value; a place that steps write is its own."""
+    return v.tuple if isinstance(v, Item) else v
+
+
+def _makers(steps: Sequence[memory.Step], fn: Function) -> list[tuple[Apply, list[Value]]]:
+    """The nodes of an optimised graph in the order in which they are done, with their results."""
+    nodes = {id(v): v for v in applies(fn)}
+    found: dict[int, dict[int, Value]] = {}
+    for s in steps:
+        results: list[Value] = list(s.results) if isinstance(s, KernelCall) else []
+        if isinstance(s, Region):
+            results = [a.result for a in s.results]
+            results += [r for c in kernel_calls(s.last) for r in c.results]
+        for r in results:
+            key = id(_maker(r))
+            if key in nodes:  # it is not done before the last of its steps
+                index = r.index if isinstance(r, Item) else 0
+                found[key] = {**found.pop(key, {}), index: r}
+    return [(nodes[key], list(results.values())) for key, results in found.items()]
 
 
 def _from(v: Apply) -> str:

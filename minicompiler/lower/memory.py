@@ -207,13 +207,13 @@ def _dims(s: Step) -> list[Dim]:
     return [*s.dims, *dims_of([s.at])] if isinstance(s, KernelCall) else []
 
 
-def _calls(steps: Iterable[Step]) -> Iterator[KernelCall]:
+def kernel_calls(steps: Iterable[Step]) -> Iterator[KernelCall]:
     """The calls in all regions, in the order in which the plan lists them."""
     for s in steps:
         if isinstance(s, KernelCall):
             yield s
         elif isinstance(s, Region):
-            yield from _calls((*s.steps, *s.last))
+            yield from kernel_calls((*s.steps, *s.last))
 
 
 # ---- placement ----------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ class _Planner:
                 self.given[c.dim] = given[id(c.value)]
         self.caches = cache_pairs(fn)
         counts = [c for c in counts if c.most is not None]
-        self.calls = list(_calls(steps))
+        self.calls = list(kernel_calls(steps))
         self.counts = counts
         # Memory is reserved for the largest counts.
         self.most: dict[Expr, Expr] = {}

@@ -120,8 +120,9 @@ def _loop_reference(flag: Array, *args: Any) -> Any:
     for rows, r in zip(stacked, a.body.results[1 + a.states :], strict=True):
         most = const_int(a.most) if isinstance(a.most, Expr) else a.most
         shape = rows[0].shape if rows else tuple(const_int(s) or 0 for s in type_of(r).shape)
+        dtype = rows[0].dtype if rows else type_of(r).dtype.numpy
         # Rows that no iteration makes hold anything.
-        whole = np.full((len(rows) if most is None else most, *shape), 113, type_of(r).dtype.numpy)
+        whole = np.full((len(rows) if most is None else most, *shape), 113, dtype)
         for k, row in enumerate(rows):
             whole[k] = row
         full.append(whole)

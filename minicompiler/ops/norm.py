@@ -262,6 +262,8 @@ def _group_norm_compute(x: te.Tensor, s: te.Tensor, b: te.Tensor, a: GroupNormAt
 
 
 def _group_norm_reference(x: Array, s: Array, b: Array, a: GroupNormAttrs) -> Array:
+    if not x.size:
+        return x
     rows = x.reshape(x.shape[0], a.groups or x.shape[1], -1)
     centred = rows - rows.mean(axis=-1, keepdims=True)
     var = np.square(centred).mean(axis=-1, keepdims=True)

@@ -102,14 +102,14 @@ def _reduction(
 
 def _fold(
     f: Callable[[Expr, Expr], Expr], x: Array, over: tuple[int, ...], keepdims: bool
-) -> Array:
-    """A reduction of contents."""
+) -> Array | None:
+    """A reduction of contents; None for one of nothing."""
+    if not x.size:
+        return None
     moved = np.moveaxis(x, over, range(len(over)))
     rows = moved.reshape(-1, *moved.shape[len(over) :])
-    folded = functools.reduce(lambda p, q: on_contents(f, p, q), rows) if len(rows) else None
-    assert folded is not None, "an empty shape tensor is never reduced"
     done = np.empty(moved.shape[len(over) :], dtype=object)
-    done[...] = folded
+    done[...] = functools.reduce(lambda p, q: on_contents(f, p, q), rows)
     return np.expand_dims(done, over) if keepdims else done
 
 
@@ -395,7 +395,7 @@ def _cumulative(name: str, combine: str, neutral: int, ufunc: np.ufunc) -> Op:
 
     def reference(x: Array, a: CumsumAttrs) -> Array:
         x = np.flip(x, a.axis) if a.reverse else x
-        if a.exclusive:
+        if a.exclusive and x.size:
             crop = tuple(
                 slice(0, -1) if k == a.axis % x.ndim else slice(None) for k in range(x.ndim)
             )

@@ -132,11 +132,9 @@ def _np_scatter(made: Array, at: tuple[Any, ...], updates: Array, reduction: str
         made[at] = updates
         return made
     wide_made = made.astype(np.float32) if made.dtype.itemsize == 2 else made
-    for place, value in zip(
-        zip(*(p.reshape(-1) for p in np.broadcast_arrays(*at)), strict=True),
-        updates.reshape(-1, *made.shape[len(at) :]),
-        strict=True,
-    ):
+    places = [p.reshape(-1) for p in np.broadcast_arrays(*at)]
+    values = updates.reshape(len(places[0]), *made.shape[len(at) :])
+    for place, value in zip(zip(*places, strict=True), values, strict=True):
         # Rounded after every step, as the kernel does.
         wide_made[place] = _NP[reduction](wide_made[place], value).astype(made.dtype)
     return wide_made.astype(made.dtype)

@@ -292,6 +292,13 @@ class Module:
             results[i] = results[i].reshape(-1)[: math.prod(shape)].reshape(shape)
 
     # ---- shapes ---------------------------------------------------------------------------------
+    def _sizes_of(self, arrays: Sequence[np.ndarray]) -> _Sizes:
+        """The sizes of a call with these arguments, checked."""
+        key: tuple[tuple[int, ...], ...] = tuple(a.shape for a in arrays)
+        if self._telling:
+            key = (*key, tuple(_number(arrays[i]) for i in self._telling))
+        return self._measure(key)
+
     def _measure(self, shapes: tuple[tuple[int, ...], ...]) -> _Sizes:
         """Check the shapes of a call and compute all sizes that follow from them.
 

@@ -84,9 +84,11 @@ def _text(size: Size, outer: int) -> str:
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """The numpy type of a dtype's name, `bfloat16` and types of at most 8 bits included."""
-    if name.startswith(("bfloat", "float8", "float4")) or (name[-1] in "42" and name[-2] == "t"):
+    if name.startswith(("bfloat", "float8", "float4")) or name.endswith(("t4", "t2")):
         import ml_dtypes  # only models that use such a type need the package
 
+        if not hasattr(ml_dtypes, name):
+            raise TypeError(f"data type {name!r} not understood")
         return np.dtype(getattr(ml_dtypes, name))
     return np.dtype(name)
 

@@ -20,7 +20,7 @@ import llvmlite.binding as llvm
 from minicompiler.errors import RunError
 from minicompiler.runtime.arrays import address
 from minicompiler.runtime.loader import Library
-from minicompiler.runtime.module import Module, _as_input, _Context, _number
+from minicompiler.runtime.module import Module, _as_input, _Context
 from minicompiler.runtime.plan import Call, Size, evaluate
 from minicompiler.runtime.pool import get_pool
 
@@ -73,10 +73,7 @@ class _Run:
             _as_input(*x) for x in zip(arrays, module._dtypes, module.inputs, strict=True)
         ]
         self.results = results  # with the inputs, the memory that the table points to
-        key: tuple[tuple[int, ...], ...] = tuple(a.shape for a in self.inputs)
-        if module._telling:
-            key = (*key, tuple(_number(self.inputs[i]) for i in module._telling))
-        sizes = module._measure(key)
+        sizes = module._sizes_of(self.inputs)
         self.context = _Context(self.layout.length, module._template)
         self.context.prepare(sizes, self.layout.arena)
         self.table: Any = self.context.table

@@ -279,6 +279,22 @@ def test_a_wrong_function_fails(name: str) -> None:
     assert caught.value.where == "f" and "def f(" in caught.value.excerpt
 
 
+@pytest.mark.parametrize(("parts", "right"), [(4, True), (5, False)])
+def test_a_remainder_times_a_size(parts: int, right: bool) -> None:
+    """Parts of m // 4 elements: the first four lie inside of m."""
+    m = Dim("m", 1, None)
+    x, y = (Buffer(name, float32, (m,)) for name in "xy")
+    at = I % parts * (m // 4) + J
+    body = If(m // 4 > J, Store(y, (J,), Load(x, (at,))))
+    whole = For(I, Const(32), SERIAL, For(J, m // 4 + 3, SERIAL, body))
+    made = PrimFunc("f", (x, y), 1, (m,), (), (whole,))
+    if right:
+        verify_tir(made)
+    else:
+        with pytest.raises(VerifyError, match="not known to be below m"):
+            verify_tir(made)
+
+
 def test_registers_may_be_indexed_by_plain_loops_while_scheduling() -> None:
     make, _ = WRONG["register buffer in a plain loop"]
     verify_tir(make())

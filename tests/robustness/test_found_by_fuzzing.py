@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper
 from onnx_models import model, node, numbers
+from tolerance import assert_close
 
 import minicompiler as mc
-from minicompiler.errors import ImportModelError, LimitError, RunError, ShapeError
+from minicompiler.errors import (
+    ImportModelError,
+    LimitError,
+    MinicompilerError,
+    RunError,
+    ShapeError,
+)
 from minicompiler.frontend.onnx import load
 from minicompiler.ops.evaluate import run_reference
+from minicompiler.runtime.plan import numpy_dtype
 
 Make = Callable[[], ModelProto]
 LONG = np.int64
@@ -94,6 +102,51 @@ def endless_loop() -> ModelProto:
     return model([node("Loop", "n go x", "y", body=body)], {"x": numbers(3)}, ["y"], known)
 
 
+def transposed_shape() -> ModelProto:
+    inputs = {"x": numbers(1, 1, 3, 3), "w": numbers(1, 1, 2, 2)}
+    return model([node("ConvTranspose", "x w", "y", output_shape=[6])], inputs, ["y"])
+
+
+def transposed_rank() -> ModelProto:
+    inputs = {"x": numbers(1, 1, 3, 3), "w": numbers(1, 1, 2)}
+    return model([node("ConvTranspose", "x w", "y", auto_pad="SAME_UPPER")], inputs, ["y"])
+
+
+def scan_of(count: int, **attributes: object) -> ModelProto:
+    infos = [helper.make_tensor_value_info(f"b{k}", 1, []) for k in range(2)]
+    out = helper.make_empty_tensor_value_info("c")
+    body = helper.make_graph([node("Add", "b0 b1", "c")], "body", infos, [out])
+    scan = node("Scan", "x s", "y", body=body, num_scan_inputs=count, **attributes)
+    return model([scan], {"x": numbers(3), "s": numbers()}, ["y"])
+
+
+def scan_of_nothing() -> ModelProto:
+    return scan_of(0)
+
+
+def scan_of_more() -> ModelProto:
+    return scan_of(3)
+
+
+def scan_of_a_number() -> ModelProto:
+    return scan_of(2)
+
+
+def scan_of_one_axis() -> ModelProto:
+    return scan_of(1, scan_input_axes=[0, 0])
+
+
+def batch_of_numbers() -> ModelProto:
+    inputs = {"x": numbers(3), **{name: numbers(3) for name in "sbmv"}}
+    nodes = [node("BatchNormalization", "x s b m v", "y p q", training_mode=1)]
+    return model(nodes, inputs, ["y"])
+
+
+def unpool_of_a_line() -> ModelProto:
+    inputs = {"x": numbers(1, 1, 2), "i": np.zeros((1, 1, 2), LONG)}
+    return model([node("MaxUnpool", "x i", "y", kernel_shape=[2, 2])], inputs, ["y"])
+
+
 def unknown_attribute() -> ModelProto:
     return model([node("Conv", "x w", "y", pad=[1, 1])],
                  {"x": numbers(1, 1, 4, 4), "w": numbers(1, 1, 3, 3)}, ["y"])  # fmt: skip
@@ -152,6 +205,8 @@ MODELS: tuple[Make, ...] = (
     groups, resize_scales, unknown_attribute, wrong_attribute, too_many_inputs, different_types,
     wrong_type, newer_operator, same_output_twice, no_text, negative_opset, branch_without_result,
     folder_as_weight, resize_of_nothing, quantize_blocks, quantize_one_number, endless_loop,
+    transposed_shape, transposed_rank, scan_of_nothing, scan_of_more, scan_of_a_number,
+    scan_of_one_axis, batch_of_numbers, unpool_of_a_line,
 )  # fmt: skip
 
 
@@ -243,6 +298,90 @@ def test_work_without_bound_is_refused_before_it_starts() -> None:
     m = model([node("RoiAlign", "x r b", "y", **sizes)], inputs, ["y"])
     with pytest.raises(LimitError, match=r'(?s)one call takes \d+ operations.*RoiAlign "n_y"'):
         mc.compile(m, limits=mc.Limits(operations=10**9))
+
+
+def test_attention_whose_head_size_is_told_by_the_call() -> None:
+    q, k = numbers(2, 4, 72), numbers(2, 6, 24)
+    heads = {"q_num_heads": 9, "kv_num_heads": 3}
+    m = model([node("Attention", "q k v", "y", **heads)], {"q": q, "k": k, "v": k}, ["y"],
+              opset=23, shapes={"k": (2, 6, "n")})  # fmt: skip
+    assert_close(mc.compile(m)(q, k, k)[0], run_reference(load(m), [q, k, k])[0], 48)
+    with pytest.raises(RunError, match='Attention "n_y"'):
+        mc.compile(m)(q, numbers(2, 6, 30), k)
+
+
+@pytest.mark.parametrize(
+    ("op", "numbers_of", "text"),
+    [
+        ("MelWeightMatrix", (4, 16, 8000, 100.0, 9000.0), "at most half"),
+        ("MelWeightMatrix", (4, 16, 8000, float("nan"), 400.0), "lowest, highest"),
+        ("MelWeightMatrix", (2**50, 16, 8000, 0.0, 400.0), "the limit is"),
+        ("Range", (0.0, float("inf"), 1.0), "Range from"),
+        ("Range", (0.0, 1e15, 1.0), "the limit is"),
+        ("Range", (-1e38, 1e38, 1e-40), "the limit is"),
+    ],
+)
+def test_a_table_that_cannot_be_made(op: str, numbers_of: tuple, text: str) -> None:  # type: ignore[type-arg]
+    known = {f"c{k}": np.array(v, LONG if isinstance(v, int) else np.float32)
+             for k, v in enumerate(numbers_of)}  # fmt: skip
+    nodes = [node(op, " ".join(known), "t"), node("ReduceMax", "t", "m"), node("Add", "x m", "y")]
+    m = model(nodes, {"x": numbers(1, 1)}, ["y"], known)
+    with pytest.raises((ImportModelError, LimitError), match=text):
+        mc.compile(m)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "length", "text"),
+    [((1, 0, 1), None, "of 0 elements"), ((1, 9, 1), -3, "of -3 elements"),
+     ((1, 9, 1), 2**60, "the limit is")],
+)  # fmt: skip
+def test_a_transform_of_an_impossible_length(
+    sizes: tuple[int, ...], length: int | None, text: str
+) -> None:
+    known = {} if length is None else {"n": np.array(length)}
+    m = model([node("DFT", "x n" if known else "x", "y")], {"x": numbers(*sizes)}, ["y"], known)
+    with pytest.raises((ImportModelError, LimitError), match=text):
+        mc.compile(m)
+
+
+@pytest.mark.parametrize("field", ["arch", "cores", "fma", "features"])
+def test_a_target_of_other_types(field: str) -> None:
+    data = {**mc.Target.host().to_json(), field: {"a": 1} if field != "features" else 3}
+    with pytest.raises(MinicompilerError, match="not a description of a target"):
+        mc.Target.from_json(data)
+
+
+@pytest.mark.parametrize("name", ["", "t", "t4", "bfloat", "float33"])
+def test_a_type_that_does_not_exist(name: str) -> None:
+    with pytest.raises(TypeError, match="not understood"):
+        numpy_dtype(name)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 3), (2, 4, 0)])
+def test_normalised_groups_of_nothing(sizes: tuple[int, ...]) -> None:
+    inputs = {"x": np.zeros(sizes, np.float32), "s": numbers(4), "b": numbers(4)}
+    nodes = [node("GroupNormalization", "x s b", "y", num_groups=2)]
+    m = model(nodes, inputs, ["y"], opset=21)
+    assert mc.compile(m)(*inputs.values())[0].shape == sizes
+    assert run_reference(load(m), [*inputs.values()])[0].shape == sizes
+
+
+@pytest.mark.parametrize("exclusive", [0, 1])
+def test_running_sums_of_nothing(exclusive: int) -> None:
+    nodes = [node("CumSum", "x a", "y", exclusive=exclusive)]
+    m = model(nodes, {"x": numbers(0)}, ["y"], {"a": np.array(0)})
+    assert mc.compile(m)(numbers(0))[0].shape == (0,)
+    assert run_reference(load(m), [numbers(0)])[0].shape == (0,)
+
+
+@pytest.mark.parametrize("sizes", [(0,), (2, 0), (0, 2)])
+def test_a_sum_of_no_sizes(sizes: tuple[int, ...]) -> None:
+    """Integers that are known while importing, but there are none."""
+    nodes = [node("ReduceSum", "i a", "s", keepdims=0), node("Cast", "s", "f", to=1),
+             node("Add", "x f", "y")]  # fmt: skip
+    m = model(nodes, {"x": numbers(1)}, ["y"], {"i": np.zeros(sizes, LONG), "a": np.array([0])})
+    want = numbers(1) + np.zeros(sizes, np.float32).sum(0)
+    assert np.array_equal(mc.compile(m)(numbers(1))[0], want)
 
 
 def test_the_extreme_of_nothing_is_the_identity() -> None:
