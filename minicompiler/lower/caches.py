@@ -15,8 +15,10 @@ def cache_pairs(fn: Function) -> list[tuple[int, int, int, Dim]]:
         if not isinstance(r, Apply) or not isinstance(r.op, Function):
             continue
         for inner in r.op.results:
-            if isinstance(inner, Apply) and inner.op is append.append:
+            if not isinstance(inner, Apply) or inner.op is not append.append:
+                continue
+            room = inner.attrs.room
+            if isinstance(room, Dim):  # else no memory is shared
                 past = r.args[r.op.params.index(inner.args[0])]
-                room = inner.attrs.room
                 found.append((inputs[id(past)], k, inner.attrs.axis, room))
     return found
