@@ -157,8 +157,8 @@ def apply(s: Schedule) -> None:
     images = 1
     for n in batch:
         images *= const_int(s.loop(n)[0].extent) or 1
-    # Each thread transforms the input of its own blocks, if all of it would not stay in a cache.
-    own = images * (count_h // lines) >= 2 * s.target.cores and not _is_near(s, broad.buffer)
+    # Each thread transforms the input of its own blocks, if there are enough of them.
+    own = images * (count_h // lines) >= 2 * s.target.cores
     local = s.choose("local", (False, True), own)
     alone = images == 1 if together else lines in (1, count_h)
 
