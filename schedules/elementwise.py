@@ -7,10 +7,24 @@ Loops follow the order in which the result lies in memory; the innermost is cut 
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import TYPE_CHECKING
 
 from minicompiler.ir.arith import Arith
-from minicompiler.ir.expr import Call, Const, Expr, Var, const_int, free_vars, substitute, walk
+from minicompiler.ir.expr import (
+    Binary,
+    Call,
+    Const,
+    Expr,
+    Select,
+    Var,
+    conjuncts,
+    const_int,
+    free_vars,
+    substitute,
+    walk,
+)
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, For, Scope
 
 from . import analysis, streaming, transposed
@@ -19,6 +33,7 @@ if TYPE_CHECKING:
     from .schedule import Schedule
 
 LONG_VECTORS = 4  # side by side they hide the latency of a polynomial
+MOST_PIECES = 8  # of a concatenation that are written out
 WORTH_A_THREAD = 16384  # elements below which waking another thread costs more than it saves
 
 
@@ -131,6 +146,8 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
         order = [s.fuse(*order)]
     elif below is None and transposed.schedule(s, name, order):
         return
+    elif below is None:
+        order = _in_pieces(s, name, order)
     inner = order[-1]
     loop, _ = s.loop(inner)
     extent = const_int(loop.extent)
@@ -143,7 +160,50 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
         s.mark(small, VECTOR)
         outer = [*outer, big]
     if parallel:
-        threads_over(s, outer, name)
+        shared = itertools.takewhile(lambda n: s.loop(n)[0].kind is not UNROLL, outer)
+        threads_over(s, list(shared), name)
+
+
+def _in_pieces(s: Schedule, name: str, order: list[str]) -> list[str]:
+    """r[i, j] = select(i < 64, a[i, j], b[i - 64, j])   ->   unroll i_o: for f: one long copy
+
+    An axis along which operands take turns is cut where they do, and what lies between two cuts is
+    one loop, if all operands step through its axes as through one. The new order."""
+    block, path = s.block(name)
+    cuts: dict[str, set[int]] = {}
+    for e in walk(block.body.value):
+        if type(e) is not Select:
+            continue
+        for c in conjuncts(e.cond):
+            known = type(c) is Binary and c.op == "lt" and const_int(c.b) is not None
+            it = next((i for i in block.iters if known and i.var is c.a), None)  # type: ignore[attr-defined]
+            if it is None or not isinstance(it.value, Var):
+                return order
+            cuts.setdefault(it.value.name, set()).add(const_int(c.b) or 0)  # type: ignore[attr-defined]
+    if len(cuts) != 1 or analysis.where_parts(block):
+        return order
+    ((axis, at),) = cuts.items()
+    sizes = [const_int(x.extent) for x in analysis.loops_in(path)]
+    extent = const_int(s.loop(axis)[0].extent)
+    if axis not in order or None in sizes or extent is None:
+        return order
+    size = math.gcd(extent, *at)
+    k = order.index(axis)
+    work = math.prod(n or 1 for n in sizes)
+    shared = math.prod(const_int(s.loop(n)[0].extent) or 1 for n in order[:k])
+    if work >= WORTH_A_THREAD and shared < 2 * s.target.cores:
+        return order  # threads need more to share
+    moves = [steps(s, name, s.loop(n)[0].var) for n in order[k:]]
+    for n, (own, inner) in zip(order[k + 1 :], itertools.pairwise(moves), strict=True):
+        times = const_int(s.loop(n)[0].extent) or 0
+        if any(a is None or b is None or a != b * times for a, b in zip(own, inner, strict=True)):
+            return order
+    if not 1 < extent // size <= MOST_PIECES:
+        return order
+    piece, rest = s.split(axis, size, "perfect")
+    s.mark(piece, UNROLL)
+    whole = [rest, *order[k + 1 :]]
+    return [*order[:k], piece, s.fuse(*whole) if len(whole) > 1 else rest]
 
 
 def lanes_for(s: Schedule, block: Block) -> int:

@@ -14,7 +14,7 @@ from minicompiler import te
 from minicompiler.codegen.llvm import emit
 from minicompiler.errors import ScheduleError
 from minicompiler.frontend.builder import Builder
-from minicompiler.ir.expr import FALSE, TRUE, Dim
+from minicompiler.ir.expr import FALSE, TRUE, Dim, select
 from minicompiler.ir.tir import UNROLL, VECTOR, For, PrimFunc, statements, stores
 from minicompiler.ir.types import float32
 from minicompiler.ir.verify_tir import verify_tir
@@ -209,3 +209,28 @@ def test_windows_apart_are_picked_out_of_vectors() -> None:
         func = step(func)
     text = emit(func).text
     assert "shufflevector" in text and "insertelement" not in text
+
+
+@pytest.mark.parametrize(
+    ("lead", "sizes", "rest"),
+    [(8, (6, 9), (5, 7)), (3, (4, 7), (3,)), (16, (64, 64), (30, 31)), (1, (32, 96), (33, 9))],
+)
+def test_concatenations(lead: int, sizes: tuple[int, ...], rest: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(2)
+    parts = [rng.standard_normal((lead, n, *rest), np.float32) for n in sizes]
+    net = Builder("joined")
+    given = [net.input(f"x{k}", p.shape) for k, p in enumerate(parts)]
+    fn = net.function(y=net.concat(*given, axis=1))
+    for threads in (1, 2):
+        (y,) = mc.compile(fn, threads=threads, checked=True)(*parts)
+        np.testing.assert_array_equal(y, np.concatenate(parts, 1))
+
+
+def test_a_concatenation_copies_long_pieces() -> None:
+    a, b = (te.placeholder(n, (64, 64, 15, 15), float32) for n in "ab")
+    y = te.compute(
+        (64, 128, 15, 15), lambda n, c, h, w: select(c < 64, a[n, c, h, w], b[n, c - 64, h, w]), "y"
+    )
+    func = schedule(from_tensors("f", [a, b], [y]), AVX2, after_step=verify_tir).func
+    loops = [x for x in statements(func) if isinstance(x, For)]
+    assert max(int(str(x.extent)) for x in loops) == 64 * 15 * 15 // 8
