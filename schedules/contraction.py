@@ -415,7 +415,10 @@ def _in_planes(s: Schedule, nest: Nest, depth: list[str]) -> bool:
     at = tuple(substitute(i, values) for i in nest.broad.indices)
     arith = analysis.arith_of(s.func)
     apart = elementwise.strides(nest.broad.buffer, at, s.loop(depth[0])[0].var, arith)
-    return len(depth) > 1 and apart is not None and 4 * apart >= _PAGE
+    if len(depth) == 1 or apart is None or 4 * apart < _PAGE:
+        return False
+    long = (const_int(nest.reduce[0].extent) or 1024) > 2 * _PLANES
+    return long or 4 * apart % _PAGE == 0  # then even few of them
 
 
 def _part_of_depth(
