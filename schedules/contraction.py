@@ -26,7 +26,6 @@ STREAMS = 8  # rows of a matrix that are read side by side: the ways of a first-
 _FEW = 4  # rows that a matrix is not turned for
 _TILES_PER_PACKING = 8  # or more, so that packing is little beside the products
 _DEPTHS = (STREAMS // 2, STREAMS, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024)
-_SHORT = 256  # what is never cut
 _PAGE = 4096
 _PLANES = 128  # of a reduction over channels whose images lie far apart
 _PART = 512  # of a long reduction, where both operands come at run time
@@ -218,7 +217,7 @@ def depth_block(extent: int | None, limit: int) -> int | None:
         return limit if extent is None or extent > limit else None
     if extent is None:
         return limit
-    if extent <= max(limit + limit // 3, _SHORT):
+    if extent <= limit + limit // 3:
         return None
     for size in range(limit + limit // 3, limit // 2, -1):
         if extent % size == 0 and size % 16 == 0:
@@ -416,7 +415,10 @@ def _in_planes(s: Schedule, nest: Nest, depth: list[str]) -> bool:
     at = tuple(substitute(i, values) for i in nest.broad.indices)
     arith = analysis.arith_of(s.func)
     apart = elementwise.strides(nest.broad.buffer, at, s.loop(depth[0])[0].var, arith)
-    return len(depth) > 1 and apart is not None and 4 * apart >= _PAGE
+    if len(depth) == 1 or apart is None or 4 * apart < _PAGE:
+        return False
+    long = (const_int(nest.reduce[0].extent) or 1024) > 2 * _PLANES
+    return long or 4 * apart % _PAGE == 0  # then even few of them
 
 
 def _part_of_depth(
@@ -507,7 +509,7 @@ def _fetch_rows(s: Schedule, nest: Nest, loop: str, rows: int) -> None:
     block, _ = s.block(nest.block.name)
     at = tuple(substitute(i, analysis.values_of(block)) for i in nest.broad.indices)
     apart = elementwise.strides(buffer, at, s.loop(loop)[0].var, arith)
-    if apart is not None and apart * buffer.dtype.bytes % 4096 == 0:
+    if apart is not None and apart * buffer.dtype.bytes % _PAGE == 0:
         return
     lines = -(-rows * step * buffer.dtype.bytes // 64)
     s.prefetch(buffer.name, loop, rows * step, None, lines)

@@ -10,6 +10,7 @@ made: while compiling or in a phase of its own, inside of the loops, or never.
 from __future__ import annotations
 
 import enum
+import math
 from typing import TYPE_CHECKING
 
 from minicompiler.ir.expr import Load, const_int, free_vars
@@ -137,8 +138,14 @@ def pack_first(s: Schedule, nest: Nest, width: int, depth: list[tuple[int, int]]
 
 def group_of(s: Schedule, nest: Nest, width: int, depth: int) -> int:
     """How many panels of a depth are packed together: they stay in the second-level cache while
-    the rows go by, and there is a group for each thread."""
-    most = max(1, s.target.caches[1] // 4 // (nest.wide.buffer.dtype.bytes * width * depth))
+    the rows go by, and there is a group for each thread. Every group is one pass over the rows, so
+    there are few where these come from memory."""
+    rows = math.prod(const_int(r.extent) or 64 for r in nest.rows)
+    n, k = (const_int(x.extent) or 64 for x in (nest.vector, nest.reduce[0]))
+    size = nest.wide.buffer.dtype.bytes
+    _, second, last = s.target.caches
+    share = second // (2 if size * (rows * k + k * n + rows * n) > last else 4)
+    most = max(1, share // (size * width * depth))
     columns = const_int(nest.vector.extent)
     if columns is None:
         return most

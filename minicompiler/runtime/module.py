@@ -28,7 +28,7 @@ import numpy as np
 
 from minicompiler.errors import MinicompilerError, RunError
 from minicompiler.runtime import caches, savefile
-from minicompiler.runtime.arrays import address, address_of_part, overlap, span
+from minicompiler.runtime.arrays import address, address_of_part, overlap, span, surely_apart
 from minicompiler.runtime.loader import Library
 from minicompiler.runtime.plan import (
     MAIN,
@@ -155,7 +155,9 @@ class Module:
             results = self._given(out, sizes)
         addresses = [*map(address, arrays), *map(address, results)]
         if out is not None:
-            self._refuse_overlap((*arrays, *results), addresses)
+            every = (*arrays, *results)
+            if not surely_apart(every, addresses, len(arrays)):
+                self._refuse_overlap(every, addresses)
         return self._execute(addresses, arrays, results, sizes)
 
     def _execute(
