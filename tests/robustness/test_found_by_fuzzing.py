@@ -156,6 +156,16 @@ def size_over_nothing() -> ModelProto:
     return model(nodes, {"x": numbers(3)}, ["y"], {"z": np.array([0])})
 
 
+def split_without_names() -> ModelProto:
+    return model([node("Split", "x", "y", num_outputs=2**40)], {"x": numbers(4)}, ["y"])
+
+
+def version_of_another_domain() -> ModelProto:
+    m = model([node("Relu", "x", "y")], {"x": numbers(3)}, ["y"])
+    m.opset_import.append(helper.make_opsetid("ai.onnx.ml", 2**40))
+    return m
+
+
 def unknown_attribute() -> ModelProto:
     return model([node("Conv", "x w", "y", pad=[1, 1])],
                  {"x": numbers(1, 1, 4, 4), "w": numbers(1, 1, 3, 3)}, ["y"])  # fmt: skip
@@ -216,6 +226,7 @@ MODELS: tuple[Make, ...] = (
     folder_as_weight, resize_of_nothing, quantize_blocks, quantize_one_number, endless_loop,
     transposed_shape, transposed_rank, scan_of_nothing, scan_of_more, scan_of_a_number,
     scan_of_one_axis, batch_of_numbers, unpool_of_a_line, diagonal, size_over_nothing,
+    split_without_names, version_of_another_domain,
 )  # fmt: skip
 
 
