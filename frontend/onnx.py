@@ -201,6 +201,9 @@ class _Importer:
         found = {
             ("" if o.domain in _ONNX else o.domain): o.version for o in self.model.opset_import
         }
+        for domain, known in found.items():
+            if not -(2**31) <= known < 2**31:
+                raise ImportModelError(f'{self.file} uses version {known} of "{domain}"')
         version = found.get("")
         newest = onnx.defs.onnx_opset_version()
         if version is None:

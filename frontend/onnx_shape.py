@@ -120,6 +120,8 @@ def _concat(n: OnnxNode) -> Value:
 def _split(n: OnnxNode) -> Any:
     axis, sizes = n.attr("axis", 0), n.ints(1, "split")
     parts = n.attr("num_outputs", len(n.outputs))
+    if parts != len(n.outputs):
+        n.fail(f"Split into {parts} parts, {len(n.outputs)} of which have names")
     attrs = pc.SplitAttrs(axis, sizes) if sizes else pc.SplitAttrs(axis, (), parts)
     return n.apply(pc.split, n.arg(0), attrs=attrs)
 

@@ -65,7 +65,8 @@ def schedule(
     """
     s = Schedule(func, target, decisions, after_step)
     # The statements of an extern have no blocks: what other phases compute stays where it is.
-    plain = all(next(analysis.blocks(p), None) is not None for p in func.phases)
+    kept = [next(analysis.blocks(p), None) for p in func.phases]
+    plain = bool(kept) and None not in kept  # there are none where all is of size 0
     # In a loop without iterations every condition is both true and false: nothing to gain or prove.
     empty = any(loop.extent is ZERO for loop in analysis.loops(func))
     for rule in rules if plain and not empty else rules[-1:]:

@@ -12,13 +12,15 @@ compared: there a mistake gives a wrong number, not a crash.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 from ..ir.arith import Arith, dims_of
 from ..ir.expr import (
     FALSE,
     TRUE,
     ZERO,
+    Binary,
     Const,
     Dim,
     Expr,
@@ -28,12 +30,16 @@ from ..ir.expr import (
     eq,
     maximum,
     minimum,
+    ne,
     select,
+    walk,
 )
-from ..ir.graph import Function, applies, arg_of, every_function, function_dims
+from ..ir.graph import Apply, Function, applies, arg_of, every_function, function_dims
 from ..ir.op import Counted, assumptions
 from ..ir.tir import If, PrimFunc, Seq, Stmt, Store, map_exprs, map_statements
 from ..ir.verify_tir import unproved_accesses
+
+_DIVIDES = ("floordiv", "mod", "div")
 
 
 def guard_accesses(func: PrimFunc, facts: Sequence[Expr] = ()) -> PrimFunc:
@@ -89,8 +95,10 @@ def guard_accesses(func: PrimFunc, facts: Sequence[Expr] = ()) -> PrimFunc:
 
 def run_time_guards(fn: Function) -> list[tuple[Expr, str]]:
     """What type rules took for granted, each with the node that needs it: sizes that are equal, and
-    sizes that are not negative (a window larger than the image)."""
+    sizes that are not negative (a window larger than the image). First, because other conditions
+    divide by them as well: sizes that are not 0."""
     found: dict[Expr, str] = {}
+    divisors: dict[Expr, str] = {}
     nodes = [v for f in every_function(fn) for v in applies(f)]
     counted = any(isinstance(v.attrs, Counted) for v in nodes)
     known = frozenset(function_dims(fn))
@@ -102,13 +110,35 @@ def run_time_guards(fn: Function) -> list[tuple[Expr, str]]:
         with assumptions() as pairs:
             v.op.infer(*[None if a is None else arg_of(a) for a in v.args], v.attrs)
         where = str(v.locs[0]) if v.locs else v.op.name
+        for size in _sizes(v):
+            for e in walk(size):
+                if type(e) is Binary and e.op in _DIVIDES and _may_be_zero(e.b, known):
+                    divisors.setdefault(ne(e.b, ZERO), f"{where} divides by {e.b}")
         for a, b in pairs:
             found.setdefault(eq(a, b), f"{where} needs {a} = {b}")
         for t in v.type if isinstance(v.type, tuple) else (v.type,):
             for size in t.shape:
                 if _may_be_negative(size, known):
                     found.setdefault(size >= ZERO, f"{where} makes {t}")
-    return list(found.items())
+    return [*divisors.items(), *found.items()]
+
+
+def _sizes(v: Apply) -> Iterator[Expr]:
+    """The sizes in the types and the attributes of a node."""
+    for t in v.type if isinstance(v.type, tuple) else (v.type,):
+        yield from t.shape
+    for field in dataclasses.fields(v.attrs):
+        value = getattr(v.attrs, field.name)
+        every = value if isinstance(value, tuple) else (value,)
+        yield from (e for e in every if isinstance(e, Expr))
+
+
+def _may_be_zero(size: Expr, known: frozenset[Dim]) -> bool:
+    """Whether a divisor has to be looked at when a call tells the dimensions `known`."""
+    if isinstance(size, Const) or not known.issuperset(dims_of([size])):
+        return False
+    arith = Arith()
+    return arith.prove(size > ZERO) is not True and arith.prove(size < ZERO) is not True
 
 
 def _may_be_negative(size: Expr, known: frozenset[Dim]) -> bool:

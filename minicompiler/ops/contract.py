@@ -62,6 +62,10 @@ def _einsum_infer(*args: Any) -> TensorType:
         fail(f"einsum: {len(xs)} operands for {','.join(a.operands)}")
     for x, letters in zip(xs, a.operands, strict=True):
         need_rank(f'einsum "{letters}"', x, len(letters), len(letters))
+        own: dict[str, Expr] = {}
+        for letter, size in zip(letters, x.type.shape, strict=True):
+            first = own.setdefault(letter, size)
+            need_same("einsum", f"the axes {letter} of {x.type}", first, size)
     sizes = _sizes([x.type.shape for x in xs], a)
     if any(c not in sizes for c in a.output) or len(set(a.output)) != len(a.output):
         fail(f"einsum: {','.join(a.operands)}->{a.output} has an unknown or repeated output")

@@ -23,11 +23,13 @@ from ..ir.expr import (
     binary,
     cast,
     const,
+    const_int,
     eq,
     maximum,
     minimum,
     ne,
     select,
+    wrap,
 )
 from ..ir.op import Arg, NoAttrs, Op, Precision, register
 from ..ir.types import CODED, DType, TensorType, bool_, dtype_of, float32, uint8
@@ -113,8 +115,12 @@ def _operator(
     ints: tuple[str, ...] = INTS,
     to: DType | None = None,
     content: Callable[[Expr, Expr], Expr] | None = None,
+    divides: bool = False,
 ) -> Op:
-    """Registers a function of two tensors of one element type, with broadcasting."""
+    """Registers a function of two tensors of one element type, with broadcasting.
+
+    divides: a size that is divided by 0 is no size.
+    """
 
     def infer(x: Arg, y: Arg, a: NoAttrs) -> TensorType:
         need_dtype(name, x, kinds)
@@ -124,8 +130,10 @@ def _operator(
     def compute(x: te.Tensor, y: te.Tensor, a: NoAttrs) -> te.Tensor:
         return elements(formula, x, y, name=name)
 
-    def reference(x: np.ndarray, y: np.ndarray, a: NoAttrs) -> np.ndarray:
+    def reference(x: np.ndarray, y: np.ndarray, a: NoAttrs) -> np.ndarray | None:
         if content is not None and symbolic(x, y):
+            if divides and any(const_int(wrap(e)) == 0 for e in y.flat):
+                return None  # no size; as data it has some value
             return on_contents(content, x, y)
         return np.asarray(meaning(x, y), dtype=bool if to is bool_ else x.dtype)
 
@@ -314,9 +322,13 @@ _NONZERO = (1, 5)
 add = _operator("add", _bin("add"), np.add, "fi", content=_bin("add"))
 sub = _operator("sub", _bin("sub"), np.subtract, "fi", content=_bin("sub"))
 mul = _operator("mul", _bin("mul"), np.multiply, "fi", content=_bin("mul"))
-div = _operator("div", _bin("div"), _div, "fi", (-9, 9), _NONZERO, content=_content_div)
+div = _operator(
+    "div", _bin("div"), _div, "fi", (-9, 9), _NONZERO, content=_content_div, divides=True
+)
 power = _operator("power", _bin("pow"), np.power, "fi", (0.1, 3), (0, 3))
-mod = _operator("mod", _mod, np.remainder, "fi", (-9, 9), _NONZERO, content=_bin("mod"))
+mod = _operator(
+    "mod", _mod, np.remainder, "fi", (-9, 9), _NONZERO, content=_bin("mod"), divides=True
+)
 fmod = _operator("fmod", _fmod, np.fmod, "fi", (-9, 9), _NONZERO)
 minimum_ = _operator("minimum", minimum, np.minimum, "fi", content=minimum)
 maximum_ = _operator("maximum", maximum, np.maximum, "fi", content=maximum)

@@ -369,7 +369,13 @@ class Module:
                         hint=hint,
                     )
         for g in self.plan.guards:
-            left, right = evaluate(g.left, dims), evaluate(g.right, dims)
+            try:
+                left, right = evaluate(g.left, dims), evaluate(g.right, dims)
+            except ZeroDivisionError:
+                raise RunError(
+                    f"these inputs do not fit together: a size would be divided by 0 ({g.text})",
+                    hint=", ".join(f"{n} = {v} is {origin[n]}" for n, v in dims.items()),
+                ) from None
             symbol, holds = RELATIONS[g.relation]
             if not holds(left, right):
                 raise RunError(

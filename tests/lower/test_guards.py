@@ -48,6 +48,9 @@ def test_a_lookup_within_a_lookup() -> None:
     assert got.tolist() == [4, 2, 2]
 
 
+AT = np.array([-7, 3, 99])
+
+
 def test_of_what_may_be_empty_nothing_is_read_or_written() -> None:
     n = Dim("n", 0, 9)
     x, at = te.placeholder("x", (n,), float32), te.placeholder("at", (3,), int64)
@@ -55,7 +58,7 @@ def test_of_what_may_be_empty_nothing_is_read_or_written() -> None:
     guarded = guard_accesses(from_tensors("lookup", [x, at], [made]))
     verify_tir(guarded)
     for size, want in ((5, [0, 3, 4]), (0, [0, 0, 0])):
-        (got,) = run(guarded, [np.arange(size, dtype=np.float32), np.array([-7, 3, 99])])
+        (got,) = run(guarded, [np.arange(size, dtype=np.float32), AT], {"n": size})
         assert got.tolist() == want
 
 

@@ -147,6 +147,25 @@ def unpool_of_a_line() -> ModelProto:
     return model([node("MaxUnpool", "x i", "y", kernel_shape=[2, 2])], inputs, ["y"])
 
 
+def diagonal() -> ModelProto:
+    return model([node("Einsum", "x", "y", equation="ii->i")], {"x": numbers(7, 1)}, ["y"])
+
+
+def size_over_nothing() -> ModelProto:
+    nodes = [node("Shape", "x", "s"), node("Div", "s z", "q"), node("Expand", "x q", "y")]
+    return model(nodes, {"x": numbers(3)}, ["y"], {"z": np.array([0])})
+
+
+def split_without_names() -> ModelProto:
+    return model([node("Split", "x", "y", num_outputs=2**40)], {"x": numbers(4)}, ["y"])
+
+
+def version_of_another_domain() -> ModelProto:
+    m = model([node("Relu", "x", "y")], {"x": numbers(3)}, ["y"])
+    m.opset_import.append(helper.make_opsetid("ai.onnx.ml", 2**40))
+    return m
+
+
 def unknown_attribute() -> ModelProto:
     return model([node("Conv", "x w", "y", pad=[1, 1])],
                  {"x": numbers(1, 1, 4, 4), "w": numbers(1, 1, 3, 3)}, ["y"])  # fmt: skip
@@ -206,7 +225,8 @@ MODELS: tuple[Make, ...] = (
     wrong_type, newer_operator, same_output_twice, no_text, negative_opset, branch_without_result,
     folder_as_weight, resize_of_nothing, quantize_blocks, quantize_one_number, endless_loop,
     transposed_shape, transposed_rank, scan_of_nothing, scan_of_more, scan_of_a_number,
-    scan_of_one_axis, batch_of_numbers, unpool_of_a_line,
+    scan_of_one_axis, batch_of_numbers, unpool_of_a_line, diagonal, size_over_nothing,
+    split_without_names, version_of_another_domain,
 )  # fmt: skip
 
 
@@ -355,6 +375,19 @@ def test_a_target_of_other_types(field: str) -> None:
 def test_a_type_that_does_not_exist(name: str) -> None:
     with pytest.raises(TypeError, match="not understood"):
         numpy_dtype(name)
+
+
+@pytest.mark.parametrize("op", ["Div", "Mod"])
+def test_sizes_that_are_divided_by_are_looked_at_in_each_call(op: str) -> None:
+    """In a kernel such a division would end the process."""
+    nodes = [node("Shape", "x", "s"), node("Sub", "s k", "d"), node("Max", "d z", "m"),
+             node(op, "c m", "q"), node("Expand", "o q", "e"),
+             node("ReduceMax", "e", "y", keepdims=0)]  # fmt: skip
+    known = {"k": np.array([2]), "z": np.array([0]), "c": np.array([60]), "o": numbers(1)}
+    m = symbolic(nodes, {"x": numbers(7)}, {"x": ("n",)}, known)
+    assert m(numbers(9))[0].shape == ()
+    with pytest.raises(RunError, match=r"divided by 0|divides by"):
+        m(numbers(2))
 
 
 @pytest.mark.parametrize("sizes", [(0, 4, 3), (2, 4, 0)])
