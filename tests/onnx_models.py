@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import (
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+)
 from tolerance import assert_close
 
 from minicompiler.frontend.onnx import load
@@ -21,6 +29,8 @@ from minicompiler.ops.evaluate import run_reference
 
 Array = np.ndarray
 OPSET = 20
+KINDS = {"f": TensorProto.FLOAT, "i": TensorProto.INT64, "b": TensorProto.BOOL}
+NUMBER = np.array(0)
 
 
 def node(op: str, inputs: str, outputs: str, **attrs: Any) -> NodeProto:
@@ -57,6 +67,25 @@ def model(
         [numpy_helper.from_array(a, n) for n, a in (constants or {}).items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+
+
+def value(text: str) -> ValueInfoProto:
+    """`k:i` is int64[], `x:f?,3` float32[?, 3]."""
+    name, _, kind = text.partition(":")
+    if not kind:
+        return helper.make_empty_tensor_value_info(name)
+    shape = [None if s == "?" else int(s) for s in kind[1:].split(",") if s]
+    return helper.make_tensor_value_info(name, KINDS[kind[0]], shape)
+
+
+def graph(
+    inputs: str, nodes: Sequence[NodeProto], outputs: str, constants: Mapping[str, Any] = {}
+) -> GraphProto:
+    """What a branch or a loop runs."""
+    tensors = [numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items()]
+    values = ([value(v) for v in text.split()] for text in (inputs, outputs))
+    ins, outs = values
+    return helper.make_graph(list(nodes), "body", ins, outs, tensors)
 
 
 def reference_of(m: ModelProto, feeds: Mapping[str, Array]) -> list[Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
-from onnx_models import model, node, numbers
+from onnx import TensorProto
+from onnx_models import NUMBER, graph, model, node, numbers
 from tolerance import assert_close
 
 import minicompiler as mc
@@ -22,26 +22,6 @@ from minicompiler.ops.evaluate import run_reference
 from minicompiler.runtime.module import load as load_module
 
 Array = np.ndarray
-KINDS = {"f": TensorProto.FLOAT, "i": TensorProto.INT64, "b": TensorProto.BOOL}
-NUMBER = np.array(0)
-
-
-def value(text: str) -> onnx.ValueInfoProto:
-    """`k:i` is int64[], `x:f?,3` float32[?, 3]."""
-    name, _, kind = text.partition(":")
-    if not kind:
-        return helper.make_empty_tensor_value_info(name)
-    shape = [None if s == "?" else int(s) for s in kind[1:].split(",") if s]
-    return helper.make_tensor_value_info(name, KINDS[kind[0]], shape)
-
-
-def graph(
-    inputs: str, nodes: Sequence[onnx.NodeProto], outputs: str, constants: Mapping[str, Any] = {}
-) -> onnx.GraphProto:
-    tensors = [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items()]
-    values = ([value(v) for v in text.split()] for text in (inputs, outputs))
-    ins, outs = values
-    return helper.make_graph(list(nodes), "body", ins, outs, tensors)
 
 
 def check(m: onnx.ModelProto, *calls: Mapping[str, Array]) -> mc.Module:

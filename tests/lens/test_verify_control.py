@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from frontend.test_control import NUMBER, graph
 from lens.faults import FAULTS
 from lens.test_verify import context, exit_code
 from onnx import ModelProto, TensorProto
-from onnx_models import model, node, numbers
+from onnx_models import NUMBER, graph, model, node, numbers
 
 from minicompiler.codegen import llvm_values
 from minicompiler.frontend.onnx import load
