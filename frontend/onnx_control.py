@@ -117,13 +117,13 @@ def _turned(n: OnnxNode, rows: Value, axis: int, back: int) -> Value:
         attrs = pc.SliceAttrs((last,), (-t.shape[0] - 1,), (0,), (-1,))
         rows = n.apply(pc.strided_slice, rows, attrs=attrs, name="")
     order = list(range(1, t.rank))
-    order.insert(axis % t.rank, 0)
+    order.insert(n.axis(axis, t.rank), 0)
     return n.apply(sh.transpose, rows, attrs=sh.TransposeAttrs(tuple(order)), name="")
 
 
 def _element(n: OnnxNode, x: Value, axis: int, k: int) -> Value:
     """x[k] along an axis, which disappears."""
-    at = axis % type_of(x).rank
+    at = n.axis(axis, type_of(x).rank)
     attrs = pc.SliceAttrs((k,), (k + 1,), (at,))
     part = n.apply(pc.strided_slice, x, attrs=attrs, name="")
     return n.apply(sh.squeeze, part, attrs=sh.SqueezeAttrs((at,)), name="")
@@ -186,11 +186,12 @@ def _concat_from_sequence(n: OnnxNode) -> Value:
 
 def _split_to_sequence(n: OnnxNode) -> Tensors:
     x, t = n.arg(0), n.type(0)
-    axis = n.attr("axis", 0) % t.rank
+    axis = n.axis(n.attr("axis", 0), t.rank)
     size = const_int(t.shape[axis])
     if size is None:
         n.fail(f"SplitToSequence along an axis of {t.shape[axis]} elements")
     split = n.known(1)
+    n.table(size)
     if split is None:
         parts = [1] * size
     elif split.ndim == 0:

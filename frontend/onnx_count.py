@@ -49,7 +49,7 @@ def _unique(n: OnnxNode) -> tuple[Value, ...]:
     if axis is None:
         x, axis = _flat(n, x), 0
     shape = type_of(x).shape
-    at = axis % len(shape)
+    at = n.axis(axis, len(shape))
     front = (at, *(k for k in range(len(shape)) if k != at))
     rest: tuple[Expr, ...] = tuple(shape[k] for k in front[1:])
     rows = n.apply(sh.transpose, x, attrs=sh.TransposeAttrs(front), name="")

@@ -212,7 +212,7 @@ def _softmax(op: Op) -> Converter:
         axis = n.attr("axis", -1 if n.opset >= 13 else 1)
         if n.opset >= 13 or axis in (-1, t.rank - 1):
             return n.apply(op, x, attrs=red.AxisAttrs(axis))
-        at = axis % t.rank
+        at = n.axis(axis, t.rank)
         rows: tuple[Expr, ...] = (product(t.shape[:at]), product(t.shape[at:]))
         flat = n.apply(sh.reshape, x, attrs=sh.ReshapeAttrs(rows), name="")
         done = n.apply(op, flat, attrs=red.AxisAttrs(-1), name="")

@@ -166,6 +166,15 @@ def version_of_another_domain() -> ModelProto:
     return m
 
 
+def unique_of_a_number() -> ModelProto:
+    return model([node("Unique", "x", "y", axis=0)], {"x": numbers()}, ["y"])
+
+
+def pieces_of_a_number() -> ModelProto:
+    nodes = [node("SplitToSequence", "x", "s"), node("ConcatFromSequence", "s", "y", axis=0)]
+    return model(nodes, {"x": numbers()}, ["y"])
+
+
 def unknown_attribute() -> ModelProto:
     return model([node("Conv", "x w", "y", pad=[1, 1])],
                  {"x": numbers(1, 1, 4, 4), "w": numbers(1, 1, 3, 3)}, ["y"])  # fmt: skip
@@ -226,7 +235,7 @@ MODELS: tuple[Make, ...] = (
     folder_as_weight, resize_of_nothing, quantize_blocks, quantize_one_number, endless_loop,
     transposed_shape, transposed_rank, scan_of_nothing, scan_of_more, scan_of_a_number,
     scan_of_one_axis, batch_of_numbers, unpool_of_a_line, diagonal, size_over_nothing,
-    split_without_names, version_of_another_domain,
+    split_without_names, unique_of_a_number, pieces_of_a_number, version_of_another_domain,
 )  # fmt: skip
 
 
