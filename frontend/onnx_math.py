@@ -139,6 +139,8 @@ def _cast_like(n: OnnxNode) -> Value:
 def _converted(n: OnnxNode, dtype: DType) -> Value:
     # Only the powers of two of float8e8m0 are not rounded to the nearest.
     rounding = n.attr("round_mode", "up")
+    if rounding not in ("up", "down", "nearest"):
+        n.fail(f"{n.op_type} that rounds {rounding!r}", "known: up, down, nearest")
     attrs = el.CastAttrs(dtype, bool(n.attr("saturate", 1)), rounding)
     return n.apply(el.cast_, n.arg(0), attrs=attrs)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from minicompiler import te
 from minicompiler.errors import InternalError
-from minicompiler.ir.arith import dims_of
+from minicompiler.ir.arith import Arith, dims_of
 from minicompiler.ir.expr import (
     ONE,
     TRUE,
@@ -28,6 +28,7 @@ from minicompiler.ir.expr import (
     Var,
     binary,
     const,
+    eq,
     free_vars,
     rewrite,
     select,
@@ -152,6 +153,7 @@ def lower_function(fn: Function, constant: Sequence[bool] = (), max_error: float
             assert isinstance(v.op, Op)
             args = [None if a is None else made[id(a)] for a in v.args]
             made[id(v)] = choose_compute(v, known_constant, max_error).build(*args, v.attrs)
+            _check_shapes(v, made[id(v)])
     results: list[te.Tensor] = []
     for r in fn.results:
         t = made[id(r)]
@@ -168,6 +170,15 @@ def lower_function(fn: Function, constant: Sequence[bool] = (), max_error: float
         )
     )
     return from_tensors(fn.name, placeholders, results, known, layouts, locs)
+
+
+def _check_shapes(v: Apply, made: Any) -> None:
+    """A result that is larger than its type says would be written past the end of its memory."""
+    types = v.type if isinstance(v.type, tuple) else (v.type,)
+    for t, tensor in zip(types, made if isinstance(made, tuple) else (made,), strict=True):
+        pairs = list(zip(t.shape, tensor.shape, strict=True))
+        if any(a is not b and Arith().prove(eq(a, b)) is False for a, b in pairs):
+            raise InternalError(f"{v.op.name} is {t}, but computes {list(tensor.shape)}", v.locs)
 
 
 def choose_compute(v: Apply, constant: set[int], max_error: float) -> Compute:

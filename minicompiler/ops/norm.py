@@ -124,7 +124,8 @@ def _row_norm_infer(name: str) -> Callable[..., TensorType]:
                 same_dtype(name, x, p)
                 if p.type.rank > x.type.rank:
                     fail(f"{name}: the parameter {p.type} does not broadcast to {x.type}")
-                broadcast(name, x, p)
+                for own, size in zip(x.type.shape, broadcast(name, x, p), strict=True):
+                    need_same(name, f"sizes of {x.type} and of the parameter {p.type}", own, size)
         return x.type
 
     return infer

@@ -9,15 +9,16 @@ from onnx_models import attention, conv_net, mlp, model, node, numbers
 
 import minicompiler as mc
 from minicompiler import driver, pipeline, te
-from minicompiler.errors import VerifyError
-from minicompiler.ir.expr import Dim, cast
-from minicompiler.ir.graph import Constant, applies
+from minicompiler.errors import InternalError, VerifyError
+from minicompiler.ir.expr import Const, Dim, cast
+from minicompiler.ir.graph import Constant, Function, Input, applies, apply
 from minicompiler.ir.interp import run
 from minicompiler.ir.tir import PrimFunc, script
-from minicompiler.ir.types import float32, index, int64
+from minicompiler.ir.types import TensorType, float32, index, int64
 from minicompiler.ir.verify_tir import verify_tir
 from minicompiler.lower.guards import guard_accesses, run_time_guards
 from minicompiler.lower.to_tir import from_tensors, lower_function
+from minicompiler.ops import activations
 
 
 def lookup() -> PrimFunc:
@@ -82,6 +83,14 @@ def test_an_index_into_nothing_touches_no_memory(nodes: list[NodeProto]) -> None
     m = mc.compile(model(nodes, {name: inputs[name] for name in read}, ["y"]))
     (y,) = m(*[inputs[name] for name in read])
     assert y.shape[1] == 2 and len(y) in (0, 2)
+
+
+def test_a_result_larger_than_its_type_is_no_kernel() -> None:
+    """It would be written past the end of its memory."""
+    x = Input("x", TensorType((Const(3),), float32))
+    y = apply(activations.relu, x).with_(type=TensorType((Const(2),), float32))
+    with pytest.raises(InternalError, match="but computes"):
+        lower_function(Function("f", (x,), (y,), fused=True), (False,))
 
 
 @pytest.mark.parametrize("make", [mlp, conv_net, attention])

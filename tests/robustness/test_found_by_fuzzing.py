@@ -175,6 +175,11 @@ def pieces_of_a_number() -> ModelProto:
     return model(nodes, {"x": numbers()}, ["y"])
 
 
+def rows_of_larger_scale() -> ModelProto:
+    inputs = {"x": numbers(2, 1, 4, 5), "s": numbers(3, 4, 5)}
+    return model([node("RMSNormalization", "x s", "y", axis=1)], inputs, ["y"], opset=23)
+
+
 def unknown_attribute() -> ModelProto:
     return model([node("Conv", "x w", "y", pad=[1, 1])],
                  {"x": numbers(1, 1, 4, 4), "w": numbers(1, 1, 3, 3)}, ["y"])  # fmt: skip
@@ -235,7 +240,8 @@ MODELS: tuple[Make, ...] = (
     folder_as_weight, resize_of_nothing, quantize_blocks, quantize_one_number, endless_loop,
     transposed_shape, transposed_rank, scan_of_nothing, scan_of_more, scan_of_a_number,
     scan_of_one_axis, batch_of_numbers, unpool_of_a_line, diagonal, size_over_nothing,
-    split_without_names, unique_of_a_number, pieces_of_a_number, version_of_another_domain,
+    split_without_names, rows_of_larger_scale, unique_of_a_number, pieces_of_a_number,
+    version_of_another_domain,
 )  # fmt: skip
 
 
