@@ -14,7 +14,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from minicompiler.ir.arith import Arith
-from minicompiler.ir.expr import ZERO, Const, Expr, Load, const_int, free_vars, substitute, walk
+from minicompiler.ir.expr import (
+    ZERO,
+    Const,
+    Expr,
+    Load,
+    const_int,
+    free_vars,
+    minimum,
+    substitute,
+    walk,
+)
 from minicompiler.ir.tir import VECTOR, Buffer, For, Prefetch, Scope, Seq, Stmt, seq
 
 from . import analysis, elementwise
@@ -119,6 +129,17 @@ def _place(s: Schedule, buffer: Buffer, loop: For, arith: Arith) -> Load:
     return place
 
 
+def _inside(place: Load, arith: Arith) -> Load:
+    """The place, or the last one of an axis where a masked iteration would lie behind it."""
+    return Load(
+        place.buffer,
+        tuple(
+            i if arith.prove(i < n) is True else minimum(i, n - 1)
+            for i, n in zip(place.indices, place.buffer.shape, strict=True)
+        ),
+    )
+
+
 def _lines_between(s: Schedule, place: Load, loop: For, arith: Arith) -> int:
     """Cache lines from what one iteration reads to what the next one does."""
     stride = elementwise.strides(place.buffer, place.indices, loop.var, arith)
@@ -127,20 +148,27 @@ def _lines_between(s: Schedule, place: Load, loop: For, arith: Arith) -> int:
     return -(-stride * place.buffer.dtype.bytes // LINE_BYTES)
 
 
-def drop_stale(s: Schedule) -> None:
-    """Removes the hints whose buffer is gone or no longer read."""
+def mend(s: Schedule) -> None:
+    """After a step: removes the hints whose buffer is gone or no longer read, and keeps the others
+    inside of their buffers where loops have got masked iterations."""
     read = {ld.buffer for b in analysis.blocks(s.func) for ld in analysis.operand_loads(b)}
+    arith = analysis.arith_of(s.func)
 
     def one(x: Stmt) -> Stmt | None:
         if not isinstance(x, For):
             return None
         parts = x.body.stmts if isinstance(x.body, Seq) else (x.body,)
-        if not any(isinstance(p, Prefetch) for p in parts):
-            return None
-        kept = [p for p in parts if not isinstance(p, Prefetch) or p.place.buffer in read]
-        return None if len(kept) == len(parts) else x.with_(body=seq(kept))
+        made = [_mended(p, arith) if isinstance(p, Prefetch) else p for p in parts]
+        made = [p for p in made if not isinstance(p, Prefetch) or p.place.buffer in read]
+        same = len(made) == len(parts) and all(a is b for a, b in zip(made, parts, strict=True))
+        return None if same else x.with_(body=seq(made))
 
     s.edit(one)
 
 
-__all__ = ["drop_stale", "prefetch", "prefetch_next"]
+def _mended(hint: Prefetch, arith: Arith) -> Prefetch:
+    place = _inside(hint.place, arith)
+    return hint if place.indices == hint.place.indices else hint.with_(place=place)
+
+
+__all__ = ["mend", "prefetch", "prefetch_next"]

@@ -176,7 +176,7 @@ class Schedule:
             ) from None
         self._names = None
         if any(step.primitive.startswith("prefetch") for step in self.steps):
-            hints.drop_stale(self)
+            hints.mend(self)
         names_made = made if isinstance(made, tuple) else (made,) if isinstance(made, str) else ()
         self.steps.append(Step(primitive, args, names_made))
         if self._after is not None:
