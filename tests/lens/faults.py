@@ -69,8 +69,8 @@ def wrong_epsilon(patch: Patch) -> None:
 def wrong_block(patch: Patch) -> None:
     real = layout._layout
 
-    def wrong(v: Apply, args: Any) -> IndexMap | None:
-        if real(v, args) is None:
+    def wrong(v: Apply, *args: Any) -> IndexMap | None:
+        if real(v, *args) is None:
             return None
         d = axes(4)
         return IndexMap(4, (d[0], d[1] // 8, d[2], d[3], d[1] % 4))
