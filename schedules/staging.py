@@ -345,7 +345,8 @@ def _unconditional(block: Block, dropped: list[Expr], tile: Buffer, arith: Arith
             if safe is not True:
                 limited = rewrite(value, cap)
                 safe = inside.prove(inside.simplify(limited) < room)
-                i = limited if safe is True and limited is not value else minimum(i, room - 1)
+                usable = safe is True and limited is not value
+                i = capped_index(i) if usable else minimum(i, room - 1)
                 moved.append(True)
             indices.append(i)
         if moved:  # one index capped: cap all that depend on the same point

@@ -438,3 +438,12 @@ def test_the_extreme_of_nothing_is_the_identity() -> None:
                   {"a": np.array([1])})  # fmt: skip
         (y,) = mc.compile(m)(np.zeros((2, 0), np.float32))
         assert (y == value).all()
+
+
+@pytest.mark.parametrize("width", [1, 9])
+def test_windows_over_a_line_of_one_pixel(width: int) -> None:
+    """The last valid pixel's window begins before the line."""
+    pool = node("MaxPool", "x", "y", kernel_shape=[2, 2], auto_pad="SAME_LOWER")
+    x = numbers(1, 3, 32, width)
+    m = model([pool], {"x": x}, ["y"], shapes={"x": (1, 3, 32, "w")})
+    assert_close(mc.compile(m, checked=True)(x)[0], run_reference(load(m), [x])[0], 1)
