@@ -54,9 +54,9 @@ def write(fn: Function, target: Target) -> str:
 
 def cases() -> list[Any]:
     reason = "n*m - 2*n - 2*m + 4 is not known to be (n - 2)*(m - 2), so nor its sign"
-    unproved = pytest.mark.xfail(raises=VerifyError, strict=False, reason=reason)
-    windows = ("avg_pool", "lp_pool")  # three sizes n - 2, fused into one loop
-    return [pytest.param(n, marks=unproved if n in windows else ()) for n in sorted(REGISTRY)]
+    unproved = pytest.mark.xfail(raises=VerifyError, strict=True, reason=reason)
+    # Three sizes n - 2, fused into one loop.
+    return [pytest.param(n, marks=unproved if n == "lp_pool" else ()) for n in sorted(REGISTRY)]
 
 
 @pytest.mark.parametrize("name", cases())
