@@ -11,10 +11,12 @@ to COMMANDS.
 from __future__ import annotations
 
 import _thread
+import contextlib
 import importlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -35,9 +37,9 @@ class _Commands(click.Group):
         return list(COMMANDS)
 
     def invoke(self, ctx: click.Context) -> Any:
-        sys.unraisablehook = _interrupt_again
         try:
-            return super().invoke(ctx)
+            with _no_lost_interrupts():
+                return super().invoke(ctx)
         except MinicompilerError as error:
             _report(ctx, type(error).__name__, error.message, str(error))
             click.echo(f"{type(error).__name__}: {error}", err=True)
@@ -48,17 +50,27 @@ class _Commands(click.Group):
             ctx.exit(INTERRUPTED)
 
 
-def _interrupt_again(lost: sys.UnraisableHookArgs) -> None:
+@contextlib.contextmanager
+def _no_lost_interrupts() -> Iterator[None]:
     """A Ctrl-C that arrives in a destructor cannot leave it: it is raised anew a moment later."""
-    if lost.exc_type is not KeyboardInterrupt:
-        sys.__unraisablehook__(lost)
-        return
+    others = sys.unraisablehook
 
     def again() -> None:
         time.sleep(0.01)
         _thread.interrupt_main()
 
-    _thread.start_new_thread(again, ())  # no lock of `threading`: the destructor may run under it
+    def hook(lost: sys.UnraisableHookArgs) -> None:
+        if lost.exc_type is KeyboardInterrupt:
+            # Not through `threading`: the destructor may run while its lock is held.
+            _thread.start_new_thread(again, ())
+        else:
+            others(lost)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = others
 
 
 def _report(ctx: click.Context, kind: str, message: str, text: str) -> None:
