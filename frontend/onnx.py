@@ -360,7 +360,7 @@ class _Importer:
         if convert is None:
             return expand()
 
-        def branch(name: str, *args: Any) -> tuple[Any, ...]:
+        def graph(name: str, *args: Any) -> tuple[Any, ...]:
             return self._branch(attributes[name].g, env, opsets, args, loc)
 
         node = OnnxNode(
@@ -373,7 +373,7 @@ class _Importer:
             self.values,
             self.minted,
             lambda: [v for v in env.values() if isinstance(v, Value)],
-            branch,
+            graph,
             expand,
         )
         try:

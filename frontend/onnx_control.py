@@ -32,7 +32,7 @@ def _if(n: OnnxNode) -> tuple[Any, ...]:
     known = n.values.of(n.arg(0))
     if known is None:
         return onnx_loop.if_(n)
-    return n.branch("then_branch" if known.all() else "else_branch")
+    return n.branch("then_branch" if known.all() else "else_branch", len(n.outputs))
 
 
 def _loop(n: OnnxNode) -> tuple[Any, ...]:
@@ -49,9 +49,10 @@ def _loop(n: OnnxNode) -> tuple[Any, ...]:
         if k == UNROLL_LIMIT:
             return onnx_loop.loop(n)
         first = [n.constant(k, np.int64), n.constant(True)]
-        going_on, *results = n.branch("body", *first, *state)
+        count = 1 + max(len(state), len(n.outputs))
+        going_on, *results = n.branch("body", count, *first, *state)
         state, per_iteration = results[: len(state)], results[len(state) :]
-        for made, values in zip(stacked, per_iteration, strict=False):
+        for made, values in zip(stacked, per_iteration, strict=True):
             values_of_one = n.apply(sh.unsqueeze, values, attrs=sh.UnsqueezeAttrs((0,)), name="")
             made.append(values_of_one)
         known = n.values.of(going_on)
@@ -97,9 +98,9 @@ def _scan(n: OnnxNode) -> tuple[Any, ...]:
             _element(n, x, a, trips - 1 - k if back else k)
             for x, a, back in zip(scanned, axes, backward, strict=True)
         ]
-        results = n.branch("body", *state, *parts)
+        results = n.branch("body", len(n.outputs), *state, *parts)
         state = list(results[: len(state)])
-        for pile, value, axis in zip(stacked, results[len(state) :], out_axes, strict=False):
+        for pile, value, axis in zip(stacked, results[len(state) :], out_axes, strict=True):
             at = axis if axis >= 0 else axis + type_of(value).rank + 1
             pile.append(n.apply(sh.unsqueeze, value, attrs=sh.UnsqueezeAttrs((at,)), name=""))
     whole = []

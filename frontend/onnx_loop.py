@@ -51,7 +51,8 @@ Place = tuple[int, int]  # a state or result, and one of its axes
 def if_(n: OnnxNode) -> tuple[Value, ...]:
     """One of two branches, chosen at run time."""
     around = n.around()
-    branches = [_tensors(n, n.branch(name)) for name in ("then_branch", "else_branch")]
+    names = ("then_branch", "else_branch")
+    branches = [_tensors(n, n.branch(name, len(n.outputs))) for name in names]
     first, second = branches
     sizes: dict[Place, Expr] = {}
     for k, (a, b) in enumerate(zip(first, second, strict=True)):
@@ -74,7 +75,8 @@ def loop(n: OnnxNode) -> tuple[Value, ...]:
     states = _tensors(n, n.inputs[2:])
 
     def step(k: Value, now: Sequence[Value]) -> Any:
-        going, *made = _tensors(n, n.branch("body", k, n.constant(True), *now))
+        count = 1 + max(len(states), len(n.outputs))
+        going, *made = _tensors(n, n.branch("body", count, k, n.constant(True), *now))
         return going, made[: len(states)], made[len(states) :]
 
     trips, most = n.opt(0), None
@@ -111,7 +113,7 @@ def scan(
             last = n.apply(el.sub, trips, n.constant(1, np.int64), name="")
             at = n.apply(el.sub, last, k, name="") if back else k
             parts.append(n.apply(ix.gather, x, at, attrs=ix.GatherAttrs(axis), name=""))
-        made = _tensors(n, n.branch("body", *now, *parts))
+        made = _tensors(n, n.branch("body", len(n.outputs), *now, *parts))
         return None, made[: len(states)], made[len(states) :]
 
     return run(n, _tensors(n, states), step, trips, length, None)

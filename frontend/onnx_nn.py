@@ -30,6 +30,8 @@ def padding(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Padding before and after each spatial axis, from `pads` or `auto_pad`."""
     rank = len(kernel)
+    if n.type(0).rank != rank + 2:
+        n.fail(f"{n.op_type} has a kernel of {rank} axes and an input of {n.type(0).rank}")
     mode = n.attr("auto_pad", "NOTSET")
     if mode in ("NOTSET", ""):
         pads = tuple(n.attr("pads", (0,) * (2 * rank)))

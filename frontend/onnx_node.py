@@ -48,7 +48,7 @@ class OnnxNode:
         values: the numbers that are known while importing.
         minted: how often a name of a dimension was given.
         around: the values that the graphs in the node's attributes may read.
-        branch: imports the graph in an attribute in the place of the node, with values for its
+        graph: imports the graph in an attribute in the place of the node, with values for its
             inputs: its results.
         expand: imports the node through the body that the ONNX specification defines for it.
     """
@@ -62,7 +62,7 @@ class OnnxNode:
     values: KnownValues
     minted: dict[str, int]
     around: Callable[[], list[Value]]
-    branch: Callable[..., tuple[Any, ...]]
+    graph: Callable[..., tuple[Any, ...]]
     expand: Callable[[], tuple[Any, ...]]
 
     def arg(self, k: int) -> Value:
@@ -111,6 +111,14 @@ class OnnxNode:
         if default is MISSING:
             self.fail(f"{self.op_type} needs the attribute {name!r}")
         return default
+
+    def branch(self, name: str, count: int, *args: Any) -> tuple[Any, ...]:
+        """The first `count` results of the graph in an attribute, for values of its inputs."""
+        self.attr(name)
+        made = self.graph(name, *args)
+        if len(made) < count:
+            self.fail(f"the {name!r} of {self.op_type} has {len(made)} results, not {count}")
+        return made[:count]
 
     def per_axis(self, name: str, rank: int, default: int) -> tuple[int, ...]:
         """An attribute with a number for each of `rank` axes."""

@@ -175,6 +175,8 @@ def _recurrent(layer: Callable[..., Any], gates: int, defaults: Sequence[str]) -
     def convert(n: OnnxNode) -> tuple[Value | None, ...]:
         swapped = bool(n.attr("layout", 0))
         x = n.arg(0)
+        if type_of(x).rank != 3:
+            n.fail(f"{n.op_type} needs an input of 3 dimensions, not {type_of(x).rank}")
         if swapped:
             x = n.apply(sh.transpose, x, attrs=sh.TransposeAttrs((1, 0, 2)), name="")
         lengths = _lengths(n, type_of(x).shape[0])

@@ -158,9 +158,11 @@ def _pad(n: OnnxNode) -> Value:
     sizes = sizes_of(n.arg(1))
     if sizes is None:
         n.fail("the padding is computed from data", "only shapes and constants may determine it")
+    if len(sizes) != 2 * axes.size:
+        n.fail(f"Pad has {len(sizes)} pads for {axes.size} axes", "two for each axis are needed")
     begin: list[Any] = [0] * rank
     end: list[Any] = [0] * rank
-    for k, axis in enumerate(axes.reshape(-1)):
+    for k, axis in enumerate(n.axis(int(a), rank) for a in axes.reshape(-1)):
         begin[axis], end[axis] = sizes[k], sizes[k + axes.size]
     attrs = pc.PadAttrs(tuple(begin), tuple(end), mode, attrs.value)
     return n.apply(pc.pad, n.arg(0), attrs=attrs)

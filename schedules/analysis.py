@@ -175,7 +175,7 @@ def region(body: Stmt, buffer: Buffer, arith: Arith, found: Sequence[Access] | N
             lo, hi = arith.bound(a.indices[d], inner, -1), arith.bound(a.indices[d], inner, +1)
             limit = _limit(a, d, inner)
             if limit is not None and (hi is None or arith.prove(limit <= hi) is True):
-                hi = limit
+                hi = _same_size(arith, lo, hi, limit)
             if lo is None or hi is None or any(type(x) is Load for e in (lo, hi) for x in walk(e)):
                 low, high = ZERO, extent - 1
                 break
@@ -185,6 +185,13 @@ def region(body: Stmt, buffer: Buffer, arith: Arith, found: Sequence[Access] | N
             low, high = ZERO, extent - 1
         box.append((low, arith.simplify(high - low + 1)))
     return box
+
+
+def _same_size(arith: Arith, low: Expr | None, high: Expr | None, limit: Expr) -> Expr:
+    """The lower one of two upper bounds, but not where a box of constant size would vary by it."""
+    if low is None or high is None or const_int(arith.simplify(limit - low)) is not None:
+        return limit
+    return limit if const_int(arith.simplify(high - low)) is None else high
 
 
 def _limit(access: Access, d: int, inner: Sequence[Expr]) -> Expr | None:

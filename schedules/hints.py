@@ -21,6 +21,7 @@ from minicompiler.ir.expr import (
     Load,
     const_int,
     free_vars,
+    maximum,
     minimum,
     substitute,
     walk,
@@ -58,6 +59,7 @@ def prefetch(
     lines = count or _lines_between(s, place, loop, arith)
     if lines > MOST_LINES:
         s.refuse(f"an iteration of {loop_name} moves on by {lines} cache lines of {name}", loop)
+    place = _inside(place, arith)
     line = LINE_BYTES // buffer.dtype.bytes
     parts: list[Stmt] = []
     if turns_name is None:
@@ -100,6 +102,7 @@ def prefetch_next(s: Schedule, name: str, loop_name: str, around_name: str) -> N
     each = -(-lines // turns)
     if each > MOST_LINES:
         s.refuse(f"an iteration of {loop_name} would fetch {each} cache lines of {name}", loop)
+    place = _inside(place, arith)
     parts: list[Stmt] = [
         Prefetch(place, arith.simplify(turn * each * line + (lines + k) * line))
         for k in range(each)
@@ -130,13 +133,16 @@ def _place(s: Schedule, buffer: Buffer, loop: For, arith: Arith) -> Load:
 
 
 def _inside(place: Load, arith: Arith) -> Load:
-    """The place, or the last one of an axis where a masked iteration would lie behind it."""
+    """The place, or the nearest one where it lies outside of an axis: in a masked iteration, or in
+    the border of an image."""
+
+    def one(i: Expr, n: Expr) -> Expr:
+        i = i if arith.prove(i < n) is True else minimum(i, n - 1)
+        return i if arith.prove(i >= ZERO) is True else maximum(i, ZERO)
+
     return Load(
         place.buffer,
-        tuple(
-            i if arith.prove(i < n) is True else minimum(i, n - 1)
-            for i, n in zip(place.indices, place.buffer.shape, strict=True)
-        ),
+        tuple(one(i, n) for i, n in zip(place.indices, place.buffer.shape, strict=True)),
     )
 
 

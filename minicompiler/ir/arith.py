@@ -520,11 +520,11 @@ class Arith:
         return None
 
     def _from_facts(self, p: Poly, depth: int) -> bool:
-        """True when one fact and the ranges give p >= 0."""
-        if not self.facts or self._with_fact or depth > 3:
-            return False
+        """True when one fact and the ranges give p >= 0, or two facts add up to it."""
         if p in self.facts:
             return True
+        if not self.facts or self._with_fact or depth > 3:
+            return False
         self._with_fact = True  # what is asked on the way must not ask for facts again
         try:
             for f in self.facts:

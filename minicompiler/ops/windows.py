@@ -8,6 +8,8 @@ padded(x, 2, w, value=0)        te tensor with a border wherever a window may le
 from __future__ import annotations
 
 import dataclasses
+import math
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -148,6 +150,9 @@ def np_padded(x: np.ndarray, lead: int, w: Windows, value: float) -> np.ndarray:
     extra = [(0, 0)] * lead
     for k in range(w.rank):
         extra.append((w.begin[k], w.end[k] + w.strides[k]))
+    size = math.prod(n + sum(e) for n, e in zip(x.shape, extra, strict=True))
+    if size * x.itemsize > sys.maxsize:
+        raise MemoryError(f"an array with its border of {size} elements")
     return np.pad(x, extra, constant_values=value)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from onnx import ModelProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, TensorProto, helper
 from onnx_models import model, node, numbers
 from tolerance import assert_close
 
@@ -136,6 +136,50 @@ def scan_of_one_axis() -> ModelProto:
     return scan_of(1, scan_input_axes=[0, 0])
 
 
+def scan_without_rows() -> ModelProto:
+    """The body gives the state only, the node wants what was scanned too."""
+    model_ = scan_of(1)
+    model_.graph.node[0].output.append("z")
+    return model_
+
+
+def loop_of_nothing() -> ModelProto:
+    infos = [("k", TensorProto.INT64, []), ("go", TensorProto.BOOL, []), ("a", 1, [3])]
+    inputs = [helper.make_tensor_value_info(*i) for i in infos]
+    body = helper.make_graph([node("Relu", "a", "b")], "body", inputs, [])
+    known = {"n": np.array(2), "go": np.array(True)}
+    return model([node("Loop", "n go x", "y", body=body)], {"x": numbers(3)}, ["y"], known)
+
+
+def branches_of_one_and_two() -> ModelProto:
+    def branch(names: str) -> GraphProto:
+        outputs = [helper.make_empty_tensor_value_info(name) for name in names.split()]
+        return helper.make_graph([node("Split", "x", "p q")], "branch", [], outputs)
+
+    nodes = [node("If", "c", "y z", then_branch=branch("p q"), else_branch=branch("p"))]
+    return model(nodes, {"c": np.array(True), "x": numbers(4)}, ["y"], opset=11)
+
+
+def pads_without_end() -> ModelProto:
+    known = {"p": np.array([1, 1]), "v": np.array(0, np.float32), "a": np.array([0, 1])}
+    return model([node("Pad", "x p v a", "y")], {"x": numbers(3, 3)}, ["y"], known)
+
+
+def pads_of_no_axis() -> ModelProto:
+    known = {"p": np.array([1, 1]), "v": np.array(0, np.float32), "a": np.array([7])}
+    return model([node("Pad", "x p v a", "y")], {"x": numbers(3, 3)}, ["y"], known)
+
+
+def steps_of_a_line() -> ModelProto:
+    inputs = {"x": numbers(), "w": numbers(1, 8, 2), "r": numbers(1, 8, 2)}
+    return model([node("LSTM", "x w r", "y", hidden_size=2)], inputs, ["y"])
+
+
+def pool_of_another_rank() -> ModelProto:
+    pool = node("MaxPool", "x", "y", kernel_shape=[2], auto_pad="SAME_UPPER")
+    return model([pool], {"x": numbers(1, 1, 4, 4)}, ["y"])
+
+
 def batch_of_numbers() -> ModelProto:
     inputs = {"x": numbers(3), **{name: numbers(3) for name in "sbmv"}}
     nodes = [node("BatchNormalization", "x s b m v", "y p q", training_mode=1)]
@@ -241,7 +285,8 @@ MODELS: tuple[Make, ...] = (
     transposed_shape, transposed_rank, scan_of_nothing, scan_of_more, scan_of_a_number,
     scan_of_one_axis, batch_of_numbers, unpool_of_a_line, diagonal, size_over_nothing,
     split_without_names, rows_of_larger_scale, unique_of_a_number, pieces_of_a_number,
-    version_of_another_domain,
+    version_of_another_domain, scan_without_rows, loop_of_nothing, branches_of_one_and_two,
+    pads_without_end, pads_of_no_axis, steps_of_a_line, pool_of_another_rank,
 )  # fmt: skip
 
 
@@ -447,3 +492,39 @@ def test_windows_over_a_line_of_one_pixel(width: int) -> None:
     x = numbers(1, 3, 32, width)
     m = model([pool], {"x": x}, ["y"], shapes={"x": (1, 3, 32, "w")})
     assert_close(mc.compile(m, checked=True)(x)[0], run_reference(load(m), [x])[0], 1)
+
+
+def test_powers_over_windows_with_a_border() -> None:
+    """The first window begins before the image: what is fetched early lies inside."""
+    pool = node("LpPool", "x", "y", kernel_shape=[2, 2], p=4, auto_pad="SAME_LOWER")
+    x = numbers(1, 3, 32, 32)
+    m = model([pool], {"x": x}, ["y"], shapes={"x": (1, "c", 32, 32)}, opset=18)
+    assert_close(mc.compile(m, checked=True)(x)[0], run_reference(load(m), [x])[0], 1)
+
+
+def test_parts_of_a_symbolic_axis() -> None:
+    """The parts before the last one lie inside of the axis because the last one has a size."""
+    split = node("Split", "x", "p q r", num_outputs=3, axis=1)
+    m = model([split], {"x": numbers(2, 7)}, ["p", "q", "r"], shapes={"x": (2, "n")}, opset=18)
+    made = mc.compile(m, checked=True)(numbers(2, 7))
+    assert [p.shape for p in made] == [(2, 3), (2, 3), (2, 1)]
+    with pytest.raises(RunError, match="make"):
+        mc.compile(m)(numbers(2, 1))
+
+
+def test_a_border_that_no_memory_holds() -> None:
+    pool = node("AveragePool", "x", "y", kernel_shape=[2], pads=[2**62, 0], strides=[2**62])
+    x = numbers(1, 1, 4)
+    with pytest.raises(MemoryError, match="border"):
+        run_reference(load(model([pool], {"x": x}, ["y"])), [x])
+
+
+@pytest.mark.parametrize(("size", "rest"), [(12, 6), (16, 16), (8, 40), (9, 9), (40, 20)])
+def test_a_transposed_part_of_a_result(size: int, rest: int) -> None:
+    """The transposed part may be narrower than a tile."""
+    inputs = {"a": numbers(2, size, 8), "b": numbers(2, 8, rest)}
+    nodes = [node("Transpose", "a", "t", perm=[0, 2, 1]), node("Concat", "t b", "c", axis=2),
+             node("Mul", "c c", "y")]  # fmt: skip
+    m = model(nodes, inputs, ["y"])
+    want = run_reference(load(m), [*inputs.values()])[0]
+    assert np.array_equal(mc.compile(m, checked=True)(*inputs.values())[0], want)
