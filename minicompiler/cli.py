@@ -44,6 +44,11 @@ class _Commands(click.Group):
             _report(ctx, type(error).__name__, error.message, str(error))
             click.echo(f"{type(error).__name__}: {error}", err=True)
             ctx.exit(INTERNAL_ERROR if isinstance(error, InternalError) else USER_ERROR)
+        except MemoryError as error:  # of numpy, in a reference: compiled code has its own check
+            text = f"there is not enough memory{f': {error}' if str(error) else ''}"
+            _report(ctx, "MemoryError", text, text)
+            click.echo(f"MemoryError: {text}\n  hint: use smaller inputs (--dims)", err=True)
+            ctx.exit(USER_ERROR)
         except KeyboardInterrupt:
             _report(ctx, "KeyboardInterrupt", "interrupted", "interrupted")
             click.echo("interrupted", err=True)

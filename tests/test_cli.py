@@ -16,11 +16,12 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 from onnx import ModelProto
-from onnx_models import conv_net, mlp, numbers, reference_of
+from onnx_models import conv_net, mlp, model, node, numbers, reference_of
 from tolerance import assert_close
 
 import minicompiler as mc
 from minicompiler import bench, cli, inputs
+from minicompiler.commands import options
 from minicompiler.errors import InternalError, MinicompilerError, RunError
 
 Cli = Callable[..., Result]
@@ -233,6 +234,15 @@ def test_a_compiled_model_keeps_its_ranges(call: Cli, net: Path, tmp_path: Path)
     assert "ranges" in call("run", path, "--dims", "batch=2..4", code=2).stderr
     assert "no dimension width" in call("run", path, "--dims", "width=1", code=2).stderr
     assert "original model" in call("run", path, "--check", "reference", code=2).stderr
+
+
+def test_a_reference_without_memory_ends_with_a_message(call: Cli, tmp_path: Path) -> None:
+    """numpy stores a border that compiled code only imagines."""
+    pool = node("AveragePool", "x", "y", kernel_shape=[2], pads=[2**62, 0], strides=[2**62])
+    path = saved(model([pool], {"x": numbers(1, 1, 4)}, ["y"]), tmp_path)
+    result = call("run", path, "--check", "reference", code=options.USER_ERROR)
+    assert "not enough memory" in result.stderr
+    assert "--dims" in result.stderr
 
 
 def test_ctrl_c_ends_with_130(call: Cli, net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
