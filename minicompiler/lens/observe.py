@@ -86,7 +86,7 @@ class _Run:
         # Outputs whose size is counted are given room for the most, as the module does.
         self.outputs = [np.empty(shape, dtype) for shape, dtype, _ in measured.outputs]
         layout = module._layout
-        self.context = _Context(layout.length, module._template)
+        self.context = _Context(module._template)
         self.context.prepare(measured, layout.arena)
         self.table: Any = self.context.table
         assert self.context.memory is not None

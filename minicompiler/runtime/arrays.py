@@ -14,7 +14,6 @@ import numpy as np
 _address_of = ctypes.addressof
 _view = ctypes.c_char.from_buffer
 _FIRST = (slice(0, 1),)
-_FEW = 8  # arrays that are compared pair by pair
 
 
 def address(array: np.ndarray) -> int:
@@ -38,19 +37,6 @@ def span(array: np.ndarray, start: int) -> tuple[int, int]:
     steps = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
     low, high = sum(s for s in steps if s < 0), sum(s for s in steps if s > 0)
     return start + low, start + high + array.itemsize
-
-
-def surely_apart(arrays: Sequence[np.ndarray], starts: Sequence[int], reads: int) -> bool:
-    """Whether contiguous arrays share no memory but among the first `reads`: a quick answer for few
-    of them, False where only `overlap` can tell."""
-    if len(arrays) > _FEW:
-        return False
-    for k in range(reads, len(arrays)):
-        start, size = starts[k], arrays[k].nbytes
-        for i in range(k):
-            if -arrays[i].nbytes < starts[i] - start < size:
-                return False
-    return True
 
 
 def overlap(spans: Sequence[tuple[int, int]], reads: int) -> tuple[int, int] | None:

@@ -72,6 +72,8 @@ class CheckedCall:
 class CheckedModule(Module):
     """A module whose every call is checked. A file that it is saved to holds no checks."""
 
+    _on_threads = False
+
     def __init__(self, *args: Any, checks: Sequence[CheckedCall], **kwargs: Any) -> None:
         """checks: one for each call of the plan; the other arguments are those of Module."""
         super().__init__(*args, **kwargs)

@@ -28,7 +28,17 @@ import numpy as np
 
 from minicompiler.errors import MinicompilerError, RunError
 from minicompiler.runtime import caches, savefile
-from minicompiler.runtime.arrays import address, address_of_part, overlap, span, surely_apart
+from minicompiler.runtime.arrays import address, address_of_part, overlap, span
+from minicompiler.runtime.entry import (
+    DONE,
+    FRAME_WORDS,
+    MISSING,
+    REFUSED,
+    Argument,
+    Signature,
+    entry,
+    signature,
+)
 from minicompiler.runtime.loader import Library
 from minicompiler.runtime.plan import (
     MAIN,
@@ -43,7 +53,7 @@ from minicompiler.runtime.plan import (
     numpy_dtype,
     size_text,
 )
-from minicompiler.runtime.pool import available_threads, get_pool, kernel_symbols
+from minicompiler.runtime.pool import available_threads, get_pool, kernel_symbols, region_address
 from minicompiler.target import Target
 
 _FORMAT = 1  # of the header of a saved module
@@ -56,6 +66,7 @@ _CHECKED_BYTES = 16 << 20  # arenas from here on are compared with the available
 _ndarray = np.ndarray
 _empty = np.empty
 _address_of = ctypes.addressof
+_Output = tuple[tuple[int, ...], np.dtype[Any], int]  # shape, dtype, bytes
 _living: weakref.WeakSet[Module] = weakref.WeakSet()
 
 
@@ -67,6 +78,8 @@ class Module:
         threads: how many threads a call uses.
         stages: what the compiler recorded, empty for a loaded module.
     """
+
+    _on_threads = True  # a call is one region of the pool
 
     def __init__(
         self,
@@ -109,6 +122,9 @@ class Module:
             if any(not counted.isdisjoint(_names(s)) for s in t.shape)
         ]
         self._layout = plan.table()
+        # Whether calls like the last one may go without Python: shapes tell all that is to check.
+        self._direct = self._on_threads and not self._telling and not self._trimmed
+        self._enter = entry(region_address())
         # Inputs and outputs lie at the start of the table.
         self._pack = struct.Struct(f"{self._layout.arena}q").pack_into
         self._shapes: dict[tuple[tuple[int, ...], ...], _Sizes] = {}
@@ -128,77 +144,71 @@ class Module:
         caches (runtime/caches.py).
         Raises RunError when an argument does not fit.
         """
-        if len(arrays) != len(self._dtypes):
-            raise self._wrong_count("input", self.inputs, len(arrays))
-        if self._grown:
-            return self._call_growing(arrays, out)
-        shapes = []
-        for array, dtype in zip(arrays, self._dtypes, strict=True):
-            if (
-                type(array) is not _ndarray
-                or array.dtype is not dtype
-                or not array.flags.c_contiguous
-            ):
-                arrays = tuple(map(_as_input, arrays, self._dtypes, self.inputs))
-                shapes = [a.shape for a in arrays]
-                break
-            shapes.append(array.shape)
-        key = tuple(shapes)
-        if self._telling:
-            key = (*key, tuple(_number(arrays[i]) for i in self._telling))
-        sizes = self._shapes.get(key)
-        if sizes is None:
-            sizes = self._measure(key)
-        if out is None:
-            results = list(starmap(_new, sizes.outputs))
-        else:
-            results = self._given(out, sizes)
-        addresses = [*map(address, arrays), *map(address, results)]
-        if out is not None:
-            every = (*arrays, *results)
-            if not surely_apart(every, addresses, len(arrays)):
-                self._refuse_overlap(every, addresses)
-        return self._execute(addresses, arrays, results, sizes)
-
-    def _execute(
-        self,
-        addresses: list[int],
-        arrays: Sequence[np.ndarray],
-        results: list[Any],
-        sizes: _Sizes,
-    ) -> tuple[Any, ...]:
-        pool = self._pool
-        if pool is None:
-            pool = self._pool = self._start()
         try:
             context = self._free.pop()
         except IndexError:
-            context = _Context(self._layout.length, self._template)
+            context = self._new_context()
         try:
-            if context.sizes is not sizes:
-                context.prepare(sizes, self._layout.arena)
-            self._pack(context.table, 0, *addresses)
-            pool.region(pool.handle, self._main, context.address, self.threads)
+            given: Any = tuple(out) if type(out) is list else out
+            end = self._enter(context.address, arrays, given)
+            if end == MISSING:
+                given = context.with_new(given)
+                end = self._enter(context.address, arrays, given)
+            if end == REFUSED:
+                arrays, given = self._call_checked(context, arrays, out)
             if self._trimmed:
-                self._trim(results, sizes, context)
+                given = self._trimmed_results(context, given)
         finally:
             self._free.append(context)
         if self._copied:
-            self._copy(arrays, results)
-        return tuple(results)
+            self._copy(arrays, given)
+        results: tuple[Any, ...] = given
+        return results
 
-    def _call_growing(self, arrays: Sequence[Any], out: Any) -> tuple[Any, ...]:
+    def _new_context(self) -> _Context:
+        if self._pool is None:
+            self._pool = self._start()
+        callee = (self._pool.handle.value, self._main.value, self.threads) if self._direct else ()
+        return _Context(self._template, callee)
+
+    def _call_checked(
+        self, context: _Context, arrays: tuple[Any, ...], out: Any
+    ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """Any call: inputs and results as arrays. Raises RunError where something does not fit."""
+        if len(arrays) != len(self._dtypes):
+            raise self._wrong_count("input", self.inputs, len(arrays))
+        if self._grown:
+            return self._call_growing(context, arrays, out)
+        given = tuple(map(_as_input, arrays, self._dtypes, self.inputs))
+        sizes = self._sizes_of(given)
+        results = tuple(starmap(_new, sizes.outputs)) if out is None else self._given(out, sizes)
+        context.prepare(sizes, self._layout.arena)
+        if self._enter(context.address, given, results) != DONE:
+            every = (*given, *results)
+            addresses = [*map(address, every)]
+            if out is not None:
+                self._refuse_overlap(every, addresses)
+            self._execute(context, addresses)
+        return given, results
+
+    def _execute(self, context: _Context, addresses: list[int]) -> None:
+        """Runs the native main for arguments that have been checked."""
+        self._pack(context.table, 0, *addresses)
+        self._pool.region(self._pool.handle, self._main, context.table_address, self.threads)
+
+    def _call_growing(
+        self, context: _Context, arrays: Sequence[Any], out: Any
+    ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
         """A call of a module with caches: the first part of each is put in its place."""
         grown = {c.input for c in self.plan.caches}
-        given = [
+        given = tuple(
             _as_array(a, dtype, t) if i in grown else _as_input(a, dtype, t)
             for i, (a, dtype, t) in enumerate(zip(arrays, self._dtypes, self.inputs, strict=True))
-        ]
+        )
         key: tuple[Any, ...] = tuple(a.shape for a in given)
         told = tuple(_number(given[i]) for i in self._telling)
         sizes = self._shapes.get((*key, (*told, 0))) or self._measure((*key, (*told, 0)))
-        out = [None] * len(self.outputs) if out is None else out
-        results = self._given(out, sizes)
+        results = self._given([None] * len(self.outputs) if out is None else out, sizes)
         addresses = [*map(address_of_part, given), *map(address_of_part, results)]
         present = [results[c.output] for c in self.plan.caches]
         names = [f'out= for output "{self.outputs[c.output].name}"' for c in self.plan.caches]
@@ -215,7 +225,12 @@ class Module:
                 np.copyto(caches.first_part(array, c.axis, past.shape[c.axis]), past)
         if room:
             sizes = self._shapes.get((*key, (*told, room))) or self._measure((*key, (*told, room)))
-        return self._execute(addresses, given, results, sizes)
+        again = context.sizes is sizes
+        context.prepare(sizes, self._layout.arena)
+        if again and len(placed) == len(self.plan.caches):
+            context.expect(self._signature_of(given, results))
+        self._execute(context, addresses)
+        return given, results
 
     def run(
         self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None
@@ -267,6 +282,29 @@ class Module:
             template[slot] = self._library.address(name)
         self._template = template
 
+    def _signature_of(
+        self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]
+    ) -> Signature:
+        """What `entry` expects of calls with caches in place, from a first one."""
+        twins = {c.output: c.input for c in self.plan.caches}
+        placed = set(twins.values())
+        arguments = [
+            Argument(
+                dtype, a.shape, 0 if i in placed else a.nbytes, a.strides if i in placed else None
+            )
+            for i, (a, dtype) in enumerate(zip(inputs, self._dtypes, strict=True))
+        ]
+        for i, (a, dtype) in enumerate(zip(outputs, self._out_dtypes, strict=True)):
+            low, high = span(a, 0)
+            twin = twins.get(i, -1)
+            strides = a.strides if i in twins else None
+            arguments.append(
+                Argument(
+                    dtype, a.shape, high - low, strides, twin, writes=True, optional=i not in twins
+                )
+            )
+        return signature(arguments, len(inputs))
+
     def _start(self) -> Any:
         missing = self.target.missing_features(Target.host())
         if missing:
@@ -283,15 +321,18 @@ class Module:
             # An output may hold the same elements under another shape.
             np.copyto(results[i], sources[place][at].reshape(results[i].shape))
 
-    def _trim(self, results: list[Any], sizes: _Sizes, context: _Context) -> None:
-        """Give outputs their shapes, now that the kernels have counted."""
+    def _trimmed_results(self, context: _Context, results: Sequence[Any]) -> tuple[Any, ...]:
+        """Outputs with their shapes, now that the kernels have counted."""
+        assert context.sizes is not None
         first = self._layout.dims + len(self.plan.dims)
-        dims = dict(sizes.known)
+        dims = dict(context.sizes.known)
         dims.update((c.dim, context.table[first + k]) for k, c in enumerate(self.plan.counts))
+        trimmed = list(results)
         for i in self._trimmed:
             shape = tuple(evaluate(s, dims) for s in self.outputs[i].shape)
             # Elements lie without gaps, so those that count come first.
-            results[i] = results[i].reshape(-1)[: math.prod(shape)].reshape(shape)
+            trimmed[i] = results[i].reshape(-1)[: math.prod(shape)].reshape(shape)
+        return tuple(trimmed)
 
     # ---- shapes ---------------------------------------------------------------------------------
     def _sizes_of(self, arrays: Sequence[np.ndarray]) -> _Sizes:
@@ -299,7 +340,7 @@ class Module:
         key: tuple[tuple[int, ...], ...] = tuple(a.shape for a in arrays)
         if self._telling:
             key = (*key, tuple(_number(arrays[i]) for i in self._telling))
-        return self._measure(key)
+        return self._shapes.get(key) or self._measure(key)
 
     def _measure(self, shapes: tuple[tuple[int, ...], ...]) -> _Sizes:
         """Check the shapes of a call and compute all sizes that follow from them.
@@ -325,10 +366,24 @@ class Module:
         arena = -(-evaluate(plan.arena, dims) // _CACHE_LINE) * _CACHE_LINE
         values = [dims[d.name] for d in plan.dims]
         sizes = _Sizes(values, outputs, arena, arena + shared + self.threads * local, dims)
+        if self._direct and not self._grown:
+            sizes.signature = self._signature(shapes, outputs)
         if len(self._shapes) >= _SHAPES_KEPT:
             self._shapes.clear()
         self._shapes[shapes] = sizes
         return sizes
+
+    def _signature(
+        self, shapes: Sequence[tuple[int, ...]], outputs: Sequence[_Output]
+    ) -> Signature:
+        """What `entry` expects of calls with these shapes."""
+        inputs = zip(self._dtypes, shapes, strict=True)
+        arguments = [Argument(dtype, shape, nbytes(shape, dtype)) for dtype, shape in inputs]
+        arguments += [
+            Argument(dtype, shape, size, writes=True, optional=True)
+            for shape, dtype, size in outputs
+        ]
+        return signature(arguments, len(self._dtypes))
 
     def _bind(
         self, shapes: tuple[tuple[int, ...], ...], told: tuple[tuple[int, ...], ...] = ()
@@ -386,7 +441,7 @@ class Module:
         return dims
 
     # ---- arguments ------------------------------------------------------------------------------
-    def _given(self, out: Any, sizes: _Sizes) -> list[np.ndarray]:
+    def _given(self, out: Any, sizes: _Sizes) -> tuple[np.ndarray, ...]:
         """The caller's arrays for the outputs, checked, and new ones where there is none."""
         if type(out) not in (list, tuple) and (
             isinstance(out, np.ndarray) or not isinstance(out, Sequence)
@@ -406,7 +461,7 @@ class Module:
                 raise RunError(f'out= for output "{t.name}", whose size is known only afterwards')
             _check_out(t, array, spec[0], spec[1], parts=len(results) in self._grown)
             results.append(array)
-        return results
+        return tuple(results)
 
     def _refuse_overlap(
         self, arrays: Sequence[np.ndarray], addresses: list[int], placed: Sequence[int] = ()
@@ -470,34 +525,47 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Module:
 class _Sizes:
     """What follows from the shapes of a call's inputs."""
 
-    __slots__ = ("arena", "dims", "known", "memory", "outputs")
+    __slots__ = ("arena", "dims", "known", "memory", "outputs", "signature")
 
     def __init__(
         self,
         dims: list[int],
-        outputs: list[tuple[tuple[int, ...], np.dtype[Any], int]],
+        outputs: list[_Output],
         arena: int,
         memory: int,
         known: dict[str, int],
     ) -> None:
         self.dims, self.outputs, self.arena, self.memory = dims, outputs, arena, memory
         self.known = known  # every size with a name; counted ones at their largest
+        self.signature: Signature | None = None
 
 
 class _Context:
-    """What one running call has for itself: the native table, arena and workspace."""
+    """What one running call has for itself: the native table, arena and workspace.
 
-    __slots__ = ("address", "memory", "sizes", "table")
+    address: of its frame (see `entry`), whose second part is the table.
+    """
 
-    def __init__(self, length: int, template: list[int]) -> None:
-        self.table = (ctypes.c_int64 * length)(*template)
-        self.address = ctypes.c_void_p(_address_of(self.table))
+    __slots__ = ("_frame", "_signature", "address", "memory", "sizes", "table", "table_address")
+
+    def __init__(self, template: Sequence[int], callee: Sequence[int] = ()) -> None:
+        """callee: what `entry` calls: pool, main, threads. Without, it refuses."""
+        head = [0, *callee] if callee else [0] * FRAME_WORDS
+        self._frame = (ctypes.c_int64 * (len(head) + len(template)))(*head, *template)
+        self.address = _address_of(self._frame)
+        start = 8 * FRAME_WORDS
+        self.table = (ctypes.c_int64 * len(template)).from_buffer(self._frame, start)
+        self.table_address = ctypes.c_void_p(self.address + start)
         self.memory: _Memory | None = None
         self.sizes: _Sizes | None = None  # those that the table is set up for
+        self._signature: Signature | None = None
 
     def prepare(self, sizes: _Sizes, slot: int) -> None:
-        """Set up for other sizes: `slot` is that of the arena, workspace and dims follow it."""
+        """Set up for some sizes: `slot` is that of the arena, workspace and dims follow it."""
+        if self.sizes is sizes:
+            return
         self.sizes = None  # stays so if there is not enough memory
+        self.expect(None)
         if self.memory is None or self.memory.size < sizes.memory:
             self.memory = None  # gives the old one back first
             self.memory = _Memory(sizes.memory)
@@ -505,6 +573,20 @@ class _Context:
         words: list[ctypes.c_int64 | int] = [base, base + sizes.arena, *sizes.dims]
         self.table[slot : slot + len(words)] = words
         self.sizes = sizes
+        self.expect(sizes.signature)
+
+    def expect(self, signature: Signature | None) -> None:
+        """From now on calls like this one are made by `entry`."""
+        self._frame[0] = 0 if signature is None else _address_of(signature)
+        self._signature = signature
+
+    def with_new(self, outputs: tuple[Any, ...] | None) -> tuple[np.ndarray, ...]:
+        """The outputs of a call like the last one, new arrays where there are none."""
+        assert self.sizes is not None
+        if outputs is None:
+            return tuple(starmap(_new, self.sizes.outputs))
+        pairs = zip(outputs, self.sizes.outputs, strict=True)
+        return tuple([_new(*spec) if array is None else array for array, spec in pairs])
 
 
 class _Memory:
@@ -588,6 +670,8 @@ def _rank_hint(t: Tensor, shape: tuple[int, ...]) -> str:
 
 def _as_input(value: Any, dtype: np.dtype[Any], t: Tensor) -> np.ndarray:
     """An argument as a contiguous array in native byte order, copied only if it is not one."""
+    if type(value) is _ndarray and value.dtype is dtype and value.flags.c_contiguous:
+        return value
     return np.asarray(_as_array(value, dtype, t), order="C")
 
 
@@ -721,6 +805,7 @@ def _after_fork() -> None:
     """In the child of a fork the pool's threads do not exist: the next call asks for a new pool."""
     for module in list(_living):
         module._pool = None
+        module._free.clear()  # they name the pool
 
 
 if hasattr(os, "register_at_fork"):

@@ -60,6 +60,12 @@ def barrier_address() -> int:
     return _code().barrier
 
 
+def region_address() -> int:
+    """Address of `i32 mc_run(ptr pool, ptr fn, ptr arg, i32 nthreads)`: `Pool.region` for native
+    code."""
+    return _code().run_address
+
+
 def kernel_symbols() -> dict[str, int]:
     """What generated code may call: `mc_barrier`, and `{i64, i64} mc_claim(ptr block, i32 tid,
     i32 nthreads, i64 extent, ptr own)`, whose block is the `barrier` of a region."""

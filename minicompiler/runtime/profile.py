@@ -74,7 +74,7 @@ class _Run:
         ]
         self.results = results  # with the inputs, the memory that the table points to
         sizes = module._sizes_of(self.inputs)
-        self.context = _Context(self.layout.length, module._template)
+        self.context = _Context(module._template)
         self.context.prepare(sizes, self.layout.arena)
         self.table: Any = self.context.table
         module._pack(self.table, 0, *map(address, (*self.inputs, *results)))

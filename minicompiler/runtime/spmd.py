@@ -499,7 +499,8 @@ class Native:
         word, long, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
         self.barrier = address("mc_barrier")
         self.claim = address("mc_claim")
-        self.run = _function(address("mc_run"), word, pointer, pointer, pointer, word)
+        self.run_address = address("mc_run")
+        self.run = _function(self.run_address, word, pointer, pointer, pointer, word)
         self.region = _function(address("mc_region"), word, pointer, pointer, pointer, word)
         self.acquire = _function(address("mc_acquire"), word, pointer, long)
         self.release = _function(address("mc_release"), None, pointer, long)
