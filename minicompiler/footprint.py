@@ -84,12 +84,14 @@ def _child(path: str, threads: int, dims: Mapping[str, int]) -> int:
     """What `measure` runs in a process of its own."""
     import numpy as np
 
-    from minicompiler.runtime.pool import get_pool
+    from minicompiler.runtime.entry import entry
+    from minicompiler.runtime.pool import get_pool, region_address
 
-    # What every module shares is there before: random numbers, the threads and LLVM's linker.
+    # What every module shares is there before: random numbers, the threads, LLVM and its linker.
     np.random.default_rng(0).uniform(size=8)
     with get_pool(threads).lease():
         pass
+    entry(region_address())
     before = _resident()
     module = load(path, threads)
     arrays = random_inputs(module.plan, dims, {})

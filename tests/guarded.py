@@ -73,7 +73,7 @@ def call(m: Module, sizes: dict[str, int], at_end: bool) -> list[np.ndarray]:
     guarded_constants(m, at_end)
     feeds = random_inputs(m.plan, sizes, {})
     arrays = [guarded_copy(np.ascontiguousarray(feeds[t.name]), at_end) for t in m.inputs]
-    measured = m._measure(tuple(a.shape for a in arrays))
+    measured = m._shapes.measure([a.shape for a in arrays])
     out: list[np.ndarray | None] = []
     for k, (shape, dtype, size) in enumerate(measured.outputs):
         # Those whose size is only known afterwards cannot be given.

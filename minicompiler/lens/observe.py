@@ -82,7 +82,7 @@ class _Run:
         self.inputs = [
             _as_input(*x) for x in zip(arrays, module._dtypes, module.inputs, strict=True)
         ]
-        measured = module._sizes_of(self.inputs)
+        measured = module._shapes.measure_arrays(self.inputs)
         # Outputs whose size is counted are given room for the most, as the module does.
         self.outputs = [np.empty(shape, dtype) for shape, dtype, _ in measured.outputs]
         layout = module._layout

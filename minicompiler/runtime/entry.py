@@ -1,14 +1,13 @@
 """A call like the last one, made without Python: native code that reads the arrays themselves.
 
-    enter(frame, inputs, outputs)      frame: an address; inputs: a tuple; outputs: a tuple or None
+    enter(frame, inputs, outputs)      an address and two tuples
 
-`enter` compares every array with what the signature in the frame expects, puts the addresses into
-the table of the native main and runs it without the interpreter's lock: DONE. MISSING: the inputs
-fit, but outputs are None. REFUSED: anything else (another shape or type, memory that overlaps);
-nothing has happened, and Python does the call with all its errors.
+Every array is compared with what the frame says of it; then the addresses go into the table of the
+native main, which runs without the interpreter's lock: DONE. MISSING: the inputs fit, but outputs
+are None. REFUSED: anything else (a size, a type, memory that overlaps); Python does the whole call.
 
-Its fields lie where every compiled extension module reads them: those of a numpy array
-and of an object's type are part of the binary interfaces of numpy and CPython.
+What is read of an object lies where every compiled extension module reads it: the type of an object
+and the fields of a numpy array are part of the binary interfaces of CPython and numpy.
 """
 
 from __future__ import annotations
@@ -17,22 +16,18 @@ import ctypes
 import functools
 import string
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
 
+from minicompiler.runtime.frame import HEAD, RECORD, RECORD_WORDS
 from minicompiler.runtime.loader import Library
 
 REFUSED, DONE, MISSING = range(3)
 
-FRAME_WORDS = 4
-"""A frame is these words, and the table of the native main: the address of a signature (0: every
-call is refused), of a pool's block and of the native main, and the number of threads."""
-
-_RECORD_WORDS = 8
-_CONTIGUOUS, _WRITEABLE = 0x1, 0x400  # NPY_ARRAY_C_CONTIGUOUS and NPY_ARRAY_WRITEABLE
+_WRITEABLE = 0x400  # NPY_ARRAY_WRITEABLE
 _METH_FASTCALL = 0x80
 _NAME = "mc_enter"
 _API = (
@@ -41,11 +36,8 @@ _API = (
 )  # fmt: skip
 
 _TEXT = """
-; What is read of a numpy array: reference count, type, data, rank, shape, strides, base, dtype and
-; flags. Of an argument of a signature: dtype, flags, rank, bytes, twin, and where in the signature
-; its shape and its strides are (0: the flags say enough).
+; A numpy array: reference count, type, data, rank, shape, strides, base, dtype, flags.
 %array = type { i64, ptr, ptr, i32, ptr, ptr, ptr, ptr, i32 }
-%argument = type { i64, i64, i64, i64, i64, i64, i64, i64 }
 
 declare ptr @PyLong_AsVoidPtr(ptr)
 declare ptr @PyLong_FromLong(i64)
@@ -55,222 +47,220 @@ declare ptr @PyEval_SaveThread()
 declare void @PyEval_RestoreThread(ptr)
 declare i32 @mc_run(ptr, ptr, ptr, i32)
 
-define internal i1 @is_a(ptr %object, i64 %type) {
-  %p_type = getelementptr %array, ptr %object, i32 0, i32 1
-  %found = load i64, ptr %p_type
-  %same = icmp eq i64 %found, %type
-  ret i1 %same
+define internal i64 @word(ptr %words, i64 %k) alwaysinline {
+  %p = getelementptr i64, ptr %words, i64 %k
+  %word = load i64, ptr %p
+  ret i64 %word
 }
 
-define internal i1 @equal(ptr %a, ptr %b, i64 %count) {
-entry:
-  br label %test
-test:
-  %i = phi i64 [ 0, %entry ], [ %i1, %compare ]
-  %more = icmp slt i64 %i, %count
-  br i1 %more, label %compare, label %yes
-compare:
-  %p_a = getelementptr i64, ptr %a, i64 %i
-  %p_b = getelementptr i64, ptr %b, i64 %i
-  %x = load i64, ptr %p_a
-  %y = load i64, ptr %p_b
-  %i1 = add i64 %i, 1
-  %same = icmp eq i64 %x, %y
-  br i1 %same, label %test, label %no
-yes:
-  ret i1 true
-no:
-  ret i1 false
-}
-
-define internal ptr @argument(ptr %signature, i64 %k) {
-  %at = add i64 %k, 1
-  %p = getelementptr %argument, ptr %signature, i64 %at
+define internal ptr @address(ptr %words, i64 %k) alwaysinline {
+  %word = call i64 @word(ptr %words, i64 %k)
+  %p = inttoptr i64 %word to ptr
   ret ptr %p
 }
 
-; Whether an object is an array like argument k, whose address then goes into the table.
-define internal i1 @fits(ptr %object, ptr %signature, i64 %k, ptr %table) {
-  %is_array = call i1 @is_a(ptr %object, i64 $NDARRAY)
-  br i1 %is_array, label %array, label %no
-array:
-  %wanted = call ptr @argument(ptr %signature, i64 %k)
+; A size in a signature: itself, or the complement of its place among the sizes.
+define internal i64 @size(ptr %signature, i64 %k, ptr %sizes) alwaysinline {
+  %word = call i64 @word(ptr %signature, i64 %k)
+  %fixed = icmp sge i64 %word, 0
+  br i1 %fixed, label %itself, label %named
+itself:
+  ret i64 %word
+named:
+  %at = xor i64 %word, -1
+  %size = call i64 @word(ptr %sizes, i64 %at)
+  ret i64 %size
+}
+
+; What a signature says of an argument.
+define internal ptr @record(ptr %frame, i64 %k) alwaysinline {
+  %signature = call ptr @address(ptr %frame, i64 $SIGNATURE)
+  %before = add i64 %k, 1
+  %at = mul i64 %before, $RECORD_WORDS
+  %p = getelementptr i64, ptr %signature, i64 %at
+  ret ptr %p
+}
+
+; Where the table of the native main holds the address of an argument.
+define internal ptr @slot(ptr %frame, i64 %k) alwaysinline {
+  %signature = call ptr @address(ptr %frame, i64 $SIGNATURE)
+  %count = call i64 @word(ptr %signature, i64 1)
+  %first = add i64 %count, $SPANS
+  %at = add i64 %first, %k
+  %p = getelementptr i64, ptr %frame, i64 %at
+  ret ptr %p
+}
+
+; Whether an object is an array as the signature says; notes its address and the bytes it covers.
+; The elements along an axis lie as in a C-contiguous array whose sizes are the capacities.
+define internal i1 @fits(ptr %object, ptr %frame, i64 %k) {
+  %p_type = getelementptr %array, ptr %object, i32 0, i32 1
+  %type = load i64, ptr %p_type
+  %is_array = icmp eq i64 %type, $NDARRAY
+  br i1 %is_array, label %look, label %no
+look:
+  %record = call ptr @record(ptr %frame, i64 %k)
   %p_dtype = getelementptr %array, ptr %object, i32 0, i32 7
   %dtype = load i64, ptr %p_dtype
-  %w_dtype = load i64, ptr %wanted
+  %w_dtype = call i64 @word(ptr %record, i64 $DTYPE)
   %same_dtype = icmp eq i64 %dtype, %w_dtype
-  %p_flags = getelementptr %array, ptr %object, i32 0, i32 8
-  %flags32 = load i32, ptr %p_flags
-  %flags = zext i32 %flags32 to i64
-  %pw_flags = getelementptr %argument, ptr %wanted, i32 0, i32 1
-  %w_flags = load i64, ptr %pw_flags
-  %common = and i64 %flags, %w_flags
-  %has_flags = icmp eq i64 %common, %w_flags
   %p_rank = getelementptr %array, ptr %object, i32 0, i32 3
   %rank32 = load i32, ptr %p_rank
   %rank = zext i32 %rank32 to i64
-  %pw_rank = getelementptr %argument, ptr %wanted, i32 0, i32 2
-  %w_rank = load i64, ptr %pw_rank
+  %w_rank = call i64 @word(ptr %record, i64 $RANK)
   %same_rank = icmp eq i64 %rank, %w_rank
-  %alike0 = and i1 %same_dtype, %has_flags
-  %alike = and i1 %alike0, %same_rank
-  br i1 %alike, label %see_shape, label %no
-see_shape:
+  %p_flags = getelementptr %array, ptr %object, i32 0, i32 8
+  %flags = load i32, ptr %p_flags
+  %writeable32 = and i32 %flags, $WRITEABLE
+  %writeable = icmp ne i32 %writeable32, 0
+  %writes = call i64 @word(ptr %record, i64 $WRITES)
+  %reads = icmp eq i64 %writes, 0
+  %allowed = or i1 %reads, %writeable
+  %alike = and i1 %same_dtype, %same_rank
+  %usable = and i1 %alike, %allowed
+  br i1 %usable, label %walk, label %no
+walk:
+  %signature = call ptr @address(ptr %frame, i64 $SIGNATURE)
+  %sizes = call ptr @address(ptr %frame, i64 $SIZES)
+  %axes = call i64 @word(ptr %record, i64 $AXES)
+  %itemsize = call i64 @word(ptr %record, i64 $ITEMSIZE)
   %p_shape = getelementptr %array, ptr %object, i32 0, i32 4
   %shape = load ptr, ptr %p_shape
-  %pw_shape = getelementptr %argument, ptr %wanted, i32 0, i32 5
-  %shape_at = load i64, ptr %pw_shape
-  %w_shape = getelementptr i64, ptr %signature, i64 %shape_at
-  %same_shape = call i1 @equal(ptr %shape, ptr %w_shape, i64 %rank)
-  br i1 %same_shape, label %see_strides, label %no
-see_strides:
-  %pw_strides = getelementptr %argument, ptr %wanted, i32 0, i32 6
-  %strides_at = load i64, ptr %pw_strides
-  %contiguous = icmp eq i64 %strides_at, 0
-  br i1 %contiguous, label %yes, label %compare
-compare:
   %p_strides = getelementptr %array, ptr %object, i32 0, i32 5
   %strides = load ptr, ptr %p_strides
-  %w_strides = getelementptr i64, ptr %signature, i64 %strides_at
-  %same_strides = call i1 @equal(ptr %strides, ptr %w_strides, i64 %rank)
-  br i1 %same_strides, label %yes, label %no
+  br label %axis
+axis:
+  %left = phi i64 [ %rank, %walk ], [ %d, %one ]
+  %step = phi i64 [ %itemsize, %walk ], [ %next_step, %one ]
+  %span = phi i64 [ %itemsize, %walk ], [ %next_span, %one ]
+  %more = icmp sgt i64 %left, 0
+  br i1 %more, label %one, label %yes
+one:
+  %d = sub i64 %left, 1
+  %n = call i64 @word(ptr %shape, i64 %d)
+  %stride = call i64 @word(ptr %strides, i64 %d)
+  %two_d = shl i64 %d, 1
+  %at = add i64 %axes, %two_d
+  %behind = add i64 %at, 1
+  %w_n = call i64 @size(ptr %signature, i64 %at, ptr %sizes)
+  %capacity = call i64 @size(ptr %signature, i64 %behind, ptr %sizes)
+  %same_n = icmp eq i64 %n, %w_n
+  %same_stride = icmp eq i64 %stride, %step
+  %single = icmp eq i64 %n, 1
+  %any_stride = or i1 %same_stride, %single
+  %right = and i1 %same_n, %any_stride
+  %last = sub i64 %n, 1
+  %way = mul i64 %last, %stride
+  %next_span = add i64 %span, %way
+  %next_step = mul i64 %step, %capacity
+  br i1 %right, label %axis, label %no
 yes:
   %p_data = getelementptr %array, ptr %object, i32 0, i32 2
   %data = load i64, ptr %p_data
-  %slot = getelementptr i64, ptr %table, i64 %k
-  store i64 %data, ptr %slot
+  %p_slot = call ptr @slot(ptr %frame, i64 %k)
+  store i64 %data, ptr %p_slot
+  %covered = call i64 @word(ptr %record, i64 $COVERED)
+  %alone = icmp eq i64 %covered, 0
+  %covers = select i1 %alone, i64 %span, i64 0
+  %span_at = add i64 %k, $SPANS
+  %p_span = getelementptr i64, ptr %frame, i64 %span_at
+  store i64 %covers, ptr %p_span
   ret i1 true
 no:
   ret i1 false
 }
 
-; Whether argument k, whose address is known, starts where its twin does, if it has one, and shares
-; no memory with an earlier argument.
-define internal i1 @apart(ptr %signature, i64 %k, ptr %table) {
+; Whether an argument starts where its twin does, if it has one, and shares no memory with those
+; before it. (For empty arrays the answer may be a needless no.)
+define internal i1 @apart(ptr %frame, i64 %k) {
 entry:
-  %wanted = call ptr @argument(ptr %signature, i64 %k)
-  %slot = getelementptr i64, ptr %table, i64 %k
-  %start = load i64, ptr %slot
-  %p_bytes = getelementptr %argument, ptr %wanted, i32 0, i32 3
-  %bytes = load i64, ptr %p_bytes
-  %p_twin = getelementptr %argument, ptr %wanted, i32 0, i32 4
-  %twin = load i64, ptr %p_twin
+  %spans = getelementptr i64, ptr %frame, i64 $SPANS
+  %table = call ptr @slot(ptr %frame, i64 0)
+  %start = call i64 @word(ptr %table, i64 %k)
+  %bytes = call i64 @word(ptr %spans, i64 %k)
+  %record = call ptr @record(ptr %frame, i64 %k)
+  %twin = call i64 @word(ptr %record, i64 $TWIN)
   %single = icmp slt i64 %twin, 0
-  br i1 %single, label %test, label %look
+  br i1 %single, label %next, label %look
 look:
-  %p_first = getelementptr i64, ptr %table, i64 %twin
-  %first = load i64, ptr %p_first
-  %placed = icmp eq i64 %first, %start
-  br i1 %placed, label %test, label %no
-test:
-  %i = phi i64 [ 0, %entry ], [ 0, %look ], [ %i1, %compare ]
+  %twin_start = call i64 @word(ptr %table, i64 %twin)
+  %placed = icmp eq i64 %twin_start, %start
+  br i1 %placed, label %next, label %no
+next:
+  %i = phi i64 [ 0, %entry ], [ 0, %look ], [ %i1, %other ]
   %more = icmp slt i64 %i, %k
-  br i1 %more, label %compare, label %yes
-compare:
-  %other = call ptr @argument(ptr %signature, i64 %i)
-  %p_other_bytes = getelementptr %argument, ptr %other, i32 0, i32 3
-  %other_bytes = load i64, ptr %p_other_bytes
-  %p_other = getelementptr i64, ptr %table, i64 %i
-  %other_start = load i64, ptr %p_other
+  br i1 %more, label %other, label %yes
+other:
+  %i1 = add i64 %i, 1
+  %other_start = call i64 @word(ptr %table, i64 %i)
+  %other_bytes = call i64 @word(ptr %spans, i64 %i)
   %behind = sub i64 %other_start, %start
   %before = sub i64 %start, %other_start
   %inside = icmp slt i64 %behind, %bytes
   %around = icmp slt i64 %before, %other_bytes
   %overlap = and i1 %inside, %around
-  %i1 = add i64 %i, 1
-  br i1 %overlap, label %no, label %test
+  br i1 %overlap, label %no, label %next
 yes:
   ret i1 true
 no:
   ret i1 false
 }
 
-; Argument k of a call: None where there is no tuple of outputs.
-define internal ptr @item(ptr %inputs, ptr %outputs, i64 %count, i64 %k) {
-  %is_input = icmp slt i64 %k, %count
-  br i1 %is_input, label %input, label %output
-input:
-  %x = call ptr @PyTuple_GetItem(ptr %inputs, i64 %k)
-  ret ptr %x
-output:
-  %none = icmp eq ptr %outputs, inttoptr (i64 $NONE to ptr)
-  br i1 %none, label %new, label %given
-new:
-  ret ptr %outputs
-given:
-  %at = sub i64 %k, %count
-  %y = call ptr @PyTuple_GetItem(ptr %outputs, i64 %at)
-  ret ptr %y
-}
-
-; Whether an object is a tuple of some length.
-define internal i1 @is_tuple(ptr %object, i64 %count) {
-  %right = call i1 @is_a(ptr %object, i64 $TUPLE)
-  br i1 %right, label %measure, label %no
-measure:
-  %size = call i64 @PyTuple_Size(ptr %object)
-  %same = icmp eq i64 %size, %count
-  ret i1 %same
-no:
-  ret i1 false
-}
-
-; How a call ends: REFUSED, DONE or MISSING.
-define internal i64 @call(ptr %frame, ptr %inputs, ptr %outputs) {
-  %signature = load ptr, ptr %frame
-  %unknown = icmp eq ptr %signature, null
+; CPython may end a daemon thread where it asks for the lock again, by unwinding its stack.
+define internal i64 @call(ptr %frame, ptr %inputs, ptr %outputs) uwtable {
+  %sizes = call i64 @word(ptr %frame, i64 $SIZES)
+  %unknown = icmp eq i64 %sizes, 0
   br i1 %unknown, label %refuse, label %known
 known:
-  %table = getelementptr i64, ptr %frame, i64 $FRAME_WORDS
-  %reads = load i64, ptr %signature
-  %p_count = getelementptr i64, ptr %signature, i64 1
-  %count = load i64, ptr %p_count
-  %writes = sub i64 %count, %reads
-  %right_inputs = call i1 @is_tuple(ptr %inputs, i64 %reads)
-  %none = icmp eq ptr %outputs, inttoptr (i64 $NONE to ptr)
-  br i1 %right_inputs, label %check, label %refuse
-check:
-  br i1 %none, label %next, label %measure
-measure:
-  %right_outputs = call i1 @is_tuple(ptr %outputs, i64 %writes)
-  br i1 %right_outputs, label %next, label %refuse
+  %signature = call ptr @address(ptr %frame, i64 $SIGNATURE)
+  %reads = call i64 @word(ptr %signature, i64 0)
+  %count = call i64 @word(ptr %signature, i64 1)
+  %given_in = call i64 @PyTuple_Size(ptr %inputs)
+  %given_out = call i64 @PyTuple_Size(ptr %outputs)
+  %given = add i64 %given_in, %given_out
+  %all_in = icmp eq i64 %given_in, %reads
+  %all = icmp eq i64 %given, %count
+  %complete = and i1 %all_in, %all
+  br i1 %complete, label %next, label %refuse
 next:
-  %k = phi i64 [ 0, %check ], [ 0, %measure ], [ %k1, %one ], [ %k1, %absent ]
-  %missing = phi i1 [ false, %check ], [ false, %measure ], [ %missing, %one ], [ true, %absent ]
+  %k = phi i64 [ 0, %known ], [ %k1, %one ], [ %k1, %absent ]
+  %missing = phi i1 [ false, %known ], [ %missing, %one ], [ true, %absent ]
   %more = icmp slt i64 %k, %count
-  br i1 %more, label %one, label %all
+  br i1 %more, label %one, label %seen
 one:
   %k1 = add i64 %k, 1
-  %object = call ptr @item(ptr %inputs, ptr %outputs, i64 %reads, i64 %k)
-  %fits = call i1 @fits(ptr %object, ptr %signature, i64 %k, ptr %table)
+  %is_input = icmp slt i64 %k, %reads
+  %k_out = sub i64 %k, %reads
+  %tuple = select i1 %is_input, ptr %inputs, ptr %outputs
+  %at = select i1 %is_input, i64 %k, i64 %k_out
+  %object = call ptr @PyTuple_GetItem(ptr %tuple, i64 %at)
+  %fits = call i1 @fits(ptr %object, ptr %frame, i64 %k)
   br i1 %fits, label %next, label %absent
 absent:
-  %record = call ptr @argument(ptr %signature, i64 %k)
-  %p_optional = getelementptr %argument, ptr %record, i32 0, i32 7
-  %optional = load i64, ptr %p_optional
+  %record = call ptr @record(ptr %frame, i64 %k)
+  %optional = call i64 @word(ptr %record, i64 $OPTIONAL)
   %can_be_new = icmp ne i64 %optional, 0
   %is_none = icmp eq ptr %object, inttoptr (i64 $NONE to ptr)
   %is_new = and i1 %can_be_new, %is_none
   br i1 %is_new, label %next, label %refuse
-all:
+seen:
   br i1 %missing, label %incomplete, label %compare
 compare:
-  %j = phi i64 [ %reads, %all ], [ %j1, %another ]
+  %j = phi i64 [ %reads, %seen ], [ %j1, %another ]
   %others = icmp slt i64 %j, %count
   br i1 %others, label %another, label %run
 another:
   %j1 = add i64 %j, 1
-  %apart = call i1 @apart(ptr %signature, i64 %j, ptr %table)
+  %apart = call i1 @apart(ptr %frame, i64 %j)
   br i1 %apart, label %compare, label %refuse
 run:
-  %p_pool = getelementptr i64, ptr %frame, i64 1
-  %pool = load ptr, ptr %p_pool
-  %p_main = getelementptr i64, ptr %frame, i64 2
-  %main = load ptr, ptr %p_main
-  %p_threads = getelementptr i64, ptr %frame, i64 3
-  %threads = load i32, ptr %p_threads
+  %pool = call ptr @address(ptr %frame, i64 $POOL)
+  %main = call ptr @address(ptr %frame, i64 $MAIN)
+  %threads = call i64 @word(ptr %frame, i64 $THREADS)
+  %threads32 = trunc i64 %threads to i32
+  %table = call ptr @slot(ptr %frame, i64 0)
   %state = call ptr @PyEval_SaveThread()
-  %used = call i32 @mc_run(ptr %pool, ptr %main, ptr %table, i32 %threads)
+  %used = call i32 @mc_run(ptr %pool, ptr %main, ptr %table, i32 %threads32)
   call void @PyEval_RestoreThread(ptr %state)
   ret i64 $DONE
 incomplete:
@@ -279,54 +269,16 @@ refuse:
   ret i64 $REFUSED
 }
 
-define ptr @mc_enter(ptr %self, ptr %arguments, i64 %count) {
-  %number = load ptr, ptr %arguments
-  %p_inputs = getelementptr ptr, ptr %arguments, i64 1
-  %inputs = load ptr, ptr %p_inputs
-  %p_outputs = getelementptr ptr, ptr %arguments, i64 2
-  %outputs = load ptr, ptr %p_outputs
+define ptr @mc_enter(ptr %self, ptr %arguments, i64 %count) uwtable {
+  %number = call ptr @address(ptr %arguments, i64 0)
+  %inputs = call ptr @address(ptr %arguments, i64 1)
+  %outputs = call ptr @address(ptr %arguments, i64 2)
   %frame = call ptr @PyLong_AsVoidPtr(ptr %number)
   %end = call i64 @call(ptr %frame, ptr %inputs, ptr %outputs)
   %result = call ptr @PyLong_FromLong(i64 %end)
   ret ptr %result
 }
 """
-
-
-Signature = ctypes.Array[ctypes.c_int64]
-
-
-class Argument(NamedTuple):
-    """What a call expects of an array.
-
-    strides: None for a C-contiguous one. twin: the input that has to start at the same address,
-    -1 for none. nbytes: from its first to its last element; 0 for an input that has a twin, which
-    may overlap it. writes: an output; optional: it may be a new array.
-    """
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    nbytes: int
-    strides: tuple[int, ...] | None = None
-    twin: int = -1
-    writes: bool = False
-    optional: bool = False
-
-
-def signature(arguments: Sequence[Argument], inputs: int) -> Signature:
-    """What `enter` compares calls with: the inputs, then the outputs. The caller keeps the dtypes,
-    and the result for as long as a frame has its address."""
-    words = [inputs, len(arguments)] + [0] * (_RECORD_WORDS - 2)
-    sizes: list[int] = []
-    first = _RECORD_WORDS * (len(arguments) + 1)
-    for a in arguments:
-        flags = (0 if a.strides else _CONTIGUOUS) | (_WRITEABLE if a.writes else 0)
-        shape = first + len(sizes)
-        sizes += a.shape
-        strides = first + len(sizes) if a.strides else 0
-        sizes += a.strides or ()
-        words += [id(a.dtype), flags, len(a.shape), a.nbytes, a.twin, shape, strides, a.optional]
-    return (ctypes.c_int64 * (len(words) + len(sizes)))(*words, *sizes)
 
 
 Enter = Callable[[int, tuple[Any, ...], Any], int]
@@ -346,9 +298,6 @@ class _MethodDef(ctypes.Structure):
     )  # fmt: skip
 
 
-_kept: list[object] = []  # code and the description of a function that lives as long as the process
-
-
 def _layout_is_known() -> bool:
     """Whether arrays lie as %array says: not so where interpreters run without a lock, and in other
     implementations of Python."""
@@ -362,7 +311,7 @@ def _layout_is_known() -> bool:
         (words[1], words[2], words[3] & 0xFFFFFFFF, words[7])
         == (id(np.ndarray), probe.ctypes.data, 2, id(probe.dtype))
         and (tuple(shape), tuple(strides)) == (probe.shape, probe.strides)
-        and words[8] & (_CONTIGUOUS | _WRITEABLE) == _CONTIGUOUS | _WRITEABLE
+        and words[8] & _WRITEABLE == _WRITEABLE
     )
 
 
@@ -373,20 +322,24 @@ def entry(run: int) -> Enter:
     if not _layout_is_known():
         return _refuse
     values = {
-        "NDARRAY": id(np.ndarray), "TUPLE": id(tuple), "NONE": id(None), "FRAME_WORDS": FRAME_WORDS,
-        "REFUSED": REFUSED, "DONE": DONE, "MISSING": MISSING,
+        **HEAD, **RECORD, "RECORD_WORDS": RECORD_WORDS, "WRITEABLE": _WRITEABLE,
+        "NDARRAY": id(np.ndarray), "NONE": id(None), "REFUSED": REFUSED, "DONE": DONE,
+        "MISSING": MISSING,
     }  # fmt: skip
     module = llvm.parse_assembly(string.Template(_TEXT).substitute(values))
     triple = llvm.get_process_triple()
     machine = llvm.Target.from_triple(triple).create_target_machine(codemodel="small", reloc="pic")
     symbols = {name: _address(getattr(ctypes.pythonapi, name)) for name in _API}
+    passes = llvm.create_new_module_pass_manager()
+    passes.add_always_inliner_pass()
+    passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()))
     library = Library(machine.emit_object(module), [_NAME], {"mc_run": run, **symbols})
     definition = _MethodDef(b"enter", library.address(_NAME), _METH_FASTCALL, None)
-    _kept.extend((library, definition))
-    new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(
+    new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)(
         _address(ctypes.pythonapi.PyCFunction_NewEx)
     )
-    function: Enter = new(ctypes.addressof(definition), None, None)
+    # Its `self` keeps the code for as long as somebody, such as a thread that runs it, has it.
+    function: Enter = new(ctypes.addressof(definition), (library, definition), None)
     return function
 
 

@@ -6,7 +6,7 @@
 
 Calls may come from many Python threads at once: each takes a context of its own (arena, workspace,
 table of addresses). One call at a time runs on all threads of the pool, others on their own thread.
-What only depends on the shapes of the inputs is computed once per combination of shapes.
+Usual calls are checked and made by native code (`entry`); any other is checked here.
 """
 
 from __future__ import annotations
@@ -29,35 +29,15 @@ import numpy as np
 from minicompiler.errors import MinicompilerError, RunError
 from minicompiler.runtime import caches, savefile
 from minicompiler.runtime.arrays import address, address_of_part, overlap, span
-from minicompiler.runtime.entry import (
-    DONE,
-    FRAME_WORDS,
-    MISSING,
-    REFUSED,
-    Argument,
-    Signature,
-    entry,
-    signature,
-)
+from minicompiler.runtime.entry import MISSING, REFUSED, entry
+from minicompiler.runtime.frame import Frame, Words
 from minicompiler.runtime.loader import Library
-from minicompiler.runtime.plan import (
-    MAIN,
-    RELATIONS,
-    ROOM,
-    VALUE,
-    DimSpec,
-    Plan,
-    Tensor,
-    evaluate,
-    nbytes,
-    numpy_dtype,
-    size_text,
-)
+from minicompiler.runtime.plan import MAIN, Plan, Tensor, evaluate, numpy_dtype
 from minicompiler.runtime.pool import available_threads, get_pool, kernel_symbols, region_address
+from minicompiler.runtime.shapes import Shapes, Sizes, number_in, shape_text
 from minicompiler.target import Target
 
 _FORMAT = 1  # of the header of a saved module
-_SHAPES_KEPT = 512  # combinations of input shapes whose sizes are remembered
 _HUGE_PAGE = 2 << 20
 _CACHE_LINE = 64
 _ALIGNED_BYTES = 64 << 10  # outputs from here on start at a cache line
@@ -66,7 +46,7 @@ _CHECKED_BYTES = 16 << 20  # arenas from here on are compared with the available
 _ndarray = np.ndarray
 _empty = np.empty
 _address_of = ctypes.addressof
-_Output = tuple[tuple[int, ...], np.dtype[Any], int]  # shape, dtype, bytes
+_SEQUENCES = (list, tuple)
 _living: weakref.WeakSet[Module] = weakref.WeakSet()
 
 
@@ -106,28 +86,19 @@ class Module:
         self._objects = dict(objects)
         self._main_object = main
         self._constants = [np.asarray(c, c.dtype.newbyteorder("="), order="C") for c in constants]
-        self._dtypes = [numpy_dtype(t.dtype) for t in plan.inputs]
-        self._out_dtypes = [numpy_dtype(t.dtype) for t in plan.outputs]
         self._copied = [
             (i, place) for i, place in enumerate(plan.results) if place != ("output", i)
         ]
-        # Inputs of one integer that tell a dimension.
-        self._telling = [b.input for b in plan.binds if b.axis == VALUE]
         self._grown = {c.output: c for c in plan.caches}
-        # Outputs whose size is known only after a call: they get room for the most.
-        counted = {c.dim for c in plan.counts}
-        self._trimmed = [
-            i
-            for i, t in enumerate(plan.outputs)
-            if any(not counted.isdisjoint(_names(s)) for s in t.shape)
-        ]
         self._layout = plan.table()
-        # Whether calls like the last one may go without Python: shapes tell all that is to check.
-        self._direct = self._on_threads and not self._telling and not self._trimmed
+        self._shapes = Shapes(plan, self.threads)
+        self._dtypes = self._shapes.dtypes
+        self._trimmed = self._shapes.counted
+        self._all_new = (None,) * len(plan.outputs)
+        self._signature = self._shapes.signature if self._on_threads else None
         self._enter = entry(region_address())
         # Inputs and outputs lie at the start of the table.
         self._pack = struct.Struct(f"{self._layout.arena}q").pack_into
-        self._shapes: dict[tuple[tuple[int, ...], ...], _Sizes] = {}
         self._free: list[_Context] = []
         self._pool: Any = None
         self._template: list[int] = []
@@ -149,12 +120,18 @@ class Module:
         except IndexError:
             context = self._new_context()
         try:
-            given: Any = tuple(out) if type(out) is list else out
+            if out is None:
+                given: tuple[Any, ...] = self._all_new
+            else:
+                given = tuple(out) if type(out) in _SEQUENCES else ()
+            # Usually the sizes are those of the last call.
             end = self._enter(context.address, arrays, given)
+            if end == REFUSED and self._follow(context, arrays, given):
+                end = self._enter(context.address, arrays, given)
             if end == MISSING:
                 given = context.with_new(given)
                 end = self._enter(context.address, arrays, given)
-            if end == REFUSED:
+            if end == REFUSED:  # unusual, or wrong
                 arrays, given = self._call_checked(context, arrays, out)
             if self._trimmed:
                 given = self._trimmed_results(context, given)
@@ -162,14 +139,23 @@ class Module:
             self._free.append(context)
         if self._copied:
             self._copy(arrays, given)
-        results: tuple[Any, ...] = given
-        return results
+        return given
 
     def _new_context(self) -> _Context:
         if self._pool is None:
             self._pool = self._start()
-        callee = (self._pool.handle.value, self._main.value, self.threads) if self._direct else ()
-        return _Context(self._template, callee)
+        if self._signature is None:
+            return _Context(self._template)
+        callee = (self._pool.handle.value, self._main.value or 0, self.threads)
+        return _Context(self._template, callee, self._signature)
+
+    def _follow(self, context: _Context, inputs: Sequence[Any], outputs: Sequence[Any]) -> bool:
+        """Prepares a context for other sizes than the last ones, if the arguments tell them."""
+        sizes = None if self._signature is None else self._shapes.follow(inputs, outputs)
+        if sizes is None or sizes is context.sizes:
+            return False
+        context.prepare(sizes, self._layout.arena)
+        return True
 
     def _call_checked(
         self, context: _Context, arrays: tuple[Any, ...], out: Any
@@ -180,15 +166,14 @@ class Module:
         if self._grown:
             return self._call_growing(context, arrays, out)
         given = tuple(map(_as_input, arrays, self._dtypes, self.inputs))
-        sizes = self._sizes_of(given)
-        results = tuple(starmap(_new, sizes.outputs)) if out is None else self._given(out, sizes)
+        sizes = self._shapes.measure_arrays(given)
+        results = self._given(out, sizes)
+        every = (*given, *results)
+        addresses = [*map(address, every)]
+        if out is not None:
+            self._refuse_overlap(every, addresses)
         context.prepare(sizes, self._layout.arena)
-        if self._enter(context.address, given, results) != DONE:
-            every = (*given, *results)
-            addresses = [*map(address, every)]
-            if out is not None:
-                self._refuse_overlap(every, addresses)
-            self._execute(context, addresses)
+        self._execute(context, addresses)
         return given, results
 
     def _execute(self, context: _Context, addresses: list[int]) -> None:
@@ -205,10 +190,10 @@ class Module:
             _as_array(a, dtype, t) if i in grown else _as_input(a, dtype, t)
             for i, (a, dtype, t) in enumerate(zip(arrays, self._dtypes, self.inputs, strict=True))
         )
-        key: tuple[Any, ...] = tuple(a.shape for a in given)
-        told = tuple(_number(given[i]) for i in self._telling)
-        sizes = self._shapes.get((*key, (*told, 0))) or self._measure((*key, (*told, 0)))
-        results = self._given([None] * len(self.outputs) if out is None else out, sizes)
+        shapes = [a.shape for a in given]
+        told = tuple(number_in(given[i]) for i in self._shapes.telling)
+        sizes = self._shapes.measure(shapes, (*told, 0))
+        results = self._given(out, sizes)
         addresses = [*map(address_of_part, given), *map(address_of_part, results)]
         present = [results[c.output] for c in self.plan.caches]
         names = [f'out= for output "{self.outputs[c.output].name}"' for c in self.plan.caches]
@@ -224,11 +209,8 @@ class Module:
                 past = given[c.input]
                 np.copyto(caches.first_part(array, c.axis, past.shape[c.axis]), past)
         if room:
-            sizes = self._shapes.get((*key, (*told, room))) or self._measure((*key, (*told, room)))
-        again = context.sizes is sizes
+            sizes = self._shapes.measure(shapes, (*told, room))
         context.prepare(sizes, self._layout.arena)
-        if again and len(placed) == len(self.plan.caches):
-            context.expect(self._signature_of(given, results))
         self._execute(context, addresses)
         return given, results
 
@@ -236,15 +218,16 @@ class Module:
         self, inputs: Mapping[str, Any], out: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, Any]:
         """The outputs by name for inputs by name; `out` may name some of the outputs."""
-        names = [t.name for t in self.outputs]
-        _check_names("input", [t.name for t in self.inputs], inputs, complete=True)
-        if out is not None:
-            _check_names("output", names, out, complete=False)
+        reads, writes = [t.name for t in self.inputs], [t.name for t in self.outputs]
+        if inputs.keys() != set(reads):
+            _check_names("input", reads, inputs, complete=True)
+        if out is not None and not out.keys() <= set(writes):
+            _check_names("output", writes, out, complete=False)
         results = self(
-            *[inputs[t.name] for t in self.inputs],
-            out=None if out is None else [out.get(n) for n in names],
+            *[inputs[n] for n in reads],
+            out=None if out is None else [out.get(n) for n in writes],
         )
-        return dict(zip(names, results, strict=True))
+        return dict(zip(writes, results, strict=True))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the module to a file for `load`. Raises RunError when that fails."""
@@ -282,29 +265,6 @@ class Module:
             template[slot] = self._library.address(name)
         self._template = template
 
-    def _signature_of(
-        self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]
-    ) -> Signature:
-        """What `entry` expects of calls with caches in place, from a first one."""
-        twins = {c.output: c.input for c in self.plan.caches}
-        placed = set(twins.values())
-        arguments = [
-            Argument(
-                dtype, a.shape, 0 if i in placed else a.nbytes, a.strides if i in placed else None
-            )
-            for i, (a, dtype) in enumerate(zip(inputs, self._dtypes, strict=True))
-        ]
-        for i, (a, dtype) in enumerate(zip(outputs, self._out_dtypes, strict=True)):
-            low, high = span(a, 0)
-            twin = twins.get(i, -1)
-            strides = a.strides if i in twins else None
-            arguments.append(
-                Argument(
-                    dtype, a.shape, high - low, strides, twin, writes=True, optional=i not in twins
-                )
-            )
-        return signature(arguments, len(inputs))
-
     def _start(self) -> Any:
         missing = self.target.missing_features(Target.host())
         if missing:
@@ -334,115 +294,11 @@ class Module:
             trimmed[i] = results[i].reshape(-1)[: math.prod(shape)].reshape(shape)
         return tuple(trimmed)
 
-    # ---- shapes ---------------------------------------------------------------------------------
-    def _sizes_of(self, arrays: Sequence[np.ndarray]) -> _Sizes:
-        """The sizes of a call with these arguments, checked."""
-        key: tuple[tuple[int, ...], ...] = tuple(a.shape for a in arrays)
-        if self._telling:
-            key = (*key, tuple(_number(arrays[i]) for i in self._telling))
-        return self._shapes.get(key) or self._measure(key)
-
-    def _measure(self, shapes: tuple[tuple[int, ...], ...]) -> _Sizes:
-        """Check the shapes of a call and compute all sizes that follow from them.
-
-        shapes: of the inputs; then the values of those that tell a dimension, if there are any.
-        """
-        dims = self._bind(shapes[: len(self.inputs)], shapes[len(self.inputs) :])
-        for name, size in self.plan.named:
-            dims[name] = evaluate(size, dims)
-        for c in self.plan.counts:
-            dims[c.dim] = evaluate(c.most, dims)
-        outputs = []
-        for t, dtype in zip(self.outputs, self._out_dtypes, strict=True):
-            shape = tuple(evaluate(s, dims) for s in t.shape)
-            if min(shape, default=0) < 0:
-                raise RunError(
-                    f'output "{t.name}" would have the shape {_shape_text(shape)}, declared {t}',
-                    hint="the inputs are too small for the operators of this model",
-                )
-            outputs.append((shape, dtype, nbytes(shape, dtype)))
-        plan = self.plan
-        shared, local = evaluate(plan.shared, dims), evaluate(plan.local, dims)
-        arena = -(-evaluate(plan.arena, dims) // _CACHE_LINE) * _CACHE_LINE
-        values = [dims[d.name] for d in plan.dims]
-        sizes = _Sizes(values, outputs, arena, arena + shared + self.threads * local, dims)
-        if self._direct and not self._grown:
-            sizes.signature = self._signature(shapes, outputs)
-        if len(self._shapes) >= _SHAPES_KEPT:
-            self._shapes.clear()
-        self._shapes[shapes] = sizes
-        return sizes
-
-    def _signature(
-        self, shapes: Sequence[tuple[int, ...]], outputs: Sequence[_Output]
-    ) -> Signature:
-        """What `entry` expects of calls with these shapes."""
-        inputs = zip(self._dtypes, shapes, strict=True)
-        arguments = [Argument(dtype, shape, nbytes(shape, dtype)) for dtype, shape in inputs]
-        arguments += [
-            Argument(dtype, shape, size, writes=True, optional=True)
-            for shape, dtype, size in outputs
-        ]
-        return signature(arguments, len(self._dtypes))
-
-    def _bind(
-        self, shapes: tuple[tuple[int, ...], ...], told: tuple[tuple[int, ...], ...] = ()
-    ) -> dict[str, int]:
-        """The dimensions of a call. Raises RunError when a shape does not fit."""
-        if self._telling and not told:
-            names = ", ".join(f'"{self.inputs[i].name}"' for i in self._telling)
-            raise RunError(f"sizes depend on the values of {names}, not on shapes alone")
-        values = iter(told[0] if told else ())
-        for t, shape in zip(self.inputs, shapes, strict=True):
-            if len(shape) != len(t.shape):
-                raise RunError(
-                    f'input "{t.name}" has {len(shape)} dimensions, {len(t.shape)} are expected: '
-                    f"shape {_shape_text(shape)}, declared {t}",
-                    hint=_rank_hint(t, shape),
-                )
-        dims: dict[str, int] = {}
-        origin: dict[str, str] = {}
-        for spec, b in zip(self.plan.dims, self.plan.binds, strict=True):
-            name = f'input "{self.inputs[b.input].name}"'
-            if b.axis == VALUE:
-                dims[b.dim], origin[b.dim] = next(values), f"the value of {name}"
-            elif b.axis == ROOM:  # comes after all values
-                dims[b.dim], origin[b.dim] = told[0][-1] if told else 0, f"the room behind {name}"
-            else:
-                dims[b.dim], origin[b.dim] = shapes[b.input][b.axis], f"axis {b.axis} of {name}"
-            _check_range(spec, dims[b.dim], origin[b.dim])
-        for t, shape in zip(self.inputs, shapes, strict=True):
-            for axis, (size, got) in enumerate(zip(t.shape, shape, strict=True)):
-                expected = evaluate(size, dims)
-                if got != expected:
-                    why = "" if isinstance(size, int) else f" ({size_text(size)})"
-                    hint = "; ".join(f"{n} = {dims[n]} is {origin[n]}" for n in _names(size))
-                    hint = hint or "this size is fixed in the model"
-                    raise RunError(
-                        f'input "{t.name}": axis {axis} has size {got}, expected {expected}{why}: '
-                        f"shape {_shape_text(shape)}, declared {t}",
-                        hint=hint,
-                    )
-        for g in self.plan.guards:
-            try:
-                left, right = evaluate(g.left, dims), evaluate(g.right, dims)
-            except ZeroDivisionError:
-                raise RunError(
-                    f"these inputs do not fit together: a size would be divided by 0 ({g.text})",
-                    hint=", ".join(f"{n} = {v} is {origin[n]}" for n, v in dims.items()),
-                ) from None
-            symbol, holds = RELATIONS[g.relation]
-            if not holds(left, right):
-                raise RunError(
-                    f"these inputs do not fit together: {size_text(g.left)} {symbol} "
-                    f"{size_text(g.right)} must hold, but they are {left} and {right} ({g.text})",
-                    hint=", ".join(f"{n} = {v} is {origin[n]}" for n, v in dims.items()),
-                )
-        return dims
-
     # ---- arguments ------------------------------------------------------------------------------
-    def _given(self, out: Any, sizes: _Sizes) -> tuple[np.ndarray, ...]:
+    def _given(self, out: Any, sizes: Sizes) -> tuple[np.ndarray, ...]:
         """The caller's arrays for the outputs, checked, and new ones where there is none."""
+        if out is None:
+            return tuple(starmap(_new, sizes.outputs))
         if type(out) not in (list, tuple) and (
             isinstance(out, np.ndarray) or not isinstance(out, Sequence)
         ):
@@ -522,45 +378,22 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Module:
     return Module(plan, objects, main, constants, target, threads)
 
 
-class _Sizes:
-    """What follows from the shapes of a call's inputs."""
+class _Context(Frame):
+    """What one running call has for itself: the native table, arena and workspace."""
 
-    __slots__ = ("arena", "dims", "known", "memory", "outputs", "signature")
+    __slots__ = ("memory", "sizes")
 
     def __init__(
         self,
-        dims: list[int],
-        outputs: list[_Output],
-        arena: int,
-        memory: int,
-        known: dict[str, int],
+        template: Sequence[int],
+        callee: tuple[int, int, int] = (0, 0, 0),
+        signature: Words | None = None,
     ) -> None:
-        self.dims, self.outputs, self.arena, self.memory = dims, outputs, arena, memory
-        self.known = known  # every size with a name; counted ones at their largest
-        self.signature: Signature | None = None
-
-
-class _Context:
-    """What one running call has for itself: the native table, arena and workspace.
-
-    address: of its frame (see `entry`), whose second part is the table.
-    """
-
-    __slots__ = ("_frame", "_signature", "address", "memory", "sizes", "table", "table_address")
-
-    def __init__(self, template: Sequence[int], callee: Sequence[int] = ()) -> None:
-        """callee: what `entry` calls: pool, main, threads. Without, it refuses."""
-        head = [0, *callee] if callee else [0] * FRAME_WORDS
-        self._frame = (ctypes.c_int64 * (len(head) + len(template)))(*head, *template)
-        self.address = _address_of(self._frame)
-        start = 8 * FRAME_WORDS
-        self.table = (ctypes.c_int64 * len(template)).from_buffer(self._frame, start)
-        self.table_address = ctypes.c_void_p(self.address + start)
+        super().__init__(template, callee, signature)
         self.memory: _Memory | None = None
-        self.sizes: _Sizes | None = None  # those that the table is set up for
-        self._signature: Signature | None = None
+        self.sizes: Sizes | None = None  # those that the table is set up for
 
-    def prepare(self, sizes: _Sizes, slot: int) -> None:
+    def prepare(self, sizes: Sizes, slot: int) -> None:
         """Set up for some sizes: `slot` is that of the arena, workspace and dims follow it."""
         if self.sizes is sizes:
             return
@@ -573,20 +406,13 @@ class _Context:
         words: list[ctypes.c_int64 | int] = [base, base + sizes.arena, *sizes.dims]
         self.table[slot : slot + len(words)] = words
         self.sizes = sizes
-        self.expect(sizes.signature)
+        self.expect(sizes.words)
 
-    def expect(self, signature: Signature | None) -> None:
-        """From now on calls like this one are made by `entry`."""
-        self._frame[0] = 0 if signature is None else _address_of(signature)
-        self._signature = signature
-
-    def with_new(self, outputs: tuple[Any, ...] | None) -> tuple[np.ndarray, ...]:
-        """The outputs of a call like the last one, new arrays where there are none."""
+    def with_new(self, outputs: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
+        """The outputs of a call of these sizes, with new arrays for None."""
         assert self.sizes is not None
-        if outputs is None:
-            return tuple(starmap(_new, self.sizes.outputs))
-        pairs = zip(outputs, self.sizes.outputs, strict=True)
-        return tuple([_new(*spec) if array is None else array for array, spec in pairs])
+        specs = self.sizes.outputs
+        return tuple([_new(*specs[i]) if y is None else y for i, y in enumerate(outputs)])
 
 
 class _Memory:
@@ -638,12 +464,6 @@ def _available_memory() -> int | None:
 
 
 # ---- arrays -------------------------------------------------------------------------------------
-def _number(array: np.ndarray) -> int:
-    """The size, at least 1, that an input of one integer tells; another shape is refused when it
-    is checked."""
-    return max(int(array.reshape(-1)[0]), 1) if array.size else 1
-
-
 def _new(shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> np.ndarray:
     """An array to write to; a large one starts at a cache line, so that no vector crosses one."""
     try:
@@ -656,16 +476,6 @@ def _new(shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> np.ndarray:
             hint="use smaller inputs, or split the batch",
         ) from None
     return _ndarray(shape, dtype, raw, -address(raw) % _CACHE_LINE)
-
-
-def _rank_hint(t: Tensor, shape: tuple[int, ...]) -> str:
-    """What may bring an array to the declared number of dimensions."""
-    name = t.name if t.name.isidentifier() else "array"
-    if len(shape) + 1 == len(t.shape):
-        return f"for a batch of one: {name}[None]"
-    if len(shape) == len(t.shape) + 1 and 1 in shape:
-        return f"to drop a dimension of size 1: {name}.squeeze({shape.index(1)})"
-    return f"{name}.reshape(...)"
 
 
 def _as_input(value: Any, dtype: np.dtype[Any], t: Tensor) -> np.ndarray:
@@ -744,7 +554,7 @@ def _check_out(
         )
     if array.shape != shape:
         raise RunError(
-            f"{what} has shape {_shape_text(array.shape)}, expected {_shape_text(shape)}",
+            f"{what} has shape {shape_text(array.shape)}, expected {shape_text(shape)}",
             hint=f'np.empty({list(shape)}, "{dtype}")',
         )
     if not parts and not array.flags.c_contiguous:
@@ -767,31 +577,6 @@ def _check_names(
     if complete and missing:
         names = ", ".join(f'"{n}"' for n in missing)
         raise RunError(f"{kind} {names} is missing", hint=f"the {kind}s: {', '.join(known)}")
-
-
-def _check_range(d: DimSpec, value: int, origin: str) -> None:
-    if value < d.lo or (d.hi is not None and value > d.hi):
-        limits = f"at least {d.lo}" if d.hi is None else f"from {d.lo} to {d.hi}"
-        raise RunError(
-            f'dimension "{d.name}" is {value} ({origin}), the model was compiled for {limits}',
-            hint="compile it with a wider range: dims={...}",
-        )
-    if value % d.multiple_of:
-        raise RunError(
-            f'dimension "{d.name}" is {value} ({origin}), not a multiple of {d.multiple_of}',
-            hint=f"pad that axis to {-(-value // d.multiple_of) * d.multiple_of}",
-        )
-
-
-def _names(size: Any) -> list[str]:
-    """The dimensions in a size, without repetition."""
-    if isinstance(size, tuple):
-        return list(dict.fromkeys([*_names(size[1]), *_names(size[2])]))
-    return [size] if isinstance(size, str) else []
-
-
-def _shape_text(shape: Sequence[int]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
 
 
 def _unsupported(what: str, missing: Sequence[str]) -> RunError:

@@ -73,7 +73,7 @@ class _Run:
             _as_input(*x) for x in zip(arrays, module._dtypes, module.inputs, strict=True)
         ]
         self.results = results  # with the inputs, the memory that the table points to
-        sizes = module._sizes_of(self.inputs)
+        sizes = module._shapes.measure_arrays(self.inputs)
         self.context = _Context(module._template)
         self.context.prepare(sizes, self.layout.arena)
         self.table: Any = self.context.table

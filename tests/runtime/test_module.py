@@ -32,8 +32,7 @@ from minicompiler.ir.types import DType, TensorType, bfloat16, float32, int64
 from minicompiler.lower.blocks import hoist_conditions, lower_blocks, unswitch
 from minicompiler.lower.memory import Alias, KernelCall, plan_memory
 from minicompiler.lower.to_tir import from_tensors
-from minicompiler.runtime import module as module_file
-from minicompiler.runtime import savefile
+from minicompiler.runtime import savefile, shapes
 from minicompiler.runtime.module import Module, load
 from minicompiler.runtime.plan import (
     OPERATIONS,
@@ -173,7 +172,7 @@ def test_a_chain_of_kernels_computes_for_every_size(mlp: Module) -> None:
 def test_intermediate_values_share_the_arena(mlp: Module) -> None:
     n = 8
     one = n * 20 * 4
-    context_bytes = mlp._measure(((n, 12),)).arena
+    context_bytes = mlp._shapes.measure([(n, 12)]).arena
     assert one <= context_bytes <= 3 * (one + 64)
 
 
@@ -489,7 +488,7 @@ def test_varying_sizes_do_not_leak(mlp: Module) -> None:
     for step in range(10_000):
         (y,) = m(big[: step % 2999 + 1])
     assert y[0, 0] == 2.0 * (9_999 % 2999 + 1)
-    assert len(m._shapes) <= module_file._SHAPES_KEPT
+    assert len(m._shapes) <= shapes.KEPT
     assert resident() - before < 8 << 20
 
 
