@@ -124,7 +124,7 @@ class Memory(Values):
         value = self.value(i)
         self.count += 1
         var = Var(f"data{self.count}")
-        self.names[var], self.level[var] = value.name, len(self.scopes) - 1
+        self.names[var], self.level[var] = value.name, self.level_of(i, self.reads(i))
         return var
 
     def nowhere(self) -> str:
@@ -145,7 +145,9 @@ class Memory(Values):
             mask = self.both(mask, self.value(e.mask))
         buffer, indices = e.buffer, e.indices
         if any(self.reads(i) for i in indices):
-            if self.vector is not None and self.vector[0] in free_vars(e):
+            if self.vector is not None and any(
+                self.vector[0] in free_vars(i) for i in indices if self.reads(i)
+            ):
                 return self.gather(e, mask)
             if mask is None:
                 indices = tuple([self.lane_index(i) for i in indices])

@@ -122,7 +122,9 @@ class Values(Indices):
         """The scope of a value: outside of the loops that change nothing about it, where it is made
         of what is in registers. A product stays where it may be fused with a sum."""
         level = len(self.scopes) - 1
-        if not isinstance(e, Binary | Call) or _is_product(e) or not e.dtype.is_float:
+        if e.dtype is not int64 and (
+            not isinstance(e, Binary | Call) or _is_product(e) or not e.dtype.is_float
+        ):
             return level
         if not buffers or any(b.scope is not Scope.REGISTER for b in buffers) or self.arguments:
             return level

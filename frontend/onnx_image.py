@@ -19,6 +19,7 @@ from minicompiler.ops import index as ix
 from minicompiler.ops import linalg
 from minicompiler.ops import pieces as pc
 from minicompiler.ops import resize as rs
+from minicompiler.ops import roi as ro
 from minicompiler.ops import sample as sp
 from minicompiler.ops import shape as sh
 
@@ -199,11 +200,11 @@ def _grid_sample(n: OnnxNode) -> Value:
 def _roi_align(n: OnnxNode) -> Value:
     default = "half_pixel" if n.opset >= 16 else "output_half_pixel"
     half = n.attr("coordinate_transformation_mode", default) == "half_pixel"
-    attrs = sp.RoiAlignAttrs(
+    attrs = ro.RoiAlignAttrs(
         n.attr("output_height", 1), n.attr("output_width", 1), n.attr("sampling_ratio", 0),
         n.attr("spatial_scale", 1.0), half, n.attr("mode", "avg") == "max",
     )  # fmt: skip
-    return n.apply(sp.roi_align, n.arg(0), n.arg(1), n.arg(2), attrs=attrs)
+    return n.apply(ro.roi_align, n.arg(0), n.arg(1), n.arg(2), attrs=attrs)
 
 
 def _deform_conv(n: OnnxNode) -> Value:

@@ -134,8 +134,9 @@ def compute(
 class Extern:
     """Tensors computed by statements: what has no formula per element (sorting, scattering).
 
-    build(input buffers, output buffers, fresh) -> the statement (ir.tir), run by one thread as a
-    phase of its own; fresh("i") is a new loop variable. An output may serve as scratch memory.
+    build(input buffers, output buffers, fresh) -> the statement (ir.tir), a phase of its own;
+    fresh("i") is a new loop variable. One thread runs it, unless its outermost loop is PARALLEL. An
+    output may serve as scratch memory.
     """
 
     __slots__ = ("build", "inputs", "name", "outputs")

@@ -293,6 +293,8 @@ def read_buffers(s: Stmt | PrimFunc) -> set[Buffer]:
                     exprs += [st.value, *st.indices]
         elif isinstance(x, If):
             exprs = [x.cond]
+        elif isinstance(x, For):
+            exprs = [x.extent]
         for e in exprs:
             found.update(y.buffer for y in walk(e) if type(y) is Load)
     return found

@@ -201,6 +201,7 @@ class _Verifier:
         if s.var.name in self.iterators:
             self.fail(f"{s.var} is a loop variable and a block iterator", s)
         self.scope(s.extent, p, (), f"the extent of loop {s.var}", s)
+        self.accesses_of(s.extent, p, {}, s)
         self.index_type(s.extent, f"the extent of loop {s.var}", s)
         self.index_type(s.var, f"loop variable {s.var}", s)
         if s.kind in (VECTOR, UNROLL) and const_int(s.extent) is None:

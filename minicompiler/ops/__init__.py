@@ -25,6 +25,7 @@ from . import (
     recurrent,
     reduce,
     resize,
+    roi,
     sample,
     scatter,
     shape,
@@ -37,5 +38,5 @@ __all__ = [
     "OWN",
     "activations", "append", "codes", "contract", "control", "conv", "count", "elementwise",
     "evaluate", "index", "linalg", "norm", "order", "pieces", "pool", "quant", "recurrent",
-    "reduce", "resize", "sample", "scatter", "shape",
+    "reduce", "resize", "roi", "sample", "scatter", "shape",
 ]  # fmt: skip

@@ -1,7 +1,6 @@
 """Images read at fractional positions that are data.
 
     grid_sample(x, grid)                    x[n, c, ...] at grid[n, ..., d], -1 to 1 over each axis
-    roi_align(x, rois, batch)               a small image of each rectangle
     deform_conv(x, w, offset, mask, bias)   a convolution whose taps are moved by offsets
 
 Weights of cubic interpolation: R. Keys, "Cubic convolution interpolation", 1981.
@@ -38,7 +37,6 @@ from .rules import (
     result,
     same_dtype,
     widened,
-    wrapped,
 )
 
 Array = np.ndarray
@@ -278,132 +276,6 @@ grid_sample = register(
         direct(_grid_compute),
         float32_inside(_grid_reference),
         _grid_samples,
-        precision=Precision.FLOAT32_INSIDE,
-    )
-)
-
-
-# ---- roi_align ----------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class RoiAlignAttrs:
-    """Each of height x width bins is the mean (or maximum) of ratio x ratio samples."""
-
-    height: int = 1
-    width: int = 1
-    ratio: int = 1
-    scale: float = 1.0
-    half_pixel: bool = True
-    maximum: bool = False
-
-
-def _roi_infer(x: Arg, rois: Arg, batch: Arg, a: RoiAlignAttrs) -> TensorType:
-    need_rank("roi_align", x, 4, 4)
-    need_rank("roi_align", rois, 2, 2)
-    need_rank("roi_align", batch, 1, 1)
-    need_dtype("roi_align", batch, "i")
-    need_same("roi_align", "numbers in a rectangle", rois.type.shape[1], 4)
-    need_same("roi_align", "rectangles and batch indices", rois.type.shape[0], batch.type.shape[0])
-    dtype = same_dtype("roi_align", x, rois)
-    if a.ratio < 1:
-        fail("roi_align: a number of samples that depends on the rectangle is not supported")
-    return result((rois.type.shape[0], x.type.shape[1], a.height, a.width), dtype)
-
-
-def _roi_compute(x: te.Tensor, rois: te.Tensor, batch: te.Tensor, a: RoiAlignAttrs) -> te.Tensor:
-    source, boxes = widened(x), widened(rois)
-    taps = te.reduce_vars(2)
-    dtype = source.dtype
-
-    def position(r: Expr, axis: int, bin_: Expr, tap: Expr, bins: int) -> Expr:
-        shift = 0.5 if a.half_pixel else 0.0
-        low, high = (boxes[r, Const(k)] * a.scale - shift for k in (1 - axis, 3 - axis))
-        size = high - low
-        if not a.half_pixel:
-            size = binary("max", size, 1.0)
-        step = size / float(bins)
-        part = (number(tap, dtype) + 0.5) * step / float(a.ratio)
-        return low + number(bin_, dtype) * step + part
-
-    def body(r: Expr, c: Expr, i: Expr, j: Expr) -> Expr:
-        lead = (wrapped(batch[r], x.shape[0]), c)
-        low, high, weight, valid = [], [], [], []
-        for axis, (bin_, bins) in enumerate(((i, a.height), (j, a.width))):
-            n = x.shape[2 + axis]
-            e = position(r, axis, bin_, taps[axis], bins)
-            valid.append(binary("and", const(-1.0, dtype) <= e, e <= number(n, dtype)))
-            e = binary("max", binary("min", e, number(n, dtype) - 1.0), 0.0)
-            first = _whole(_floor(e), n)
-            low.append(clamped(first, n))
-            high.append(clamped(first + 1, n))
-            weight.append(e - number(first, dtype))
-        corners = [
-            source[(*lead, y, z)] * v * w
-            for y, v in ((low[0], 1.0 - weight[0]), (high[0], weight[0]))
-            for z, w in ((low[1], 1.0 - weight[1]), (high[1], weight[1]))
-        ]
-        value = corners[0]
-        for other in corners[1:]:
-            value = binary("max", value, other) if a.maximum else value + other
-        return select(all_of(valid), value, const(0, dtype))
-
-    shape = (rois.shape[0], x.shape[1], a.height, a.width)
-    over = {t: wrap(a.ratio) for t in taps}
-    made = te.compute(shape, body, "roi_align", ("max" if a.maximum else "sum", over))
-    if not a.maximum:
-        made = made * (1.0 / (a.ratio * a.ratio))
-    return te.astype(made, x.dtype)
-
-
-def _roi_reference(x: Array, rois: Array, batch: Array, a: RoiAlignAttrs) -> Array:
-    made = np.zeros((len(rois), x.shape[1], a.height, a.width), x.dtype)
-    bins = (a.height, a.width)
-    for r, i, j in np.ndindex(len(rois), a.height, a.width):
-        found = []
-        for tap in np.ndindex(a.ratio, a.ratio):
-            at: list[tuple[int, int, Any]] = []
-            for axis, bin_ in enumerate((i, j)):
-                shift = 0.5 if a.half_pixel else 0.0
-                low, high = (rois[r, k] * a.scale - shift for k in (1 - axis, 3 - axis))
-                size = high - low if a.half_pixel else max(high - low, 1.0)
-                step = size / bins[axis]
-                e = low + bin_ * step + (tap[axis] + 0.5) * step / a.ratio
-                n = x.shape[2 + axis]
-                if -1 <= e <= n:
-                    e = min(max(e, 0), n - 1)
-                    first = int(e)
-                    at.append((first, min(first + 1, n - 1), e - first))
-            image = x[batch[r]]
-            if len(at) < 2:
-                found.append(np.zeros(x.shape[1], x.dtype))
-                continue
-            (y0, y1, u), (x0, x1, v) = at
-            corners = [
-                image[:, y0, x0] * (1 - u) * (1 - v), image[:, y0, x1] * (1 - u) * v,
-                image[:, y1, x0] * u * (1 - v), image[:, y1, x1] * u * v,
-            ]  # fmt: skip
-            found.append(np.max(corners, 0) if a.maximum else np.sum(corners, 0))
-        made[r, :, i, j] = np.max(found, 0) if a.maximum else np.mean(found, 0)
-    return made
-
-
-def _roi_samples(draw: Draw) -> tuple[list[Array], RoiAlignAttrs]:
-    n, h, w, r = integer(draw, 1, 2), integer(draw, 3, 6), integer(draw, 3, 6), integer(draw, 1, 3)
-    corner = array(draw, (r, 2), "float32", 0, 2)
-    rois = np.concatenate([corner, corner + array(draw, (r, 2), "float32", 0.5, 4)], 1)
-    bins = integer(draw, 1, 3), integer(draw, 1, 3)
-    scale = choice(draw, (1.0, 0.5))
-    a = RoiAlignAttrs(*bins, integer(draw, 1, 2), scale, flag(draw), flag(draw))
-    return [array(draw, (n, 2, h, w)), rois, array(draw, (r,), "int64", 0, n - 1)], a
-
-
-roi_align = register(
-    Op(
-        "roi_align",
-        RoiAlignAttrs,
-        _roi_infer,
-        direct(_roi_compute),
-        float32_inside(_roi_reference),
-        _roi_samples,
         precision=Precision.FLOAT32_INSIDE,
     )
 )

@@ -112,6 +112,11 @@ GOOD: dict[str, Callable[[], PrimFunc]] = {
 }
 
 
+GOOD["an extent that is data"] = lambda: func(
+    loops(For(K, Load(AT, (I,)), SERIAL, Store(Y, (I, J), _one())))
+)
+
+
 def _one() -> Expr:
     return const(1, float32)
 
@@ -188,6 +193,10 @@ WRONG: dict[str, tuple[Callable[[], PrimFunc], str]] = {
     "too few indices": (lambda: func(loops(block(value=Load(X, (V,))))), "1 indices, it has 2"),
     "index of int32": (
         lambda: func(loops(block(value=Load(X, (Cast(int32, V), W))))), "is int32, not int64",
+    ),
+    "extent read outside of its buffer": (
+        lambda: func(For(I, Const(8), SERIAL, For(K, Load(AT, (I + 1,)), SERIAL, Store(
+            Y, (I, ZERO), _one())))), "this loads at at `i \\+ 1`, not known to be below 8",
     ),
     "extent of int32": (
         lambda: func(For(I, const(8, int32), SERIAL, block(w=ZERO))), "is int32, not int64",
