@@ -251,6 +251,6 @@ def test_points_of_fused_axes_lie_below_the_product_of_their_sizes() -> None:
     for rows, columns in ((h, w), ((h + 1) // 2, w), ((h + 1) // 2, (w + 1) // 2)):
         point = (A * 404 + X) * 6 + B
         ranges = {A: (ZERO, (rows * columns + 2423) // 2424 - 1), X: below(404), B: below(6)}
-        inside = [ZERO < columns, point // columns < rows, ZERO <= point // columns]
+        inside = [columns > ZERO, point // columns < rows, point // columns >= ZERO]
         assert Arith(ranges, inside).prove(point < rows * columns) is True
         assert Arith(ranges, inside).prove(point + 1 < rows * columns) is None
