@@ -46,6 +46,7 @@ Interval = tuple[int | None, int | None]
 
 
 _POINTS = 4  # sample points that refute what cannot be proved
+_PATIENCE = 1500  # steps of the search for a proof; of 10,000 that were found one took more
 
 
 class Arith:
@@ -62,6 +63,7 @@ class Arith:
         self._with_fact = False
         # (polynomial, _with_fact): the smallest depth at which no proof of >= 0 was found.
         self._unproved: dict[tuple[frozenset[tuple[Monomial, int]], bool], int] = {}
+        self._steps = 0  # of the search for a proof that goes on
         self._values: tuple[dict[Expr, int | None], ...] = tuple({} for _ in range(_POINTS))
         self._valid: list[bool | None] = [None] * _POINTS  # whether a point satisfies all facts
         self.facts: list[Poly] = []  # each polynomial is known to be >= 0
@@ -375,10 +377,16 @@ class Arith:
             return False
         # Terms can be bounded in any order, and all orders of a subset end at the same polynomial.
         key = frozenset(p.items()), self._with_fact
-        if depth >= self._unproved.get(key, 7):
+        if depth >= self._unproved.get(key, 7) or self._steps > _PATIENCE:
             return False
-        if self._proved(p, depth):
-            return True
+        outermost = not self._steps
+        self._steps += 1
+        try:
+            if self._proved(p, depth):
+                return True
+        finally:
+            if outermost:
+                self._steps = 0
         self._unproved[key] = depth
         return False
 
