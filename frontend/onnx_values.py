@@ -9,6 +9,7 @@ what whoever wrote the model meant, and what rounded arithmetic gives for sizes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -221,8 +222,9 @@ class Quotients:
         if v.op in _FORMULAS:
             made = _each(_FORMULAS[v.op], *given)
             # Quotients of integers are integers.
-            exact = made is None or type_of(v).dtype.is_float
-            return made if exact else _each(_truncated, made)
+            if made is None or type_of(v).dtype.is_float:
+                return made
+            return _each(_truncated, made)
         if is_symbolic(v.attrs):
             return None
         if v.op is ix.gather:
@@ -242,9 +244,10 @@ def with_sizes(made: Apply, sizes: list[Expr]) -> Apply:
 
 def _few(v: Value) -> bool:
     t = v.type  # type: ignore[attr-defined]
-    if not isinstance(t, TensorType) or not all(type(s) is Const for s in t.shape):
+    if not isinstance(t, TensorType):
         return False
-    return int(np.prod([s.value for s in t.shape], dtype=object)) <= CONTENT_LIMIT  # type: ignore[attr-defined]
+    known = [s.value for s in t.shape if type(s) is Const]
+    return len(known) == t.rank and math.prod(known) <= CONTENT_LIMIT
 
 
 def _understood(op: object) -> bool:
