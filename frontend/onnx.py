@@ -39,9 +39,10 @@ from minicompiler.limits import Budget
 from .onnx_data import element_type, tensor_array
 from .onnx_file import map_file, parse
 from .onnx_math import Converter
-from .onnx_node import KnownValues, Nothing, OnnxNode, Tensors, items
+from .onnx_node import Nothing, OnnxNode, Tensors, items
 from .onnx_ops import CONVERTERS
 from .onnx_schema import check_names, check_node, schema_of
+from .onnx_values import KnownValues, Quotients, with_sizes
 
 Source = Union[str, "os.PathLike[str]", bytes, ModelProto]
 Bounds = int | tuple[int, int | None] | tuple[int, int | None, int]
@@ -155,6 +156,7 @@ class _Importer:
         self.depth = 0
         self.budget = budget
         self.values = KnownValues(budget)
+        self.quotients = Quotients(self.values)
         self.minted: dict[str, int] = {}
 
     def run(self) -> Function:
@@ -371,6 +373,7 @@ class _Importer:
             tuple(n.output),
             loc,
             self.values,
+            self.quotients,
             self.minted,
             lambda: [v for v in env.values() if isinstance(v, Value)],
             graph,
@@ -386,14 +389,17 @@ class _Importer:
         return items(made) if isinstance(made, Apply) else (made,)
 
     def _as_numbers(self, made: Any) -> Any:
-        """Sizes that exporters compute by way of floats have no content as expressions; as numbers
+        """Sizes that exporters compute by way of floats have no content; as numbers or expressions
         they have one, if they do not depend on data."""
         if not isinstance(made, Apply) or isinstance(made.type, tuple):
             return made
         if not may_have_content(made.type) or content_of(made) is not None:
             return made
         known = self.values.of(made)
-        return made if known is None else Constant(known, locs=made.locs)
+        if known is not None:
+            return Constant(known, locs=made.locs)
+        sizes = self.quotients.sizes(made)
+        return made if sizes is None else with_sizes(made, sizes)
 
     def _values(self, attributes: Mapping[str, AttributeProto]) -> dict[str, Any]:
         found: dict[str, Any] = {}

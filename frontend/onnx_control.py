@@ -9,13 +9,17 @@ A sequence is a Python tuple of graph values, an optional its value or `Nothing`
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from minicompiler.ir.arith import Arith
-from minicompiler.ir.expr import const_int
+from minicompiler.ir.expr import ONE, ZERO, const_int
 from minicompiler.ir.graph import Value, type_of
+from minicompiler.ops import elementwise as el
+from minicompiler.ops import index as ix
 from minicompiler.ops import pieces as pc
 from minicompiler.ops import shape as sh
 
@@ -67,47 +71,145 @@ def _loop(n: OnnxNode) -> tuple[Any, ...]:
 def _scan(n: OnnxNode) -> tuple[Any, ...]:
     """The body once per element of the scanned inputs."""
     count = n.attr("num_scan_inputs")
-    values = list(n.inputs)
-    if n.opset < 9:
-        n.fail("Scan of opset 8 is not supported", "convert it with onnx.version_converter")
+    first = 1 if n.opset < 9 else 0  # older nodes begin with the lengths of the sequences
+    values = list(n.inputs)[first:]
     if not 0 < count <= len(values):
         n.fail(f"Scan over {count} of {len(values)} inputs")
     state, scanned = values[: len(values) - count], values[len(values) - count :]
-    given = [n.type(k) for k in range(len(state), len(values))]
-    axes = n.per_axis("scan_input_axes", count, 0)
-    axes = tuple(n.axis(a, t.rank) for a, t in zip(axes, given, strict=True))
-    backward = n.per_axis("scan_input_directions", count, 0)
-    sizes = [t.shape[a] for t, a in zip(given, axes, strict=True)]
-    trips = next((s for s in map(const_int, sizes) if s is not None), None)
-    outputs = len(n.outputs) - len(state)
-    if outputs < 0:
+    given = [n.type(k) for k in range(first + len(state), first + len(values))]
+    if len(n.outputs) < len(state):
         n.fail(f"Scan with {len(state)} states and {len(n.outputs)} outputs")
-    out_axes = n.per_axis("scan_output_axes", outputs, 0)
-    reverse = n.per_axis("scan_output_directions", outputs, 0)
-    if trips is None or trips > UNROLL_LIMIT:
-        made = onnx_loop.scan(n, state, [n.arg(k) for k in range(len(state), len(values))],
-                              axes, backward)  # fmt: skip
-        rows = [
-            _turned(n, x, *how)
-            for x, *how in zip(made[len(state) :], out_axes, reverse, strict=True)
+    if n.opset < 9:
+        return _batched_scan(n, state, scanned)
+    axes = n.per_axis("scan_input_axes", count, 0)
+    outputs = len(n.outputs) - len(state)
+    return _Scan(
+        n,
+        outputs,
+        lambda *args: n.branch("body", len(n.outputs), *args),
+        tuple(n.axis(a, t.rank) for a, t in zip(axes, given, strict=True)),
+        n.per_axis("scan_input_directions", count, 0),
+        n.per_axis("scan_output_axes", outputs, 0),
+        n.per_axis("scan_output_directions", outputs, 0),
+    ).run(state, scanned)
+
+
+def _batched_scan(n: OnnxNode, state: list[Any], scanned: list[Any]) -> tuple[Any, ...]:
+    """Scan of opset 8: one scan per element of a batch, which may have lengths of their own.
+
+    Beyond its length an element keeps its states, and its rows are zeros.
+    """
+    backward = n.per_axis("directions", len(scanned), 0)
+    outputs = len(n.outputs) - len(state)
+    lengths = n.opt(0)
+    short = next((t for t in map(type_of, scanned) if t.rank < 2), None)
+    if short is not None:
+        n.fail(f"Scan over {short}: a batch of sequences is expected")
+    steps = type_of(scanned[0]).shape[1]
+    if lengths is not None:
+        ends = [onnx_loop.size_value(n, size) for size in (ZERO, steps, ONE)]
+        position = n.apply(sh.arange, *ends, name="")
+        turn = ix.ReverseAttrs(time=1, batch=0)
+        scanned = [
+            n.apply(ix.reverse_sequence, x, lengths, attrs=turn, name="") if back else x
+            for x, back in zip(scanned, backward, strict=True)
         ]
-        return (*made[: len(state)], *rows)
-    stacked: list[list[Value]] = [[] for _ in range(outputs)]
-    for k in range(trips):
-        parts = [
-            _element(n, x, a, trips - 1 - k if back else k)
-            for x, a, back in zip(scanned, axes, backward, strict=True)
-        ]
-        results = n.branch("body", len(n.outputs), *state, *parts)
-        state = list(results[: len(state)])
-        for pile, value, axis in zip(stacked, results[len(state) :], out_axes, strict=True):
-            at = axis if axis >= 0 else axis + type_of(value).rank + 1
-            pile.append(n.apply(sh.unsqueeze, value, attrs=sh.UnsqueezeAttrs((at,)), name=""))
-    whole = []
-    for pile, axis, back in zip(stacked, out_axes, reverse, strict=True):
-        at = axis if axis >= 0 else axis + type_of(pile[0]).rank
-        whole.append(_joined(n, pile[::-1] if back else pile, at))
-    return (*state, *whole)
+        backward = (0,) * len(scanned)
+
+    def one(*parts: Value) -> tuple[Any, ...]:
+        """The scan of one element of the batch."""
+        inside = dataclasses.replace(n, around=lambda: [*n.around(), *parts])
+        if lengths is None:
+            own, mine = parts[: len(state)], parts[len(state) :]
+            return _Scan(inside, outputs, body, (0,) * len(mine), backward).run(own, mine)
+        length, own, mine = parts[0], parts[1 : 1 + len(state)], parts[1 + len(state) :]
+
+        def masked(*args: Value) -> tuple[Value, ...]:
+            *known, at = args
+            counts = n.apply(el.less, at, length, name="")
+            made = n.branch("body", len(n.outputs), *known)
+            zeros = [_zero(n, row) for row in made[len(state) :]]
+            return tuple(
+                n.apply(el.where, counts, new, old, name="")
+                for new, old in zip(made, [*known[: len(state)], *zeros], strict=True)
+            )
+
+        scan = _Scan(inside, outputs, masked, (0,) * (len(mine) + 1), (0,) * (len(mine) + 1))
+        return scan.run(own, (*mine, position))
+
+    def body(*args: Value) -> tuple[Any, ...]:
+        return n.branch("body", len(n.outputs), *args)
+
+    whole = [*state, *scanned] if lengths is None else [lengths, *state, *scanned]
+    zeros = (0,) * len(whole)
+    return _Scan(n, len(n.outputs), one, zeros, zeros, inner=const_int(steps) or 1).run((), whole)
+
+
+def _zero(n: OnnxNode, like: Value) -> Value:
+    return n.constant(0, type_of(like).dtype.numpy)
+
+
+@dataclasses.dataclass
+class _Scan:
+    """A repetition over the elements of tensors.
+
+    Attributes:
+        outputs: how many results are rows, stacked.
+        body: (states, elements) -> (new states, rows).
+        axes, backward: of each tensor scanned, its axis and whether it begins at the end.
+        out_axes, reverse: of each stack of rows, its axis and whether the last row comes first;
+            the first axis, and not, where nothing is said.
+        inner: iterations inside of each one.
+    """
+
+    n: OnnxNode
+    outputs: int
+    body: Callable[..., tuple[Any, ...]]
+    axes: Sequence[int]
+    backward: Sequence[int]
+    out_axes: Sequence[int] = ()
+    reverse: Sequence[int] = ()
+    inner: int = 1
+
+    def run(self, state: Sequence[Any], scanned: Sequence[Value]) -> tuple[Any, ...]:
+        """The last states and the stacked rows."""
+        sizes = [type_of(x).shape[a] for x, a in zip(scanned, self.axes, strict=True)]
+        trips = next((s for s in map(const_int, sizes) if s is not None), None)
+        out_axes = self.out_axes or (0,) * self.outputs
+        reverse = self.reverse or (0,) * self.outputs
+        if trips is None or not 0 < trips * self.inner <= UNROLL_LIMIT:
+            made = onnx_loop.scan(self.n, state, scanned, self.axes, self.backward, self.body)
+            rows = made[len(state) :]
+            how = zip(rows, out_axes, reverse, strict=True)
+            return (*made[: len(state)], *(_turned(self.n, *one) for one in how))
+        return self._repeated(trips, state, scanned, out_axes, reverse)
+
+    def _repeated(
+        self,
+        trips: int,
+        state: Sequence[Any],
+        scanned: Sequence[Value],
+        out_axes: Sequence[int],
+        reverse: Sequence[int],
+    ) -> tuple[Any, ...]:
+        n = self.n
+        stacked: list[list[Value]] = [[] for _ in range(self.outputs)]
+        for k in range(trips):
+            parts = [
+                _element(n, x, a, trips - 1 - k if back else k)
+                for x, a, back in zip(scanned, self.axes, self.backward, strict=True)
+            ]
+            results = self.body(*state, *parts)
+            rows = results[len(state) :]
+            state = results[: len(state)]
+            for pile, value, axis in zip(stacked, rows, out_axes, strict=True):
+                at = axis if axis >= 0 else axis + type_of(value).rank + 1
+                pile.append(n.apply(sh.unsqueeze, value, attrs=sh.UnsqueezeAttrs((at,)), name=""))
+        whole = []
+        for pile, axis, back in zip(stacked, out_axes, reverse, strict=True):
+            at = axis if axis >= 0 else axis + type_of(pile[0]).rank
+            whole.append(_joined(n, pile[::-1] if back else pile, at))
+        return (*state, *whole)
 
 
 def _turned(n: OnnxNode, rows: Value, axis: int, back: int) -> Value:

@@ -58,9 +58,9 @@ def _numbers(n: OnnxNode) -> bool:
 
 
 def _whole(n: OnnxNode) -> bool:
-    """Whether the scales are whole numbers, so that sizes are not rounded."""
-    scales = n.known(2)
-    return scales is not None and bool(np.all(scales == np.floor(scales)))
+    """Whether no size is rounded: scales are whole numbers, or computed from sizes."""
+    scales = n.values.of(n.arg(2))
+    return scales is None or bool(np.all(scales == np.floor(scales)))
 
 
 def _given(n: OnnxNode, k: int) -> bool:
@@ -70,33 +70,41 @@ def _given(n: OnnxNode, k: int) -> bool:
 def _weighted(n: OnnxNode) -> Value:
     x, t = n.arg(0), n.type(0)
     axes = [n.axis(a, t.rank) for a in n.attr("axes", range(t.rank))]
-    sizes = n.known(3) if _given(n, 3) else None
+    sizes = sizes_of(n.arg(3)) if _given(n, 3) else None
     scales = n.known(2) if sizes is None else None
     roi = n.known(1) if _given(n, 1) else None
     if sizes is None and scales is None:
         n.fail("Resize needs scales or sizes that are constants")
-    for what, given, wanted in (("sizes", sizes, 1), ("scales", scales, 1), ("roi", roi, 2)):
+    if sizes is not None:
+        one_per_axis(n, "sizes", len(sizes), len(axes))
+    for what, given, wanted in (("scales", scales, 1), ("roi", roi, 2)):
         if given is not None:
             one_per_axis(n, what, given.size, wanted * len(axes))
             if not np.isfinite(given).all() or (what == "scales" and not np.all(given > 0)):
                 n.fail(f"the {what} of Resize are {given.tolist()}")
     crop = n.attr("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
+    policy = n.attr("keep_aspect_ratio_policy", "stretch")
     plan: list[tuple[int, int, int, float, tuple[float, float]]] = []
     for k, axis in enumerate(axes):
+        part = (0.0, 1.0)
+        if crop and roi is not None:
+            part = float(roi[k]), float(roi[k + len(axes)])
+        same = scales[k] == 1 if sizes is None else sizes[k] is t.shape[axis]  # type: ignore[index]
+        if same and part == (0.0, 1.0) and policy == "stretch":
+            continue
         size = const_int(t.shape[axis])
         if not size:
             n.fail(f"this form of Resize needs the size of axis {axis}, which is {t.shape[axis]}")
         if sizes is not None:
-            out, scale = int(sizes[k]), float(sizes[k]) / size
+            known = const_int(sizes[k])
+            if known is None:
+                n.fail(f"this form of Resize needs sizes that are numbers, one is {sizes[k]}")
+            out, scale = known, known / size
         else:
             assert scales is not None
             scale = float(scales[k])
             out = math.floor(scale * size)
-        part = (0.0, 1.0)
-        if crop and roi is not None:
-            part = float(roi[k]), float(roi[k + len(axes)])
         plan.append((axis, size, out, scale, part))
-    policy = n.attr("keep_aspect_ratio_policy", "stretch")
     if sizes is not None and policy != "stretch":
         scale = (min if policy == "not_larger" else max)(p[3] for p in plan)
         plan = [(a, s, math.floor(scale * s + 0.5), scale, r) for a, s, _, _, r in plan]

@@ -61,7 +61,7 @@ def if_(n: OnnxNode) -> tuple[Value, ...]:
                 sizes[k, axis] = maximum(s, t)
     bodies = []
     for values in branches:
-        counts = [_size(n, type_of(values[k]).shape[axis]) for k, axis in sizes]
+        counts = [size_value(n, type_of(values[k]).shape[axis]) for k, axis in sizes]
         bodies.append([*_padded(n, values, sizes), *counts])
     captured, functions = _closed(bodies, [(), ()], around, hoist=False)
     attrs = ct.CondAttrs(*functions)
@@ -101,11 +101,12 @@ def scan(
     scanned: Sequence[Value],
     axes: Sequence[int],
     backward: Sequence[int],
+    body: Callable[..., tuple[Any, ...]],
 ) -> tuple[Value, ...]:
     """A Scan that is too long to be repeated; rows are stacked along the first axis, in the order
-    of the iterations."""
+    of the iterations. body: (states, elements) -> (new states, rows)."""
     length = type_of(scanned[0]).shape[axes[0] % type_of(scanned[0]).rank]
-    trips = _size(n, length)
+    trips = size_value(n, length)
 
     def step(k: Value, now: Sequence[Value]) -> Any:
         parts = []
@@ -113,7 +114,7 @@ def scan(
             last = n.apply(el.sub, trips, n.constant(1, np.int64), name="")
             at = n.apply(el.sub, last, k, name="") if back else k
             parts.append(n.apply(ix.gather, x, at, attrs=ix.GatherAttrs(axis), name=""))
-        made = _tensors(n, n.branch("body", len(n.outputs), *now, *parts))
+        made = _tensors(n, body(*now, *parts))
         return None, made[: len(states)], made[len(states) :]
 
     return run(n, _tensors(n, states), step, trips, length, None)
@@ -151,7 +152,7 @@ def run(
     full = [Input(f"s{j}", _grown(t, j, sizes)) for j, t in enumerate(own)]
     # Again, now with the parameters that the loop really has.
     going, made, rows = step(k, _cut(n, full, counts, sizes))
-    new_counts = [_size(n, type_of(made[j]).shape[axis]) for j, axis in sizes]
+    new_counts = [size_value(n, type_of(made[j]).shape[axis]) for j, axis in sizes]
     following = n.apply(el.add, k, n.constant(1, np.int64), name="")
     again = _both(n, going, None if trips is None else _less(n, following, trips))
     results = [again, following, *new_counts, *_padded(n, made, sizes), *rows]
@@ -159,7 +160,7 @@ def run(
     captured, (body,) = _closed([results], [params], around, hoist=True)
     zero = n.constant(0, np.int64)
     first = _both(n, start, None if trips is None else _less(n, zero, trips))
-    given = [zero, *[_size(n, own[j].shape[axis]) for j, axis in sizes]]
+    given = [zero, *[size_value(n, own[j].shape[axis]) for j, axis in sizes]]
     given += _padded(n, states, sizes)
     iteration = n.dim(f"{n.loc.name}.iteration", None).name
     room: Expr = most if rows and most is not None else ZERO
@@ -258,7 +259,7 @@ def _head(n: OnnxNode, x: Value, count: Value, axis: int, most: Expr) -> Value:
     return n.apply(cn.head, x, count, attrs=cn.HeadAttrs(dim, most, axis), name="")
 
 
-def _size(n: OnnxNode, size: Expr) -> Value:
+def size_value(n: OnnxNode, size: Expr) -> Value:
     """A size as a value, int64[]."""
     line = n.apply(sh.shape_, attrs=sh.ShapeAttrs(values=(size,)), name="")
     return n.apply(sh.squeeze, line, attrs=sh.SqueezeAttrs((0,)), name="")

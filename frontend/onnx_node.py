@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from minicompiler.errors import ImportModelError
-from minicompiler.ir.expr import Const, Dim, Expr
+from minicompiler.ir.expr import Dim, Expr
 from minicompiler.ir.graph import (
     Apply,
     Constant,
@@ -23,13 +23,12 @@ from minicompiler.ir.graph import (
     Value,
     apply,
     content_of,
-    operands,
     type_of,
 )
 from minicompiler.ir.op import Op
 from minicompiler.ir.types import Loc, TensorType
-from minicompiler.limits import Budget
-from minicompiler.passes.fold import evaluate_node
+
+from .onnx_values import KnownValues, Quotients
 
 MISSING: Any = object()
 
@@ -46,6 +45,7 @@ class OnnxNode:
         outputs: names of the results; "" where one is not wanted.
         loc: the place in the model.
         values: the numbers that are known while importing.
+        quotients: the floats that are known to be quotients of sizes.
         minted: how often a name of a dimension was given.
         around: the values that the graphs in the node's attributes may read.
         graph: imports the graph in an attribute in the place of the node, with values for its
@@ -60,6 +60,7 @@ class OnnxNode:
     outputs: tuple[str, ...]
     loc: Loc
     values: KnownValues
+    quotients: Quotients
     minted: dict[str, int]
     around: Callable[[], list[Value]]
     graph: Callable[..., tuple[Any, ...]]
@@ -208,62 +209,6 @@ class Nothing:
 
     def __str__(self) -> str:
         return "an empty optional"
-
-
-class KnownValues:
-    """The numbers that values always have, as far as they are known while importing.
-
-    Each value is looked at once; `budget` pays for what is computed.
-    """
-
-    ROOM = 1 << 20  # bytes that a value computed here may exceed its operands by
-
-    def __init__(self, budget: Budget) -> None:
-        self.budget = budget
-        # With the value itself, so that its id is not given to another one.
-        self.found: dict[int, tuple[Value, np.ndarray | None]] = {}
-
-    def of(self, value: Value) -> np.ndarray | None:
-        """The number(s) a value always has; None when it depends on data or is too large."""
-        stack = [value]
-        while stack:
-            v = stack[-1]
-            if id(v) in self.found:
-                stack.pop()
-                continue
-            single = isinstance(v.type, TensorType)  # type: ignore[attr-defined]
-            known = _from_content(v) if single else None
-            if known is None and single and isinstance(v, Apply):
-                parts = [self.found.get(id(o)) for o in operands(v)]
-                if all(p is None or p[1] is not None for p in parts):
-                    waiting = [o for o in operands(v) if id(o) not in self.found]
-                    if waiting:
-                        stack += waiting
-                        continue
-                    known = self._compute(v)
-            self.found[id(v)] = v, known
-            stack.pop()
-        return self.found[id(value)][1]
-
-    def _compute(self, v: Apply) -> np.ndarray | None:
-        args = tuple(None if a is None else Constant(self._known(a)) for a in v.args)
-        results = evaluate_node(v.with_(args=args), self.ROOM, self.budget)
-        return None if results is None else results[0]
-
-    def _known(self, v: Value) -> np.ndarray:
-        found = self.found[id(v)][1]
-        assert found is not None
-        return found
-
-
-def _from_content(value: Value) -> np.ndarray | None:
-    if isinstance(value, Constant):
-        return value.data
-    content = content_of(value)
-    if content is None or not all(type(e) is Const for e in content.flat):
-        return None
-    numbers = [e.value for e in content.flat]
-    return np.array(numbers, type_of(value).dtype.numpy).reshape(content.shape)
 
 
 def sizes_of(value: Value) -> Sequence[Expr] | None:

@@ -7,11 +7,13 @@ Constant -> a Constant of the graph, no node
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from minicompiler.ir.expr import Const, const_int, product
+from minicompiler.ir.arith import Arith
+from minicompiler.ir.expr import ZERO, Const, Expr, const_int, product
 from minicompiler.ir.graph import Constant, Value, type_of
 from minicompiler.ir.op import Op
 from minicompiler.ops import index as ix
@@ -219,6 +221,8 @@ def resize(n: OnnxNode) -> Value:
         "rounding": n.attr("nearest_mode", "round_prefer_floor"),
         "cubic": n.attr("cubic_coeff_a", -0.75),
     }
+    if sizes is None and n.opt(2) is not None and n.values.of(n.arg(2)) is None:
+        sizes = _scaled(n, 2, axes)
     if sizes is not None:
         full = list(t.shape)
         one_per_axis(n, "sizes", len(sizes), len(axes))
@@ -235,6 +239,26 @@ def resize(n: OnnxNode) -> Value:
     return n.apply(rs.resize, n.arg(0), attrs=rs.ResizeAttrs(scales=tuple(factors), **how))
 
 
+def _scaled(n: OnnxNode, k: int, axes: Sequence[int]) -> list[Expr]:
+    """The sizes that scales (input `k`) lead to which are quotients of sizes themselves."""
+    scales = n.quotients.of(n.arg(k))
+    if scales is None:
+        n.fail(f"the scales of {n.op_type} are computed from data",
+               "only shapes and constants may determine them")  # fmt: skip
+    one_per_axis(n, "scales", scales.size, len(axes))
+    arith, sizes = Arith(), []
+    for axis, scale in zip(axes, scales.flat, strict=True):
+        whole = n.type(0).shape[axis] * scale.top
+        if arith.simplify(whole % scale.bottom) is not ZERO:
+            n.fail(
+                f"{n.op_type} would make ({whole})/({scale.bottom}) elements of axis {axis}, "
+                "which may be no whole number",
+                "give it sizes instead of scales, or the dimensions a value: dims={...}",
+            )
+        sizes.append(arith.simplify(whole // scale.bottom))
+    return sizes
+
+
 def one_per_axis(n: OnnxNode, what: str, got: int, wanted: int) -> None:
     """Refuses lists of another length than the number of axes resized."""
     if got != wanted:
@@ -244,16 +268,15 @@ def one_per_axis(n: OnnxNode, what: str, got: int, wanted: int) -> None:
 def _upsample(n: OnnxNode) -> Value:
     """Upsample, and Resize of opset 10: positions are scaled without an offset."""
     given = n.attributes.get("scales")
-    known = n.known(1) if given is None else np.asarray(given)
+    known = n.values.of(n.arg(1)) if given is None else np.asarray(given)
+    how: dict[str, Any] = {
+        "mode": n.attr("mode", "nearest"), "coordinates": "asymmetric", "rounding": "floor",
+    }  # fmt: skip
     if known is None:
-        n.fail(f"{n.op_type} needs constant scales")
-    attrs = rs.ResizeAttrs(
-        scales=tuple(float(s) for s in known.reshape(-1)),
-        mode=n.attr("mode", "nearest"),
-        coordinates="asymmetric",
-        rounding="floor",
-    )
-    return n.apply(rs.resize, n.arg(0), attrs=attrs)
+        how["sizes"] = tuple(_scaled(n, 1, range(n.type(0).rank)))
+    else:
+        how["scales"] = tuple(float(s) for s in known.reshape(-1))
+    return n.apply(rs.resize, n.arg(0), attrs=rs.ResizeAttrs(**how))
 
 
 SHAPE: dict[str, Converter] = {

@@ -79,6 +79,28 @@ def test_tiles_with_a_rest(
     agree(1, channels, outputs, size, border, after)
 
 
+@pytest.mark.parametrize(("stride", "size"), [(1, 3), (2, 3), (2, 7), (3, 3)])
+def test_images_of_any_size(stride: int, size: int) -> None:
+    """One image of symbolic height and width: tiles wrap around lines of (w + 1)//2 pixels."""
+    pads = [size // 2] * 4
+    nodes = [
+        node("Conv", "x w b", "c", strides=[stride] * 2, pads=pads), node("Relu", "c", "r"),
+        node("Conv", "r v", "d", strides=[2, 2], pads=[1] * 4), node("Relu", "d", "y"),
+    ]  # fmt: skip
+    constants = {
+        "w": numbers(16, 3, size, size, seed=1) / np.float32(size), "b": numbers(16, seed=2),
+        "v": numbers(24, 16, 3, 3, seed=3) / np.float32(12),
+    }  # fmt: skip
+    shapes = {"x": (1, 3, "height", "width")}
+    compiled = None
+    for extent in ((31, 18), (8, 9), (64, 100)):
+        feeds = {"x": numbers(1, 3, *extent)}
+        made = model(nodes, feeds, ["y"], constants, shapes=shapes)
+        compiled = compiled or mc.compile(made, threads=2, record=False)
+        (want,) = reference_of(made, feeds)
+        assert np.abs(compiled.run(feeds)["y"] - want).max() <= 1e-4 * np.abs(want).max()
+
+
 @given(st.integers(1, 3), COUNTS, COUNTS, st.tuples(SIZES, SIZES), st.sampled_from([0, 1, 1, 1, 2]),
        st.sampled_from(sorted(AFTER)))  # fmt: skip
 @example(3, 100, 32, (7, 7), 1, "gated")

@@ -46,6 +46,7 @@ Interval = tuple[int | None, int | None]
 
 
 _POINTS = 4  # sample points that refute what cannot be proved
+_PATIENCE = 1500  # steps of the search for a proof; of 10,000 that were found one took more
 
 
 class Arith:
@@ -62,6 +63,7 @@ class Arith:
         self._with_fact = False
         # (polynomial, _with_fact): the smallest depth at which no proof of >= 0 was found.
         self._unproved: dict[tuple[frozenset[tuple[Monomial, int]], bool], int] = {}
+        self._steps = 0  # of the search for a proof that goes on
         self._values: tuple[dict[Expr, int | None], ...] = tuple({} for _ in range(_POINTS))
         self._valid: list[bool | None] = [None] * _POINTS  # whether a point satisfies all facts
         self.facts: list[Poly] = []  # each polynomial is known to be >= 0
@@ -375,10 +377,16 @@ class Arith:
             return False
         # Terms can be bounded in any order, and all orders of a subset end at the same polynomial.
         key = frozenset(p.items()), self._with_fact
-        if depth >= self._unproved.get(key, 7):
+        if depth >= self._unproved.get(key, 7) or self._steps > _PATIENCE:
             return False
-        if self._proved(p, depth):
-            return True
+        outermost = not self._steps
+        self._steps += 1
+        try:
+            if self._proved(p, depth):
+                return True
+        finally:
+            if outermost:
+                self._steps = 0
         self._unproved[key] = depth
         return False
 
@@ -503,20 +511,26 @@ class Arith:
     def _without_quotient(self, p: Poly) -> Poly | None:
         """A polynomial that is >= 0 exactly when p is, with one quotient less; None when there is
         none. g*(x // d) + r >= 0 is x + (r // g)*d >= 0, and r >= g*(x // d) is (r // g + 1)*d >
-        x."""
-        for m, c in p.items():
-            if len(m) == 1 and type(m[0]) is Binary and m[0].op == "floordiv":
-                d = self.poly(m[0].b)
-                low = self._poly_interval(d)[0]
-                rest = {n: k for n, k in p.items() if n != m}
-                g = abs(c)
-                if low is None or low <= 0 or any(k % g for n, k in rest.items() if n):
-                    continue
-                rest = _clean({n: k // g for n, k in rest.items()})
-                x = self.poly(m[0].a)
-                if c > 0:
-                    return self._rejoin(_add(x, _mul(rest, d)))
-                return self._rejoin(self._sub(_plus(_mul(_plus(rest, 1), d), -1), x))
+        x. Quotients of loop variables go first: where x // w < (h + 1)//2, it is x that is
+        compared with the product of two sizes."""
+        quotients = [
+            (atom, c)
+            for (*others, atom), c in ((m, c) for m, c in p.items() if m)
+            if not others and type(atom) is Binary and atom.op == "floordiv"
+        ]
+        quotients.sort(key=lambda t: self.ranges.keys().isdisjoint(free_vars(t[0])))
+        for atom, c in quotients:
+            d = self.poly(atom.b)
+            low = self._poly_interval(d)[0]
+            rest = {n: k for n, k in p.items() if n != (atom,)}
+            g = abs(c)
+            if low is None or low <= 0 or any(k % g for n, k in rest.items() if n):
+                continue
+            rest = _clean({n: k // g for n, k in rest.items()})
+            x = self.poly(atom.a)
+            if c > 0:
+                return self._rejoin(_add(x, _mul(rest, d)))
+            return self._rejoin(self._sub(_plus(_mul(_plus(rest, 1), d), -1), x))
         return None
 
     def _from_facts(self, p: Poly, depth: int) -> bool:

@@ -242,6 +242,34 @@ def test_a_scan_over_a_symbolic_dimension() -> None:
     check(m, *[{"z": numbers(3), "x": numbers(n, 3)} for n in (5, 1, 9)])
 
 
+@pytest.mark.parametrize("backward", [0, 1])
+@pytest.mark.parametrize("lengths", [None, [4, 1, 2]])
+@pytest.mark.parametrize("shape", [(3, 4, 2), (3, "steps", 2), ("batch", "steps", 2)])
+def test_scans_of_opset_8(shape: Any, lengths: list[int] | None, backward: int) -> None:
+    """Each element of a batch has states, elements and possibly a length of its own."""
+    body = graph("s:f2 x:f2", [node("Add", "s x", "t"), node("Mul", "t x", "r")], "t:f2 r:f2")
+    scan = node("Scan", f"{'lengths' if lengths else '-'} z x", "y rows", body=body,
+                num_scan_inputs=1, directions=[backward])  # fmt: skip
+    feeds = {"z": numbers(3, 2), "x": numbers(3, 4, 2, seed=1)}
+    if lengths:
+        feeds["lengths"] = np.array(lengths)
+    shapes = {"x": shape, "z": (shape[0], 2), "lengths": shape[:1]}
+    m = model([scan], feeds, ["y", "rows"], opset=8, shapes=shapes)
+    if all(isinstance(s, int) for s in shape):
+        check(m, feeds)
+    else:
+        longer = {k: np.repeat(v, 2, axis=1) if k == "x" else v for k, v in feeds.items()}
+        check(m, feeds, longer)
+
+
+def test_a_long_scan_of_opset_8() -> None:
+    """Too many iterations in all to be repeated, though few for each element."""
+    body = graph("s:f2 x:f2", [node("Max", "s x", "t"), node("Neg", "t", "r")], "t:f2 r:f2")
+    scan = node("Scan", "- z x", "y rows", body=body, num_scan_inputs=1)
+    feeds = {"z": numbers(30, 2), "x": numbers(30, 40, 2)}
+    check(model([scan], feeds, ["y", "rows"], opset=8), feeds)
+
+
 def test_a_saved_module_keeps_its_control_flow(tmp_path: Any) -> None:
     m = mc.compile(collatz())
     m.save(tmp_path / "m.mc")

@@ -244,3 +244,13 @@ def test_quotients_of_quotients_join_beside_multiples() -> None:
     once = arith.simplify((a * 84 + b) // 81)
     assert arith.simplify((a * 84 + b) // 9 // 9) is once
     assert arith.simplify((a * 9 + (a * 3 + b) // 9) // 9) is once
+
+
+def test_points_of_fused_axes_lie_below_the_product_of_their_sizes() -> None:
+    h, w = (Dim(name) for name in "hw")
+    for rows, columns in ((h, w), ((h + 1) // 2, w), ((h + 1) // 2, (w + 1) // 2)):
+        point = (A * 404 + X) * 6 + B
+        ranges = {A: (ZERO, (rows * columns + 2423) // 2424 - 1), X: below(404), B: below(6)}
+        inside = [columns > ZERO, point // columns < rows, point // columns >= ZERO]
+        assert Arith(ranges, inside).prove(point < rows * columns) is True
+        assert Arith(ranges, inside).prove(point + 1 < rows * columns) is None

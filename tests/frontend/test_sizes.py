@@ -1,0 +1,112 @@
+"""Sizes and scales that exporters compute in floats, symbolic: compiled code = onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from onnx import ModelProto, NodeProto, TensorProto
+from onnx_models import Array, check, model, node, numbers, reference_of
+from tolerance import assert_close
+
+import minicompiler as mc
+from minicompiler.errors import ImportModelError
+from minicompiler.frontend.onnx import load
+
+CONSTANTS = {
+    "two": np.float32([2, 2]), "part": np.float32([0.5, 0.7]), "more": np.float32([1.7, 0.3]),
+    "ones": np.float32([1, 1]), "goal": np.float32([13, 7]), "least": np.float32([4, 4]),
+}  # fmt: skip
+SHAPE = [
+    node("Shape", "x", "outer", end=2), node("Shape", "x", "inner", start=2),
+    node("Cast", "inner", "f", to=TensorProto.FLOAT),
+]  # fmt: skip
+
+
+def to_sizes(floats: str) -> list[NodeProto]:
+    return [
+        node("Cast", floats, "k", to=TensorProto.INT64), node("Concat", "outer k", "to", axis=0),
+        node("Resize", "x - - to", "y", mode="linear"),
+    ]  # fmt: skip
+
+
+def to_scales(floats: str, mode: str = "linear", **attrs: str) -> list[NodeProto]:
+    return [
+        node("Div", f"{floats} f", "by"), node("Concat", "ones by", "scales", axis=0),
+        node("Resize", "x - scales", "y", mode=mode, **attrs),
+    ]  # fmt: skip
+
+
+CASES: dict[str, list[NodeProto]] = {
+    "truncated": [node("Mul", "f part", "a"), *to_sizes("a")],
+    "floor": [node("Mul", "f more", "a"), node("Floor", "a", "b"), *to_sizes("b")],
+    "ceil": [node("Div", "f two", "a"), node("Ceil", "a", "b"), *to_sizes("b")],
+    "at least": [node("Mul", "f part", "a"), node("Max", "a least", "b"), *to_sizes("b")],
+    "sums": [node("Sub", "f two", "a"), node("Add", "a ones", "b"), *to_sizes("b")],
+    "to a size": to_scales("goal"),
+    "to a part": [node("Mul", "f part", "a"), node("Floor", "a", "b"), *to_scales("b", "cubic")],
+    "corners": to_scales("goal", coordinate_transformation_mode="align_corners"),
+}
+
+
+def resized(nodes: list[NodeProto], x: Array) -> ModelProto:
+    shapes = {"x": (1, 2, "height", "width")}
+    return model([*SHAPE, *nodes], {"x": x}, ["y"], CONSTANTS, shapes=shapes)
+
+
+@pytest.mark.parametrize("nodes", CASES.values(), ids=CASES)
+def test_one_model_serves_all_sizes(nodes: list[NodeProto]) -> None:
+    compiled = None
+    for extent in ((8, 10), (7, 30), (33, 21)):
+        x = numbers(1, 2, *extent)
+        m = resized(nodes, x)
+        check(m, {"x": x})
+        compiled = compiled or mc.compile(m)
+        (got,), (want,) = compiled(x), reference_of(m, {"x": x})
+        assert got.shape == want.shape
+        assert_close(got, want, 64)
+
+
+def test_the_sizes_are_expressions() -> None:
+    (result,) = load(resized(CASES["ceil"], numbers(1, 2, 8, 8))).results
+    assert str(result.type) == "float32[1, 2, (height + 1)//2, (width + 1)//2]"  # type: ignore[attr-defined]
+
+
+REFUSED: dict[str, tuple[Callable[[], list[NodeProto]], str]] = {
+    "no whole number": (
+        lambda: [node("Mul", "f part", "a"), *to_scales("a")],
+        r"which may be no whole number(?s:.)*sizes instead of scales",
+    ),
+    "from data": (
+        lambda: [node("ReduceMax", "x", "m", keepdims=0), node("Mul", "f m", "a"),
+                 *to_scales("a")],
+        "the scales of Resize are computed from data",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_scales_that_say_no_size_are_refused(
+    case: tuple[Callable[[], list[NodeProto]], str],
+) -> None:
+    nodes, message = case
+    with pytest.raises(ImportModelError, match=message):
+        load(resized(nodes(), numbers(1, 2, 8, 8)))
+
+
+@pytest.mark.parametrize("how", ["sizes", "scales"])
+def test_antialiasing_of_any_number_of_images(how: str) -> None:
+    """Only the axes that change need sizes that are numbers."""
+    nodes = [
+        node("Shape", "x", "outer", end=2), node("Concat", "outer to", "sizes", axis=0),
+        node("Resize", f"x - {'- sizes' if how == 'sizes' else 'scales'}", "y", mode="linear",
+             antialias=1),
+    ]  # fmt: skip
+    constants = {"to": np.array([5, 13]), "scales": np.float32([1, 1, 0.5, 2])}
+    compiled = None
+    for batch in (1, 3):
+        x = numbers(batch, 2, 8, 10)
+        m = model(nodes, {"x": x}, ["y"], constants, shapes={"x": ("batch", 2, 8, 10)})
+        compiled = compiled or mc.compile(m)
+        assert_close(compiled(x)[0], reference_of(m, {"x": x})[0], 64)
