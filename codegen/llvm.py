@@ -29,12 +29,14 @@ from minicompiler.ir.tir import (
     Seq,
     Stmt,
     Store,
+    seq,
     statements,
     written_buffers,
 )
 
 from .llvm_memory import Memory
 from .llvm_text import Lines, Operand
+from .repeats import Repeated, repeated
 
 STACK_LIMIT = 16384  # bytes; larger thread-local buffers come from the workspace
 ALIGN = 64
@@ -65,6 +67,7 @@ class _Emitter(Memory):
         super().__init__(func)
         self.shared: Expr = ZERO
         self.local: Expr = ZERO
+        self.kept: dict[For, tuple[Repeated, str]] = {}  # of a parallel loop, and its last step
 
     # ---- the function ---------------------------------------------------------------------------
     def run(self) -> Emitted:
@@ -176,6 +179,7 @@ class _Emitter(Memory):
             high = self.op(f"sdiv i64 {b}, {count}")
             self.loop(s, low, high, certain=False)
             return
+        self.keep(s)
         self.count += 1
         head, work, done = (f"{x}{self.count}" for x in ("claim", "work", "claimed"))
         own = self.fresh("own")
@@ -203,6 +207,29 @@ class _Emitter(Memory):
             f"{done}:",
         ]
         self.label = done
+
+    def keep(self, s: For) -> None:
+        """Prepares for what iterations of a parallel loop need not do again."""
+        found = repeated(s)
+        if found is not None:
+            last = self.fresh("last")
+            self.allocas.append(f"{last} = alloca i64, align 8")
+            self.put(f"store i64 -1, ptr {last}, align 8")
+            self.kept[s] = found, last
+
+    def keeping(self, x: Repeated, last: str) -> None:
+        """An iteration of such a loop; `last` holds the step whose results are there."""
+        for b in x.buffers:
+            self.alloc(b)
+        step = self.index(x.step)
+        new = self.op(f"icmp ne i64 {step}, {self.op(f'load i64, ptr {last}, align 8')}")
+
+        def first() -> None:
+            self.stmt(seq(x.first))
+            self.put(f"store i64 {step}, ptr {last}, align 8")
+
+        self.branch(new, first)
+        self.stmt(seq(x.rest))
 
     def loop(self, s: For, low: str, high: str, certain: bool) -> None:
         """A counted loop. certain: there is at least one iteration."""
@@ -237,6 +264,9 @@ class _Emitter(Memory):
     def iteration(self, s: For) -> None:
         """The body of a loop. That of a recurrence which threads share consists of phases: each
         step needs what all threads did in the one before."""
+        if s in self.kept:
+            self.keeping(*self.kept[s])
+            return
         if s.tag != SCAN or not _divided(s):
             self.stmt(s.body)
             return

@@ -24,6 +24,7 @@ from .ir.graph import Apply, Constant, Value
 from .ir.types import DType
 from .kernel import Kernel
 from .runtime.loader import Library
+from .runtime.pages import Block, Pages
 from .runtime.pool import kernel_symbols
 
 Array = np.ndarray
@@ -39,6 +40,7 @@ class Preparation:
         self.libraries: dict[str, Library] = {}
         self.made: dict[tuple[Any, ...], Future[Array]] = {}
         self.sources: dict[int, tuple[Array, Future[Array]]] = {}
+        self.pages = Pages()
 
     def __enter__(self) -> Preparation:
         return self
@@ -50,14 +52,16 @@ class Preparation:
         """Begins with what a call needs, unless that was begun before; one for each of
         `kernel.prepared`."""
         ready: list[Future[Array]] = []
-        for symbol, params, dtype, shape in kernel.prepared:
+        for n, (symbol, params, dtype, shape) in enumerate(kernel.prepared):
             sources = [ready[k] if kind == "prepared" else self._constant(v, k)
                        for kind, k in params]  # fmt: skip
             key = (symbol, *map(id, sources))
             if key not in self.made:
                 address = self._library(kernel).address(symbol)
+                kept = ("prepared", n) in kernel.params
+                pages = self.pages if kept else None
                 # The sources are ahead in the queue, so waiting for them ends.
-                self.made[key] = self.pool.submit(_run, address, sources, dtype, shape)
+                self.made[key] = self.pool.submit(_run, address, sources, dtype, shape, pages)
             ready.append(self.made[key])
         return ready
 
@@ -90,10 +94,17 @@ class Preparation:
         return self.sources[id(data)][1]
 
 
-def _run(address: int, sources: Sequence[Future[Array]], dtype: str, shape: Sequence[int]) -> Array:
-    """The result of a compile-time function."""
+def _run(
+    address: int,
+    sources: Sequence[Future[Array]],
+    dtype: str,
+    shape: Sequence[int],
+    pages: Pages | None,
+) -> Array:
+    """The result of a compile-time function, in `pages` if the module keeps it."""
     arrays = [s.result() for s in sources]
-    result = np.empty(shape, DType(dtype).numpy)
+    kind = DType(dtype).numpy
+    result = np.empty(shape, kind) if pages is None else pages.empty(shape, kind)
     pointers = [a.ctypes.data for a in [*arrays, result]]
     kinds: list[Any] = [ctypes.c_int32, ctypes.c_int32]
     kinds += [ctypes.c_void_p] * (len(pointers) + 2)
@@ -120,13 +131,16 @@ def settle(constants: Sequence[Array]) -> list[Array]:
     Large ones stay in the mapped file of the model, as those of a loaded module do; its pages are
     given back until they are read again.
     """
-    found, maps = [], {}
+    found, maps, pages = [], {}, Pages()
     for a in constants:
         source = _memory_of(a)
-        if isinstance(source, mmap.mmap) and a.nbytes >= _KEPT_MAPPED and a.flags.c_contiguous:
+        in_file = isinstance(source, mmap.mmap) and not isinstance(source, Block)
+        if in_file and a.nbytes >= _KEPT_MAPPED and a.flags.c_contiguous:
             maps[id(source)] = source
-        elif not isinstance(source, np.ndarray):
-            a = a.copy()
+        elif in_file or not isinstance(source, np.ndarray | Block):
+            copied = pages.empty(a.shape, a.dtype)
+            copied[...] = a
+            a = copied
         found.append(a)
     for source in maps.values():
         if hasattr(source, "madvise"):

@@ -18,16 +18,13 @@ from minicompiler.ir.expr import Binary, Cast, Expr, Load, Var, const_int, free_
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Iter, Scope
 
-from . import analysis, elementwise, panels
+from . import analysis, elementwise, panels, shares
 from .panels import axis_of, block_of
 from .schedule import Schedule
 
 STREAMS = 8  # rows of a matrix that are read side by side: the ways of a first-level cache
 _FEW = 4  # rows that a matrix is not turned for
-_TILES_PER_PACKING = 8  # or more, so that packing is little beside the products
 _DEPTHS = (STREAMS // 2, STREAMS, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024)
-_PAGE = 4096
-_PLANES = 128  # of a reduction over channels whose images lie far apart
 _PART = 512  # of a long reduction, where both operands come at run time
 
 
@@ -304,10 +301,12 @@ def _schedule(s: Schedule, nest: Nest) -> None:
     packed = None
     if way is panels.Way.NEAR:
         assert row_o is not None
-        group = panels.group_of(s, nest, width, math.prod(_extent(s, n, limit) for n in depth))
+        group = panels.group_of(
+            s, nest, width, math.prod(shares.extent(s, n, limit) for n in depth)
+        )
         v_g, v_o = s.split(v_o, group, "guard")
         around = [*outer, v_g]
-        rows_outer, row_o = _rows_for_threads(s, row_o, around)
+        rows_outer, row_o = shares.rows_for_threads(s, row_o, around)
         around += [rows_outer] if rows_outer else []
         s.reorder(*around, *([k_o] if k_o else []), row_o, v_o, *depth, *tile)
         packed = panels.pack_near(s, nest, k_o or around[-1], width, group)
@@ -315,7 +314,9 @@ def _schedule(s: Schedule, nest: Nest) -> None:
     else:
         rows_outer = None
         if row_o is not None:
-            rows_outer, row_o = _rows_in_cache(s, nest, row_o, rows, row_extent, depth, k_o, limit)
+            rows_outer, row_o = shares.rows_in_cache(
+                s, nest, row_o, rows, row_extent, depth, k_o, limit, [*outer, v_o]
+            )
         around = [*outer, *([rows_outer] if rows_outer else []), v_o]
         # Parts of the reduction come outermost: then a block of rows and a panel both stay in
         # cache, and the threads need no barrier between parts because each goes on with its own
@@ -360,67 +361,6 @@ def _schedule(s: Schedule, nest: Nest) -> None:
             elementwise.one_block(s, b)
 
 
-def _extent(s: Schedule, loop: str, otherwise: int) -> int:
-    return const_int(s.loop(loop)[0].extent) or otherwise
-
-
-def _rows_in_cache(
-    s: Schedule,
-    nest: Nest,
-    row_o: str,
-    rows: int,
-    row_extent: int | None,
-    depth: list[str],
-    k_o: str | None,
-    limit: int,
-) -> tuple[str | None, str]:
-    """Rows that fit the second-level cache are done for all vector blocks before the next ones.
-    Returns the loop over blocks of tiles, if there is one, and the loop over the tiles of a
-    block."""
-    if row_extent is not None and row_extent <= 4 * rows:
-        return None, row_o
-    total = limit if k_o is not None else math.prod(_extent(s, n, 1024) for n in depth)
-    # What lies between the rows comes into the cache as well.
-    share = s.target.caches[1] // (8 if _leaves_gaps(s, nest) else 2)
-    fit = max(4, share // (4 * total) // rows)
-    blockable = not nest.outer or len(nest.rows) == 1 or k_o is not None or _plain_rows(nest)
-    if not blockable or (row_extent is not None and row_extent <= fit * rows * 3 // 2):
-        return None, row_o
-    if row_extent is not None:  # blocks of equal size, for the threads' sake
-        tiles = -(-row_extent // rows)
-        fit = -(-tiles // -(-tiles // fit))
-    return s.split(row_o, fit, "guard")
-
-
-def _rows_for_threads(s: Schedule, row_o: str, around: list[str]) -> tuple[str | None, str]:
-    """Where the loops around leave threads without work the rows are shared out too, though each
-    of their blocks then packs the same panels."""
-    wanted = 2 * s.target.cores
-    shares = math.prod(_extent(s, n, wanted) for n in around)
-    tiles = const_int(s.loop(row_o)[0].extent)
-    if shares >= wanted or (tiles is not None and tiles < 2 * _TILES_PER_PACKING):
-        return None, row_o
-    each = _TILES_PER_PACKING
-    if tiles is not None:
-        each = max(each, -(-tiles // -(-wanted // shares)))
-    return s.split(row_o, each, "guard")
-
-
-def _in_planes(s: Schedule, nest: Nest, depth: list[str]) -> bool:
-    """True when blocks of the reduction axis lie far apart, as whole images: a tile then reads a
-    few lines of each, which fight for the same places of the first-level cache."""
-    values: dict[Expr, Expr] = {
-        nest.reduce[0].var: analysis.values_of(s.block(nest.block.name)[0])[nest.reduce[0].var]
-    }
-    at = tuple(substitute(i, values) for i in nest.broad.indices)
-    arith = analysis.arith_of(s.func)
-    apart = elementwise.strides(nest.broad.buffer, at, s.loop(depth[0])[0].var, arith)
-    if len(depth) == 1 or apart is None or 4 * apart < _PAGE:
-        return False
-    long = (const_int(nest.reduce[0].extent) or 1024) > 2 * _PLANES
-    return long or 4 * apart % _PAGE == 0  # then even few of them
-
-
 def _part_of_depth(
     s: Schedule,
     nest: Nest,
@@ -441,11 +381,11 @@ def _part_of_depth(
     small = result <= s.target.caches[1]
     extents = [const_int(s.loop(n)[0].extent) for n in depth]
     if len(nest.reduce) == 1:
-        planes = _in_planes(s, nest, depth) and result <= 2 * s.target.caches[1]
+        planes = shares.in_planes(s, nest, depth) and result <= 2 * s.target.caches[1]
         if stream:
             default = STREAMS if row_extent != 1 else STREAMS // 2
         else:
-            default = _PART if near else _PLANES if planes else 256 if small else 768
+            default = _PART if near else shares.PLANES if planes else 256 if small else 768
         limit = s.choose("depth", _DEPTHS, default)
         size = depth_block(const_int(nest.reduce[0].extent), limit)
         # The axis may be cut into blocks of the operand's layout already.
@@ -509,24 +449,10 @@ def _fetch_rows(s: Schedule, nest: Nest, loop: str, rows: int) -> None:
     block, _ = s.block(nest.block.name)
     at = tuple(substitute(i, analysis.values_of(block)) for i in nest.broad.indices)
     apart = elementwise.strides(buffer, at, s.loop(loop)[0].var, arith)
-    if apart is not None and apart * buffer.dtype.bytes % _PAGE == 0:
+    if apart is not None and apart * buffer.dtype.bytes % shares.PAGE == 0:
         return
     lines = -(-rows * step * buffer.dtype.bytes // 64)
     s.prefetch(buffer.name, loop, rows * step, None, lines)
-
-
-def _leaves_gaps(s: Schedule, nest: Nest) -> bool:
-    """True for rows that are the pixels of a strided window in a blocked layout: each is a short
-    run of memory, and the next one is not its neighbour."""
-    buffer = nest.broad.buffer
-    runs = [block_of(buffer.layout, k) for k in range(len(buffer.shape))]
-    arith = analysis.arith_of(s.func)
-    step = elementwise.strides(buffer, nest.broad.indices, nest.rows[-1].var, arith)
-    return max(runs) > 1 and step is not None and step > max(runs)
-
-
-def _plain_rows(nest: Nest) -> bool:
-    return all(axis_of(nest.broad, r) is not None for r in nest.rows)
 
 
 def _share(s: Schedule, loops: list[str], block: str) -> None:

@@ -20,7 +20,7 @@ from minicompiler.ir.expr import Binary, Const, Expr, Load, const_int, walk
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Scope
 
-from . import analysis, contraction, elementwise
+from . import analysis, contraction, elementwise, shares
 from .schedule import Schedule
 
 MOST_TILES = 64  # of a block: their products for one vector block stay in the second-level cache
@@ -158,8 +158,15 @@ def apply(s: Schedule) -> None:
     for n in batch:
         images *= const_int(s.loop(n)[0].extent) or 1
     # Each thread transforms the input of its own blocks, if there are enough of them.
-    own = images * (count_h // lines) >= 2 * s.target.cores
+    blocks = images * (count_h // lines)
+    own = blocks >= 2 * s.target.cores
     local = s.choose("local", (False, True), own)
+    panels = const_int(s.loop(channels)[0].extent) or 1
+    options = tuple(g for g in range(1, panels + 1) if panels % g == 0) if local else (1,)
+    groups = s.choose("groups", options, shares.even(blocks, options, s.target.cores))
+    home = t_o
+    if groups > 1:
+        home, channels = s.split(channels, panels // groups)
     alone = images == 1 if together else lines in (1, count_h)
 
     # ---- what is computed where -----------------------------------------------------------------
@@ -175,13 +182,13 @@ def apply(s: Schedule) -> None:
     parts = [[depth, part, 0], *[[k, 1, 0] for k in range(depth)], [depth, 1, part]]
     s.relayout(broad.buffer.name, parts)
     if local:
-        s.compute_at(data[-1], t_o)
-    _data_block(s, data, t_o if local else None, lanes)
+        s.compute_at(data[-1], home)
+    _data_block(s, data, home if local else None, lanes)
     for name in reversed(copies):
         if local:
-            s.compute_at(name, t_o)
-            elementwise.one_block(s, name, parallel=False, below=t_o)
-            _hold(s, name, t_o)
+            s.compute_at(name, home)
+            elementwise.one_block(s, name, parallel=False, below=home)
+            _hold(s, name, home)
         else:
             elementwise.one_block(s, name)
     s.relayout(wide.buffer.name, _filter_layout(main, wide, width))
@@ -192,7 +199,7 @@ def apply(s: Schedule) -> None:
         s.mark(n, kind)
     for name in after:
         elementwise.vector_tile(s, name, each)
-    shared = [*batch, t_o] if local else [*batch, t_o, channels]
+    shared = [*batch, t_o, *([home] if groups > 1 else [] if local else [channels])]
     top = s.fuse(*shared) if len(shared) > 1 else shared[0]
     if made:
         s.compute_at(filters[-1], at.transform)

@@ -12,7 +12,8 @@ from memory_use import limits, measured
 from onnx_models import model, node, numbers
 
 import minicompiler as mc
-from minicompiler.prepare import _contiguous, settle
+from minicompiler.prepare import _KEPT_MAPPED, _contiguous, settle
+from minicompiler.runtime.pages import HUGE_PAGE, Pages
 
 SIZE = 2560
 
@@ -52,6 +53,20 @@ def test_a_small_constant_does_not_keep_the_file_in_memory(tmp_path: Path) -> No
     own = np.ones(3)
     kept, same = settle([mapped[5:9], own])
     assert kept.base is None and kept.tolist() == [5, 6, 7, 8] and same is own
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such advice")
+def test_arrays_on_huge_pages_lie_side_by_side_and_stay() -> None:
+    pages = Pages()
+    sizes = (HUGE_PAGE // 4 - 5, 40_000, _KEPT_MAPPED // 4, 7, 50_000)
+    arrays = [pages.empty((n,), np.dtype("float32")) for n in sizes]
+    for k, a in enumerate(arrays):
+        a[...] = k
+    settled = settle(arrays)  # what is large is not taken for a part of a file
+    assert all(a is b for a, b in zip(arrays, settled, strict=True))
+    assert all((a == k).all() for k, a in enumerate(settled))
+    first, second = (a.ctypes.data for a in arrays[:2])
+    assert first % HUGE_PAGE == 0 and second % 64 == 0 and 0 <= second - first - 4 * sizes[0] < 64
 
 
 def test_a_transposed_matrix_is_copied_in_tiles() -> None:

@@ -1,0 +1,119 @@
+"""How the rows of a contraction are divided: into blocks that stay in a cache, and so that threads
+get equal shares.
+
+    row_o = 784 tiles of rows  ->  rows_outer = 8 blocks of row_o = 98 tiles
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from minicompiler.ir.expr import Expr, const_int, substitute
+
+from . import analysis, elementwise
+from .panels import axis_of, block_of
+
+if TYPE_CHECKING:
+    from .contraction import Nest
+    from .schedule import Schedule
+
+PAGE = 4096
+PLANES = 64  # channels of a part of a reduction, where their images lie far apart
+_MOST_IDLE = 0.05  # of the time of all threads, at the end of a parallel loop
+_FEW_TILES = 8  # of rows: a smaller block would hardly use what it reads of the other operand
+_TILES_PER_PACKING = 8  # or more, so that packing is little beside the products
+
+
+def even(shares: int, options: Sequence[int], threads: int) -> int:
+    """Into how many parts each of so many shares of work is divided, so that no thread waits long
+    for another: the first option that does, or the best one."""
+
+    def idle(parts: int) -> float:
+        every = shares * parts
+        return -(-every // threads) * threads / every - 1
+
+    return next((n for n in options if idle(n) <= _MOST_IDLE), min(options, key=idle))
+
+
+def extent(s: Schedule, loop: str, otherwise: int) -> int:
+    """The extent of a loop, where it is a number."""
+    return const_int(s.loop(loop)[0].extent) or otherwise
+
+
+def rows_in_cache(
+    s: Schedule,
+    nest: Nest,
+    row_o: str,
+    rows: int,
+    row_extent: int | None,
+    depth: list[str],
+    k_o: str | None,
+    limit: int,
+    around: list[str],
+) -> tuple[str | None, str]:
+    """Rows that fit the second-level cache are done for all vector blocks before the next ones.
+    There are more of them where threads would get unequal shares. Returns the loop over blocks of
+    tiles, if there is one, and the loop over the tiles of a block."""
+    if row_extent is not None and row_extent <= 4 * rows:
+        return None, row_o
+    total = limit if k_o is not None else math.prod(extent(s, n, 1024) for n in depth)
+    # What lies between the rows comes into the cache as well; so does more than is used of planes,
+    # as what is fetched ahead of one place in each of them.
+    planes = len(nest.reduce) == 1 and in_planes(s, nest, depth)
+    share = s.target.caches[1] // (8 if leaves_gaps(s, nest) else 4 if planes else 2)
+    fit = max(4, share // (4 * total) // rows)
+    blockable = not nest.outer or len(nest.rows) == 1 or k_o is not None or _plain_rows(nest)
+    if not blockable or (row_extent is not None and row_extent <= fit * rows * 3 // 2):
+        return None, row_o
+    if row_extent is not None:  # blocks of equal size, and equal shares, for the threads' sake
+        tiles = -(-row_extent // rows)
+        least = -(-tiles // fit)
+        others = math.prod(extent(s, n, 1) for n in around)
+        options = [n for n in range(least, 2 * least + s.target.cores) if tiles >= n * _FEW_TILES]
+        fit = -(-tiles // even(others, options or [least], s.target.cores))
+    return s.split(row_o, fit, "guard")
+
+
+def rows_for_threads(s: Schedule, row_o: str, around: list[str]) -> tuple[str | None, str]:
+    """Where the loops around leave threads without work the rows are shared out too, though each
+    of their blocks then packs the same panels."""
+    wanted = 2 * s.target.cores
+    shares = math.prod(extent(s, n, wanted) for n in around)
+    tiles = const_int(s.loop(row_o)[0].extent)
+    if shares >= wanted or (tiles is not None and tiles < 2 * _TILES_PER_PACKING):
+        return None, row_o
+    each = _TILES_PER_PACKING
+    if tiles is not None:
+        each = max(each, -(-tiles // -(-wanted // shares)))
+    return s.split(row_o, each, "guard")
+
+
+def in_planes(s: Schedule, nest: Nest, depth: list[str]) -> bool:
+    """True when blocks of the reduction axis lie far apart, as whole images: a tile then reads a
+    few lines of each, which fight for the same places of the first-level cache."""
+    values: dict[Expr, Expr] = {
+        nest.reduce[0].var: analysis.values_of(s.block(nest.block.name)[0])[nest.reduce[0].var]
+    }
+    at = tuple(substitute(i, values) for i in nest.broad.indices)
+    arith = analysis.arith_of(s.func)
+    apart = elementwise.strides(nest.broad.buffer, at, s.loop(depth[0])[0].var, arith)
+    if len(depth) == 1 or apart is None or 4 * apart < PAGE:
+        return False
+    long = (const_int(nest.reduce[0].extent) or 1024) > 4 * PLANES
+    return long or 4 * apart % PAGE == 0  # then even few of them
+
+
+def leaves_gaps(s: Schedule, nest: Nest) -> bool:
+    """True for rows that are the pixels of a strided window in a blocked layout: each is a short
+    run of memory, and the next one is not its neighbour."""
+    buffer = nest.broad.buffer
+    runs = [block_of(buffer.layout, k) for k in range(len(buffer.shape))]
+    arith = analysis.arith_of(s.func)
+    step = elementwise.strides(buffer, nest.broad.indices, nest.rows[-1].var, arith)
+    return max(runs) > 1 and step is not None and step > max(runs)
+
+
+def _plain_rows(nest: Nest) -> bool:
+    return all(axis_of(nest.broad, r) is not None for r in nest.rows)
