@@ -178,6 +178,9 @@ class Values(Indices):
                 return self.op(f"{_FLOAT_COMPARE[op]} {ty} {a}, {b}")
             if op in ("min", "max"):
                 return self.float_extreme(op, a, b, lanes, ty)
+            if op == "maxnum":
+                more = self.op(f"fcmp ogt {ty} {b}, {a}")
+                return self.op(f"select {vector('i1', lanes)} {more}, {ty} {b}, {ty} {a}")
             if op == "mod":
                 return self.float_mod(a, b, t, lanes)
             if op == "floordiv":
@@ -189,10 +192,10 @@ class Values(Indices):
             return self.op(f"icmp {code} {ty} {a}, {b}")
         if op in _INTEGER_OPS:
             return self.op(f"{_INTEGER_OPS[op]} {ty} {a}, {b}")
-        if op in ("min", "max"):
+        if op in ("min", "max", "maxnum"):
             if t.is_bool:
                 return self.op(f"{'and' if op == 'min' else 'or'} {ty} {a}, {b}")
-            return self.intrinsic(sign + op, ty, a, b)
+            return self.intrinsic(sign + op[:3], ty, a, b)
         if op in ("div", "floordiv", "mod"):
             return self.division(op, a, b, t, lanes)
         if op in ("shl", "shr"):

@@ -93,7 +93,7 @@ def _fetch_ahead(s: Schedule, top: str) -> None:
         steps = [elementwise.strides(buffer, at, s.loop(n)[0].var, arith) for n in (top, loop)]
         row_size, step = [(n or 0) * buffer.dtype.bytes for n in steps]
         if 0 < step <= LINES * hints.LINE_BYTES and 0 < row_size <= near // 4:
-            rows = 1 if row_size >= 2 * AHEAD else max(2, -(-AHEAD // row_size))
+            rows = max(1, -(-AHEAD // row_size))
             lines = -(-step // hints.LINE_BYTES)
             s.prefetch(buffer.name, loop, rows * row_size // buffer.dtype.bytes, lines=lines)
 

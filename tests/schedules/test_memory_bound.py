@@ -119,6 +119,17 @@ def test_the_row_of_a_softmax_is_not_copied(columns: int) -> None:
     np.testing.assert_allclose(m(x)[0], e / e.sum(-1, keepdims=True), rtol=1e-5)
 
 
+def test_a_softmax_of_what_is_no_number() -> None:
+    """NaN anywhere in a row makes all of it NaN, although the maximum ignores NaN."""
+    x = np.random.default_rng(5).standard_normal((5, 1000), np.float32)
+    x[0, 3], x[1, 999], x[2] = np.nan, np.nan, -np.inf
+    x[3, :500] = -np.inf
+    y = run("softmax", x, axis=1)
+    assert np.isnan(y[:3]).all()
+    e = np.exp(x[3:].astype(np.float64) - x[3:].max(1, keepdims=True))
+    np.testing.assert_allclose(y[3:], e / e.sum(1, keepdims=True), rtol=1e-6, atol=1e-9)
+
+
 # ---- streamed results ---------------------------------------------------------------------------
 def streamed(rows: int | Dim) -> list[Any]:
     x = te.placeholder("x", (rows, 1024), float32)
@@ -135,7 +146,7 @@ def test_results_larger_than_the_caches_are_streamed() -> None:
     assert condition not in (TRUE, FALSE)
 
 
-@pytest.mark.parametrize("offset", [0, 1, 4])
+@pytest.mark.parametrize("offset", [0, 1, 4, 12])  # to 4, 16 and 64 bytes
 @pytest.mark.parametrize("columns", [1024, 1023])
 def test_streamed_results_are_right_at_any_address(offset: int, columns: int) -> None:
     rows = Target.host().caches[2] // 2 // 4 // columns + 1
