@@ -366,19 +366,35 @@ class Memory(Values):
             name = self.op(f"select {flags} {which}, {t} {value.name}, {t} {old}")
             value, mask = Operand(name, lanes), None
         if mask is None:
-            self.put_vector(s, f"store {t} {value.name}, ptr {p}", poly, p)
+            self.put_vector(s, value, poly, p)
+            return
+        first = self.first_lanes.get(mask.name, 0)
+        if s.stream is not FALSE and first and first * align % STREAMED[0] == 0:
+            # A masked store cannot go past the caches, and one line must not be written both ways.
+            self.put_first(s, value, first, poly)
             return
         which = self.splat(mask, "i1", lanes).name
         f = f"llvm.masked.store.{mangle(t)}.p0"
         f = self.declare(f, f"void @{f}({t}, ptr, {flags})")
         self.put(f"call void {f}({t} {value.name}, ptr align {align} {p}, {flags} {which})")
 
-    def put_vector(self, s: Store, store: str, poly: Poly, p: str) -> None:
-        """Writes a whole vector, past the caches if the buffer is large and its address permits:
-        in whole registers where it lies so, else 16 bytes at a time."""
-        assert self.vector is not None
+    def put_first(self, s: Store, value: Operand, count: int, poly: Poly) -> None:
+        """Writes the first lanes of a vector, in pieces that are powers of two."""
+        ty = vector(memory_type(s.buffer.dtype), value.lanes)
+        done = 0
+        while done < count:
+            size = 1 << (count - done).bit_length() - 1
+            part = self.shuffled(ty, value.name, "poison", range(done, done + size))
+            at = {**poly, (): poly.get((), 0) + done}
+            self.put_vector(s, Operand(part, size), at, self.address(s.buffer, at))
+            done += size
+
+    def put_vector(self, s: Store, value: Operand, poly: Poly, p: str) -> None:
+        """Writes a vector, past the caches if the buffer is large and its address permits: in whole
+        registers where it lies so, else 16 bytes at a time."""
         size = s.buffer.dtype.bytes
-        steps = [self.vector[1] * size, *[c * size for c in poly.values()]]
+        store = f"store {vector(memory_type(s.buffer.dtype), value.lanes)} {value.name}, ptr {p}"
+        steps = [value.lanes * size, *[c * size for c in poly.values()]]
         least, best = STREAMED
 
         def plain() -> None:

@@ -60,6 +60,7 @@ class Values(Indices):
         super().__init__(func)
         self.vector: tuple[Expr, int] | None = None
         self.masks: list[Operand] = []
+        self.first_lanes: dict[str, int] = {}  # masks of so many lanes, the first ones
         self.written: set[Buffer] = set()
         self.arguments: dict[Expr, Operand] = {}  # of the elementary function being emitted
 
@@ -222,7 +223,10 @@ class Values(Indices):
         low = count if not count.startswith("%") else self.op(f"trunc i64 {count} to i32")
         bound = self.splat(Operand(low), "i32", lanes)
         ramp = "<" + ", ".join([f"i32 {k}" for k in range(lanes)]) + ">"
-        return Operand(self.op(f"icmp slt <{lanes} x i32> {ramp}, {bound.name}"), lanes)
+        name = self.op(f"icmp slt <{lanes} x i32> {ramp}, {bound.name}")
+        if low is count:
+            self.first_lanes[name] = int(count)
+        return Operand(name, lanes)
 
     # ---- integers -------------------------------------------------------------------------------
     def division(self, op: str, a: str, b: str, t: DType, lanes: int) -> str:
