@@ -8,6 +8,7 @@ where all lanes want the same, else lane by lane. Masked lanes touch no memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from minicompiler.errors import CodegenError
@@ -20,7 +21,7 @@ from .llvm_text import Operand, mangle, memory_type, value_type, vector
 from .llvm_values import Values
 
 Indices = tuple[Expr, ...]
-STREAMED = 16  # bytes: the alignment that stores past the caches need
+STREAMED = 16, 64  # bytes: alignments from which on stores past the caches are possible, and best
 
 
 class Memory(Values):
@@ -367,34 +368,68 @@ class Memory(Values):
             name = self.op(f"select {flags} {which}, {t} {value.name}, {t} {old}")
             value, mask = Operand(name, lanes), None
         if mask is None:
-            plain = f"store {t} {value.name}, ptr {p}, align {align}"
-            past = self.past_caches(s, poly, p, lanes)
-            if past is None:
-                self.put(plain)
-                return
-            streamed = f"store {t} {value.name}, ptr {p}, align {STREAMED}, !nontemporal !0"
-            self.branch(past, lambda: self.put(streamed), lambda: self.put(plain))
+            self.put_vector(s, value, poly, p)
+            return
+        first = self.first_lanes.get(mask.name, 0)
+        if s.stream is not FALSE and first and first * align % STREAMED[0] == 0:
+            # A masked store cannot go past the caches, and one line must not be written both ways.
+            self.put_first(s, value, first, poly)
             return
         which = self.splat(mask, "i1", lanes).name
         f = f"llvm.masked.store.{mangle(t)}.p0"
         f = self.declare(f, f"void @{f}({t}, ptr, {flags})")
         self.put(f"call void {f}({t} {value.name}, ptr align {align} {p}, {flags} {which})")
 
-    def past_caches(self, s: Store, poly: Poly, p: str, lanes: int) -> str | None:
-        """Whether this vector is written past the caches, an i1; None: never. The instructions for
-        that need aligned addresses."""
+    def put_first(self, s: Store, value: Operand, count: int, poly: Poly) -> None:
+        """Writes the first lanes of a vector, in pieces that are powers of two."""
+        ty = vector(memory_type(s.buffer.dtype), value.lanes)
+        done = 0
+        while done < count:
+            size = 1 << (count - done).bit_length() - 1
+            part = self.shuffled(ty, value.name, "poison", range(done, done + size))
+            at = {**poly, (): poly.get((), 0) + done}
+            self.put_vector(s, Operand(part, size), at, self.address(s.buffer, at))
+            done += size
+
+    def put_vector(self, s: Store, value: Operand, poly: Poly, p: str) -> None:
+        """Writes a vector, past the caches if the buffer is large and its address permits: in whole
+        registers where it lies so, else 16 bytes at a time."""
         size = s.buffer.dtype.bytes
-        if s.stream is FALSE or lanes * size % STREAMED:
-            return None
+        store = f"store {vector(memory_type(s.buffer.dtype), value.lanes)} {value.name}, ptr {p}"
+        steps = [value.lanes * size, *[c * size for c in poly.values()]]
+        least, best = STREAMED
+
+        def plain() -> None:
+            self.put(f"{store}, align {size}")
+
+        def streamed(align: int) -> None:
+            self.put(f"{store}, align {align}, !nontemporal !0")
+
+        def past_caches() -> None:
+            self.branch(self.aligned(s, least, whole, p), lambda: streamed(least), plain)
+
+        if s.stream is FALSE or steps[0] % least:
+            plain()
+            return
         # Where all steps are aligned, it is the start of the buffer that matters.
-        whole = all(c * size % STREAMED == 0 for c in poly.values())
+        whole = math.gcd(*steps) % least == 0
+        widest = math.gcd(*steps, best) if whole else least
+        if widest == least:
+            past_caches()
+        else:
+            flag = self.aligned(s, widest, whole, p)
+            self.branch(flag, lambda: streamed(widest), past_caches)
+
+    def aligned(self, s: Store, align: int, whole: bool, p: str) -> str:
+        """Whether a vector is written past the caches with this alignment, an i1. whole: all of the
+        buffer's vectors are, or none."""
         level = 0 if whole else len(self.scopes) - 1
-        key = ("streamed", s.buffer, s.stream, None if whole else p)
+        key = ("streamed", s.buffer, s.stream, align, None if whole else p)
         found = self.scopes[level].values.get(key)
         if found is None:
             start = self.pointers[s.buffer] if whole else p
             number = self.op(f"ptrtoint ptr {start} to i64", level)
-            rest = self.op(f"and i64 {number}, {STREAMED - 1}", level)
+            rest = self.op(f"and i64 {number}, {align - 1}", level)
             flag = self.op(f"icmp eq i64 {rest}, 0", level)
             if s.stream is not TRUE:
                 flag = self.op(f"and i1 {flag}, {self.condition(s.stream, 0)}", level)

@@ -60,6 +60,7 @@ class Values(Indices):
         super().__init__(func)
         self.vector: tuple[Expr, int] | None = None
         self.masks: list[Operand] = []
+        self.first_lanes: dict[str, int] = {}  # masks of so many lanes, the first ones
         self.written: set[Buffer] = set()
         self.arguments: dict[Expr, Operand] = {}  # of the elementary function being emitted
 
@@ -180,6 +181,9 @@ class Values(Indices):
                 return self.op(f"{_FLOAT_COMPARE[op]} {ty} {a}, {b}")
             if op in ("min", "max"):
                 return self.float_extreme(op, a, b, lanes, ty)
+            if op == "maxnum":
+                more = self.op(f"fcmp ogt {ty} {b}, {a}")
+                return self.op(f"select {vector('i1', lanes)} {more}, {ty} {b}, {ty} {a}")
             if op == "mod":
                 return self.float_mod(a, b, t, lanes)
             if op == "floordiv":
@@ -191,10 +195,10 @@ class Values(Indices):
             return self.op(f"icmp {code} {ty} {a}, {b}")
         if op in _INTEGER_OPS:
             return self.op(f"{_INTEGER_OPS[op]} {ty} {a}, {b}")
-        if op in ("min", "max"):
+        if op in ("min", "max", "maxnum"):
             if t.is_bool:
                 return self.op(f"{'and' if op == 'min' else 'or'} {ty} {a}, {b}")
-            return self.intrinsic(sign + op, ty, a, b)
+            return self.intrinsic(sign + op[:3], ty, a, b)
         if op in ("div", "floordiv", "mod"):
             return self.division(op, a, b, t, lanes)
         if op in ("shl", "shr"):
@@ -221,7 +225,10 @@ class Values(Indices):
         low = count if not count.startswith("%") else self.op(f"trunc i64 {count} to i32")
         bound = self.splat(Operand(low), "i32", lanes)
         ramp = "<" + ", ".join([f"i32 {k}" for k in range(lanes)]) + ">"
-        return Operand(self.op(f"icmp slt <{lanes} x i32> {ramp}, {bound.name}"), lanes)
+        name = self.op(f"icmp slt <{lanes} x i32> {ramp}, {bound.name}")
+        if low is count:
+            self.first_lanes[name] = int(count)
+        return Operand(name, lanes)
 
     # ---- integers -------------------------------------------------------------------------------
     def division(self, op: str, a: str, b: str, t: DType, lanes: int) -> str:

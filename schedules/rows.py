@@ -93,7 +93,7 @@ def _fetch_ahead(s: Schedule, top: str) -> None:
         steps = [elementwise.strides(buffer, at, s.loop(n)[0].var, arith) for n in (top, loop)]
         row_size, step = [(n or 0) * buffer.dtype.bytes for n in steps]
         if 0 < step <= LINES * hints.LINE_BYTES and 0 < row_size <= near // 4:
-            rows = 1 if row_size >= 2 * AHEAD else max(2, -(-AHEAD // row_size))
+            rows = max(1, -(-AHEAD // row_size))
             lines = -(-step // hints.LINE_BYTES)
             s.prefetch(buffer.name, loop, rows * row_size // buffer.dtype.bytes, lines=lines)
 
@@ -151,8 +151,8 @@ def _row_loops(s: Schedule, last: str) -> list[str] | None:
 
 
 def _group_loops(s: Schedule, last: str) -> list[str] | None:
-    """As `_row_loops`, where every so many neighbours along an axis share a reduction:
-    r[i, c] = f(x[i, c], m[i, c // 8]). The loop over that axis is split."""
+    """As `_row_loops`, where reductions have fewer axes, or some neighbours along one share them:
+    r[i, c, k] = f(x[i, c, k], m[i, c // 8]). The loop over that axis is split."""
     block, path = s.block(last)
     if block.body.buffer.layout is not None:
         return None
@@ -167,14 +167,18 @@ def _group_loops(s: Schedule, last: str) -> list[str] | None:
     if not at:
         return None
     *whole, grouped = at
-    if type(grouped) is not Binary or grouped.op != "floordiv":
+    divided = 1
+    if type(grouped) is Binary and grouped.op == "floordiv":
+        grouped, divided = grouped.a, const_int(grouped.b) or 0
+    if not divided or any(i not in loop_of for i in (*whole, grouped)):
         return None
-    divided = const_int(grouped.b)
-    if not divided or any(i not in loop_of for i in (*whole, grouped.a)):
+    names = [str(loop_of[i]) for i in (*whole, grouped)]
+    if names != around[: len(names)]:
         return None
-    names = [str(loop_of[i]) for i in (*whole, grouped.a)]
+    if divided == 1:
+        return names
     extent = const_int(s.loop(names[-1])[0].extent)
-    if names != around[: len(names)] or extent is None or extent % divided:
+    if extent is None or extent % divided:
         return None
     return [*names[:-1], s.split(names[-1], divided, "perfect")[0]]
 
@@ -190,7 +194,7 @@ def _one_row(s: Schedule, name: str, top: str) -> None:
         schedule_reduction(s, name, top)
         return
     vector = s.target.vector_bytes // 4
-    loop = inner[-1]
+    loop = _joined(s, name, inner)[-1]
     extent = const_int(s.loop(loop)[0].extent)
     lanes = vector * elementwise.LONG_VECTORS
     if extent is not None and extent <= vector:
@@ -265,13 +269,13 @@ def _axis(block: Block, it) -> int:  # type: ignore[no-untyped-def]
     return next(k for k, i in enumerate(block.body.indices) if i is it.var)
 
 
-def _joined(s: Schedule, name: str, reducing: list[str]) -> list[str]:
-    """Fuses the two innermost reduction loops while all operands step through them as through one,
-    and the inner one is short."""
-    while len(reducing) > 1:
-        (outer, _), (inner, _) = s.loop(reducing[-2]), s.loop(reducing[-1])
+def _joined(s: Schedule, name: str, loops: list[str]) -> list[str]:
+    """Fuses the two innermost loops of a block while all operands step through them as through
+    one."""
+    while len(loops) > 1:
+        (outer, _), (inner, _) = s.loop(loops[-2]), s.loop(loops[-1])
         size = const_int(inner.extent)
-        if outer.body is not inner or size is None or size >= DEEP:
+        if outer.body is not inner or size is None:
             break
         pairs = zip(
             elementwise.steps(s, name, outer.var),
@@ -280,8 +284,8 @@ def _joined(s: Schedule, name: str, reducing: list[str]) -> list[str]:
         )
         if not all(a is not None and b is not None and a == b * size for a, b in pairs):
             break
-        reducing = [*reducing[:-2], s.fuse(outer.var.name, inner.var.name)]
-    return reducing
+        loops = [*loops[:-2], s.fuse(outer.var.name, inner.var.name)]
+    return loops
 
 
 def _across(s: Schedule, name: str, top: str | None, lanes: int) -> bool:

@@ -254,8 +254,9 @@ _SYMBOL = {
 class Binary(Expr):
     """`op` of two operands of one dtype.
 
-    add sub mul min max, div (floats: IEEE; integers: toward zero), floordiv and mod (floor, as in
-    Python), pow, lt le eq ne (result bool), and or xor (bool or integer), shl shr (integers).
+    add sub mul min max, maxnum (b if b > a else a: ignores what is NaN in b), div (floats: IEEE;
+    integers: toward zero), floordiv and mod (floor, as in Python), pow, lt le eq ne (result bool),
+    and or xor (bool or integer), shl shr (integers).
     Integer arithmetic wraps; division by zero is undefined.
     """
 
@@ -366,7 +367,7 @@ class Reduce(Expr):
     """`combiner` of `body` over `axes` ((var, extent) pairs). Only in tensor expressions, at the
     top.
 
-    combiner: sum prod max min and or. `acc_dtype` is the dtype the running value is kept in.
+    combiner: sum prod max maxnum min and or. `acc_dtype` is the dtype the running value is kept in.
     """
 
     __slots__ = ("axes", "body", "combiner", "extents")
@@ -415,7 +416,7 @@ _FOLD: dict[str, Callable[[Any, Any], Any]] = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
     "div": lambda a, b: (abs(a) // abs(b)) * (1 if (a < 0) == (b < 0) else -1),
     "floordiv": lambda a, b: a // b, "mod": lambda a, b: a % b,
-    "min": min, "max": max, "pow": lambda a, b: a**b if b >= 0 else 0,
+    "min": min, "max": max, "maxnum": max, "pow": lambda a, b: a**b if b >= 0 else 0,
     "lt": lambda a, b: a < b, "le": lambda a, b: a <= b,
     "eq": lambda a, b: a == b, "ne": lambda a, b: a != b,
     "and": lambda a, b: a & b, "or": lambda a, b: a | b, "xor": lambda a, b: a ^ b,

@@ -206,7 +206,9 @@ _INFIX = {
     "shl": "<<",
     "shr": ">>",
 }
-_BINARY = {"min": "minimum", "max": "maximum", "div": "divide", "pow": "power"}
+_BINARY = {
+    "min": "minimum", "max": "maximum", "maxnum": "maxnum", "div": "divide", "pow": "power",
+}  # fmt: skip
 
 
 def _get(array: np.ndarray, index: tuple[int, ...]) -> Any:
@@ -260,6 +262,7 @@ _LIBRARY: dict[str, Any] = {
     "divide": _divide,
     "minimum": _minimum,
     "maximum": _maximum,
+    "maxnum": lambda a, b: b if b > a else a,
     "power": np.power,
     "and_": np.bitwise_and,
     "or_": np.bitwise_or,
@@ -270,6 +273,7 @@ _LIBRARY: dict[str, Any] = {
     "f_sigmoid": lambda x: type(x)(1) / (type(x)(1) + np.exp(-x)),
     "f_not": lambda x: not x,
     "f_fma": lambda a, b, c: type(a)(float(a) * float(b) + float(c)),
+    "f_exp_nonpositive": np.exp,
     "f_isnan": lambda x: bool(np.isnan(x)),
     "f_isinf": lambda x: bool(np.isinf(x)),
     "f_asin": np.arcsin,

@@ -53,7 +53,10 @@ from minicompiler.ir.tir import (
 )
 from minicompiler.ir.types import DType, Loc
 
-COMBINE = {"sum": "add", "prod": "mul", "max": "max", "min": "min", "and": "and", "or": "or"}
+COMBINE = {
+    "sum": "add", "prod": "mul", "max": "max", "maxnum": "maxnum", "min": "min", "and": "and",
+    "or": "or",
+}  # fmt: skip
 CHEAP = 6  # arithmetic operations worth repeating rather than storing
 
 
@@ -339,14 +342,14 @@ def _linear(body: Reduce, operand: te.Tensor) -> bool:
 # ---- one stage ----------------------------------------------------------------------------------
 def identity_of(combiner: str, dtype: DType) -> Expr:
     """The neutral element of a combiner."""
-    if combiner in ("max", "min"):
+    if combiner in ("max", "maxnum", "min"):
         if dtype.is_float:
-            return const(float("-inf") if combiner == "max" else float("inf"), dtype)
+            return const(float("inf") if combiner == "min" else float("-inf"), dtype)
         if dtype.is_bool:
             return const(combiner == "min", dtype)
         low = -(1 << (dtype.bits - 1)) if dtype.is_signed else 0
         high = (1 << (dtype.bits - (1 if dtype.is_signed else 0))) - 1
-        return const(low if combiner == "max" else high, dtype)
+        return const(high if combiner == "min" else low, dtype)
     return const({"sum": 0, "prod": 1, "and": True, "or": False}[combiner], dtype)
 
 

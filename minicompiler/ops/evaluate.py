@@ -65,6 +65,11 @@ def sigmoid(x: Array) -> Array:
     return np.where(x >= 0, 1 / (1 + e), e / (1 + e)).astype(x.dtype)
 
 
+def maxnum(a: Array, b: Array) -> Array:
+    """The greater one of each pair; a where b is NaN."""
+    return np.where(b > a, b, a)
+
+
 def truncated_div(a: Array, b: Array) -> Array:
     """Integer division toward zero."""
     q = np.floor_divide(a, b)
@@ -77,19 +82,19 @@ _CALLS: dict[str, Callable[..., Array]] = {
     "trunc": np.trunc, "abs": np.abs, "sin": np.sin, "cos": np.cos, "tan": np.tan,
     "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "sinh": np.sinh, "cosh": np.cosh,
     "asinh": np.arcsinh, "acosh": np.arccosh, "atanh": np.arctanh, "log1p": np.log1p,
-    "expm1": np.expm1,
+    "expm1": np.expm1, "exp_nonpositive": np.exp,
     "sigmoid": sigmoid, "isnan": np.isnan, "isinf": np.isinf, "not": np.logical_not,
 }  # fmt: skip
 _BINARY: dict[str, Callable[[Array, Array], Array]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "floordiv": np.floor_divide,
-    "mod": np.remainder, "min": np.minimum, "max": np.maximum, "pow": np.power,
+    "mod": np.remainder, "min": np.minimum, "max": np.maximum, "maxnum": maxnum, "pow": np.power,
     "lt": np.less, "le": np.less_equal, "eq": np.equal, "ne": np.not_equal,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
     "shl": np.left_shift, "shr": np.right_shift,
 }  # fmt: skip
 _REDUCE: dict[str, np.ufunc] = {
     "sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum,
-    "and": np.bitwise_and, "or": np.bitwise_or,
+    "and": np.bitwise_and, "or": np.bitwise_or, "maxnum": np.fmax,
 }  # fmt: skip
 
 

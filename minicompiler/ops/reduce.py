@@ -209,10 +209,16 @@ def _softmax_infer(x: Arg, a: AxisAttrs) -> TensorType:
     return x.type
 
 
+def _shares(x: te.Tensor, axis: int) -> te.Tensor:
+    """e**(x - the largest x along the axis). Where an x is NaN so is its share, and thus their sum:
+    the maximum need not be."""
+    shifted = x - te.reduction("maxnum", x, axis)
+    return te.call("exp_nonpositive", shifted)
+
+
 def _softmax_compute(x: te.Tensor, a: AxisAttrs) -> te.Tensor:
     source = widened(x)
-    # No difference is above 0; saying so makes the exponential cheaper.
-    e = te.exp(te.elementwise("min", source - te.max(source, a.axis), 0.0))
+    e = _shares(source, a.axis)
     inverse = te.map_elements(lambda total: 1.0 / total, te.sum(e, a.axis), name="inverse")
     return te.astype(e * inverse, x.dtype)
 

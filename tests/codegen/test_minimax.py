@@ -57,6 +57,9 @@ class Case:
 HALF_LN2 = float(np.log(2)) / 2
 CASES = {
     "exp": Case(np.exp, (-HALF_LN2, HALF_LN2), llvm_math.EXP, (6, 5, 4, 3, 2, 1, 0), 4, np.float32),
+    "exp, five terms": Case(
+        np.exp, (-HALF_LN2, HALF_LN2), llvm_math.SHORT_EXP, (5, 4, 3, 2, 1, 0), 5, np.float32
+    ),
     "sin": Case(np.sin, (1e-3, np.pi / 2), llvm_trig.SIN, (11, 9, 7, 5, 3, 1), 5, np.float64),
 }
 

@@ -93,14 +93,15 @@ def test_reductions(shape: tuple[int, ...], axes: tuple[int, ...], dynamic: bool
     np.testing.assert_allclose(got, wide, rtol=1e-4, atol=2e-4)
 
 
-def test_a_group_norm_is_one_loop_over_groups() -> None:
+@pytest.mark.parametrize("groups", [3, 12])
+def test_a_group_norm_is_one_loop_over_groups(groups: int) -> None:
     x = np.random.default_rng(2).standard_normal((2, 12, 9, 11), np.float32)
     net = Builder("norm")
     v = net.input("x", x.shape)
     ones = np.ones(12, np.float32)
-    fn = net.function(y=net.group_norm(v, ones, ones, groups=3))
+    fn = net.function(y=net.group_norm(v, ones, ones, groups=groups))
     m = mc.compile(fn, threads=2, checked=True)
-    rows = x.astype(np.float64).reshape(2, 3, -1)
+    rows = x.astype(np.float64).reshape(2, groups, -1)
     rows = (rows - rows.mean(-1, keepdims=True)) / np.sqrt(rows.var(-1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(m(x)[0], rows.reshape(x.shape) + 1, rtol=1e-4, atol=1e-5)
     (nest,) = [s.text for s in m.stages if s.name == "schedule"]
@@ -119,6 +120,17 @@ def test_the_row_of_a_softmax_is_not_copied(columns: int) -> None:
     np.testing.assert_allclose(m(x)[0], e / e.sum(-1, keepdims=True), rtol=1e-5)
 
 
+def test_a_softmax_of_what_is_no_number() -> None:
+    """NaN anywhere in a row makes all of it NaN, although the maximum ignores NaN."""
+    x = np.random.default_rng(5).standard_normal((5, 1000), np.float32)
+    x[0, 3], x[1, 999], x[2] = np.nan, np.nan, -np.inf
+    x[3, :500] = -np.inf
+    y = run("softmax", x, axis=1)
+    assert np.isnan(y[:3]).all()
+    e = np.exp(x[3:].astype(np.float64) - x[3:].max(1, keepdims=True))
+    np.testing.assert_allclose(y[3:], e / e.sum(1, keepdims=True), rtol=1e-6, atol=1e-9)
+
+
 # ---- streamed results ---------------------------------------------------------------------------
 def streamed(rows: int | Dim) -> list[Any]:
     x = te.placeholder("x", (rows, 1024), float32)
@@ -135,8 +147,8 @@ def test_results_larger_than_the_caches_are_streamed() -> None:
     assert condition not in (TRUE, FALSE)
 
 
-@pytest.mark.parametrize("offset", [0, 1, 4])
-@pytest.mark.parametrize("columns", [1024, 1023])
+@pytest.mark.parametrize("offset", [0, 1, 4, 12])  # to 4, 16 and 64 bytes
+@pytest.mark.parametrize("columns", [1024, 1023, 1020])
 def test_streamed_results_are_right_at_any_address(offset: int, columns: int) -> None:
     rows = Target.host().caches[2] // 2 // 4 // columns + 1
     net = Builder("big", {"N": (1, 1 << 20)})
