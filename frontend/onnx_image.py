@@ -31,6 +31,7 @@ from .onnx_shape import one_per_axis
 from .onnx_shape import resize as plain_resize
 
 MOST_TAPS = 1 << 16  # elements in one weighted mean
+FARTHEST = 1 << 40  # from the first element: positions that a region of interest may ask for
 
 
 # ---- resize -------------------------------------------------------------------------------------
@@ -136,6 +137,8 @@ def _table(
     for o in range(out):
         n.table(len(rows[0]) if rows else 1)
         at = _coordinate(mode, o, size, out, scale, full, roi)
+        if not abs(at) < FARTHEST:
+            n.fail(f"Resize reads position {at} of an axis of {size}")
         outside.append(mode == "tf_crop_and_resize" and not 0 <= at <= size - 1)
         weights, taps = _taps(n, at, scale)
         if n.attr("exclude_outside", 0):

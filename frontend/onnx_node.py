@@ -115,7 +115,6 @@ class OnnxNode:
 
     def branch(self, name: str, count: int, *args: Any) -> tuple[Any, ...]:
         """The first `count` results of the graph in an attribute, for values of its inputs."""
-        self.attr(name)
         made = self.graph(name, *args)
         if len(made) < count:
             self.fail(f"the {name!r} of {self.op_type} has {len(made)} results, not {count}")

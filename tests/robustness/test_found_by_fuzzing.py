@@ -120,6 +120,12 @@ def scan_of(count: int, **attributes: object) -> ModelProto:
     return model([scan], {"x": numbers(3), "s": numbers()}, ["y"])
 
 
+def resize_far_away() -> ModelProto:
+    known = {"r": np.array([0, 0, 0, 1e30], np.float32), "s": np.array([2, 2], np.float32)}
+    mode = {"coordinate_transformation_mode": "tf_crop_and_resize", "mode": "linear"}
+    return model([node("Resize", "x r s", "y", **mode)], {"x": numbers(2, 3)}, ["y"], known)
+
+
 def scan_of_nothing() -> ModelProto:
     return scan_of(0)
 
@@ -285,7 +291,8 @@ MODELS: tuple[Make, ...] = (
     transposed_shape, transposed_rank, scan_of_nothing, scan_of_more, scan_of_a_number,
     scan_of_one_axis, batch_of_numbers, unpool_of_a_line, diagonal, size_over_nothing,
     split_without_names, rows_of_larger_scale, unique_of_a_number, pieces_of_a_number,
-    version_of_another_domain, scan_without_rows, loop_of_nothing, branches_of_one_and_two,
+    version_of_another_domain, resize_far_away, scan_without_rows, loop_of_nothing,
+    branches_of_one_and_two,
     pads_without_end, pads_of_no_axis, steps_of_a_line, pool_of_another_rank,
 )  # fmt: skip
 
