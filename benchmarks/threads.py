@@ -1,12 +1,12 @@
-"""What a second thread costs and brings.
+"""What a call costs, and what a second thread costs and brings.
 
     python benchmarks/threads.py [--rounds 15] [--json FILE]
 
-Prints the time to start and join all threads and to pass a barrier while they run, the processor
-time of an idle pool, and for five compute-bound kernels the time on one thread over the time on
-two. Two threads share the clock's boost, the memory, and what else runs on the machine, so that the
-same ratio of independent multiply-adds in registers, taken in the same turns, is what a kernel can
-reach.
+Prints the time of a call with almost nothing to compute, the time to start and join all threads and
+to pass a barrier while they run, the processor time of an idle pool, and for five compute-bound
+kernels the time on one thread over the time on two. Two threads share the clock's boost, the
+memory, and what else runs on the machine, so that the same ratio of independent multiply-adds in
+registers, taken in the same turns, is what a kernel can reach.
 """
 
 from __future__ import annotations
@@ -102,6 +102,29 @@ class Pool:
         return (time.process_time() - start) / seconds
 
 
+# ---- calls ---------------------------------------------------------------------------------------
+def calls(rounds: int, count: int = 10_000) -> dict[str, float]:
+    """Seconds of a call that adds two arrays of 4 numbers, on one thread: with the caller's array
+    for the result, with a new one, and the same of numpy."""
+    net = Builder("add")
+    y = net.add(net.input("a", (4,)), net.input("b", (4,)))
+    module = mc.compile(net.function(y=y), threads=1)
+    a, b, out = (np.ones(4, np.float32) for _ in range(3))
+    runs: dict[str, Callable[[], Any]] = {
+        "call, out= given": lambda: module(a, b, out=[out]),
+        "call, new result": lambda: module(a, b),
+        "numpy.add, out= given": lambda: np.add(a, b, out=out),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(count):
+                run()
+            times[name].append((time.perf_counter() - start) / count)
+    return {name: statistics.median(of) for name, of in times.items()}
+
+
 # ---- kernels that compute ------------------------------------------------------------------------
 def product(n: int) -> Function:
     net = Builder(f"matmul_{n}")
@@ -180,7 +203,10 @@ def main() -> None:
         "region": statistics.median(pool.region() for _ in range(args.rounds)),
         "barrier": statistics.median(pool.barrier() for _ in range(args.rounds)),
         "idle": pool.idle(),
+        "calls": calls(args.rounds),
     }
+    for name, seconds in found["calls"].items():
+        print(f"{name:28} {seconds * 1e9:8.0f} ns")
     print(f"start and join all threads   {found['region'] * 1e9:8.0f} ns")
     print(f"barrier                      {found['barrier'] * 1e9:8.0f} ns")
     print(f"idle pool                    {found['idle'] * 100:8.2f} % of a core")

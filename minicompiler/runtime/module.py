@@ -96,7 +96,6 @@ class Module:
         self._trimmed = self._shapes.counted
         self._all_new = (None,) * len(plan.outputs)
         self._signature = self._shapes.signature if self._on_threads else None
-        self._enter = entry(region_address())
         # Inputs and outputs lie at the start of the table.
         self._pack = struct.Struct(f"{self._layout.arena}q").pack_into
         self._free: list[_Context] = []
@@ -257,6 +256,7 @@ class Module:
         images = [self._objects[name] for name in kernels]
         self._library = Library([*images, self._main_object], [*kernels, MAIN], symbols)
         self._main = ctypes.c_void_p(self._library.address(MAIN))
+        self._enter = entry(region_address())
         layout = self._layout
         template = [0] * layout.length
         for k, c in enumerate(self._constants):

@@ -10,6 +10,7 @@ in terms of the few sizes in `Sizes.words`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ class Sizes:
         outputs: those whose size is counted at their largest.
         arena, memory: bytes of intermediate values; and with the workspace of all threads.
         known: every size with a name; counted ones at their largest.
-        words: what a signature refers to.
+        words: what a signature refers to; None where one of them is more than any array has.
     """
 
     __slots__ = ("arena", "dims", "known", "memory", "outputs", "words")
@@ -62,10 +63,10 @@ class Sizes:
         arena: int,
         memory: int,
         known: dict[str, int],
-        words: Words,
     ) -> None:
         self.dims, self.outputs, self.arena, self.memory = dims, outputs, arena, memory
-        self.known, self.words = known, words
+        self.known = known
+        self.words: Words | None = None
 
 
 class Shapes:
@@ -100,9 +101,10 @@ class Shapes:
             self._forms.setdefault((t.dtype, tuple(map(self._word, t.shape))), len(self._forms))
             for t in plan.outputs
         ]
-        every = self._arguments()
-        told = bool(self.telling or self.counted)
-        self.signature = None if told else signature(every, len(plan.inputs))
+        self.signature: Words | None = None
+        if not self.telling and not self.counted:
+            with contextlib.suppress(OverflowError):  # sizes that no array has
+                self.signature = signature(self._arguments(), len(plan.inputs))
         self._by_dims: dict[Shape, Sizes] = {}
         self._by_shapes: dict[tuple[Shape, ...], Sizes] = {}
 
@@ -209,7 +211,9 @@ class Shapes:
         shared, local = evaluate(plan.shared, known), evaluate(plan.local, known)
         arena = -(-evaluate(plan.arena, known) // _CACHE_LINE) * _CACHE_LINE
         memory = arena + shared + self._threads * local
-        sizes = Sizes(values, outputs, arena, memory, known, words_of(words))
+        sizes = Sizes(values, outputs, arena, memory, known)
+        with contextlib.suppress(OverflowError):
+            sizes.words = words_of(words)
         if len(self._by_dims) >= KEPT:
             self._by_dims.clear()
         self._by_dims[values] = sizes

@@ -22,7 +22,9 @@ from minicompiler.ir.expr import Dim
 from minicompiler.ir.graph import Function
 from minicompiler.runtime import entry
 from minicompiler.runtime.module import Module
+from minicompiler.runtime.plan import Bind, DimSpec, Plan, Size, Tensor
 from minicompiler.runtime.pool import region_address
+from minicompiler.runtime.shapes import Shapes
 
 HEADS, WIDTH, LAYERS = 2, 8, 3
 refused = entry.entry.__wrapped__
@@ -197,6 +199,21 @@ def test_caches_that_lie_elsewhere_are_copied_by_python(checked: list[Module]) -
     with pytest.raises(RunError, match="overlaps"):
         module(*step, *moved, out=out)
     assert len(checked) == 3
+
+
+def test_sizes_beyond_64_bits_are_for_python() -> None:
+    def plan(size: Size) -> Plan:
+        x, y = Tensor("x", "bool", ("n",)), Tensor("y", "bool", (size,))
+        n, bind = DimSpec("n", 0, None, 1), Bind("n", 0, 0)
+        return Plan((x,), (y,), (n,), (bind,), (), (), (), (("input", 0),), 0, 0, 0, 0)
+
+    assert Shapes(plan(2**64), 1).signature is None
+    shapes = Shapes(plan(("mul", "n", 2**62)), 1)
+    assert shapes.signature is not None
+    for n in (1, 4):
+        sizes = shapes.measure([(n,)])
+        assert sizes.outputs[0][0] == (n * 2**62,)
+        assert (sizes.words is None) == (n == 4)
 
 
 def test_ten_thousand_calls_keep_no_references(module: Module) -> None:
