@@ -26,6 +26,7 @@ from .passes.fuse import decisions, fuse
 from .passes.layout import convert_layout
 from .passes.recognise import recognise
 from .passes.simplify import simplify
+from .passes.widen import widen_attention
 
 T = TypeVar("T", bound=Any)
 Pass = Callable[[T, Any], T]
@@ -41,8 +42,17 @@ _TIDY: tuple[Pass[Function], ...] = (fold_constants, eliminate_common_subexpr)
 GRAPH_PASSES: dict[int, tuple[Pass[Function], ...]] = {
     0: (drop_identities, append_in_place, fuse),
     1: (*_CLEAN, append_in_place, fuse),
-    2: (*_CLEAN, fold_batch_norm, *_TIDY, append_in_place, recognise, fuse),
-    3: (*_CLEAN, fold_batch_norm, *_TIDY, convert_layout, append_in_place, recognise, fuse),
+    2: (*_CLEAN, fold_batch_norm, *_TIDY, append_in_place, widen_attention, recognise, fuse),
+    3: (
+        *_CLEAN,
+        fold_batch_norm,
+        *_TIDY,
+        convert_layout,
+        append_in_place,
+        widen_attention,
+        recognise,
+        fuse,
+    ),
 }
 TIR_PASSES: tuple[Pass[PrimFunc], ...] = (lower_blocks, hoist_conditions, unswitch)
 

@@ -258,6 +258,8 @@ def _decided(e: Expr, arith: Arith) -> Expr:
     """The expression where each comparison that is known has its value, and what follows."""
 
     def one(x: Expr) -> Expr | None:
+        if type(x) is Cast and type(x.a) is Const and x.dtype.is_float and x.a.dtype.is_float:
+            return const(x.a.value, x.dtype)
         if type(x) is not Binary:
             return None
         if type(x.a) is Const and type(x.b) is Const and x.op in _NUMPY and x.dtype.is_float:

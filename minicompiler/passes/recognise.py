@@ -13,6 +13,8 @@ and joined heads) go into the kernel as index maps; factors of an operand move b
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,8 +36,9 @@ from ..ir.graph import (
     with_args,
 )
 from ..ir.op import Kind
-from ..ir.types import float32
+from ..ir.types import DType, TensorType, float32
 from ..ops import elementwise, linalg, pieces, reduce, shape
+from ..ops.rules import is_low
 from .kind import kind_of
 from .masks import causal_offset, computed_inside, masked, never_empty
 
@@ -48,7 +51,7 @@ _LAST = reduce.ReduceAttrs((-1,), True)
 
 
 @dataclasses.dataclass
-class _Operand:
+class Operand:
     """A value as a product reads it: views of a source, innermost first, times a factor."""
 
     source: Value
@@ -57,7 +60,7 @@ class _Operand:
 
 
 @dataclasses.dataclass
-class _Match:
+class Match:
     """The nodes of one attention.
 
     scores: (matmul) -> path: elementwise nodes, each with the position of the argument that comes
@@ -84,16 +87,24 @@ def recognise(fn: Function, ctx: Any) -> Function:
     readers = users(fn)
     for r in fn.results:
         readers.setdefault(id(r), []).append(r)
-    matches: dict[int, _Match] = {}
+    matches: dict[int, Match] = {}
     for v in topological(fn.results):
-        match = _match(v, readers) if isinstance(v, Apply) and v.op is linalg.matmul else None
+        match = match_of(v, readers) if isinstance(v, Apply) and v.op is linalg.matmul else None
         if match is not None:
             matches[id(match.end)] = match
-    new: dict[int, Value] = {}
     shared: dict[str, Function] = {}
-    for v in topological(fn.results) if matches else ():
-        if id(v) in matches:
-            new[id(v)] = _call(matches[id(v)], new, shared)
+    return rebuilt(fn, {k: partial(_call, m, shared) for k, m in matches.items()})
+
+
+def rebuilt(fn: Function, changed: Mapping[int, Callable[[dict[int, Value]], Value]]) -> Function:
+    """The function with other values for some nodes, by id.
+
+    changed: what makes such a value, given the new values of all that stands before it.
+    """
+    new: dict[int, Value] = {}
+    for v in topological(fn.results) if changed else ():
+        if id(v) in changed:
+            new[id(v)] = changed[id(v)](new)
         elif isinstance(v, Apply):
             args = tuple(None if a is None else new[id(a)] for a in v.args)
             same = all(a is b for a, b in zip(args, v.args, strict=True))
@@ -104,41 +115,51 @@ def recognise(fn: Function, ctx: Any) -> Function:
             new[id(v)] = v if source is v.tuple else Item(source, v.index)
         else:
             new[id(v)] = v
-    return fn.with_(results=tuple(new[id(r)] for r in fn.results)) if matches else fn
+    return fn.with_(results=tuple(new[id(r)] for r in fn.results)) if changed else fn
 
 
 # ---- the pattern --------------------------------------------------------------------------------
-def _match(output: Apply, readers: Readers) -> _Match | None:
-    """The attention that ends in a product, if it is one."""
+def match_of(output: Apply, readers: Readers, low: bool = False) -> Match | None:
+    """The attention that ends in a product, if it is one.
+
+    low: 16-bit floats may take part, and conversions between them and float32.
+    """
     weights, values = output.args
     assert weights is not None and values is not None
     t, other = type_of(weights), type_of(values)
-    if t.rank < 2 or other.rank < 2 or output.attrs.transpose_a or not _private(output, values):
+    if (
+        t.rank < 2
+        or other.rank < 2
+        or output.attrs.transpose_a
+        or not _private(low, output, values)
+    ):
         return None
     if type_of(output).shape[:-1] != t.shape[:-1] or all(n is ONE for n in t.shape[:-1]):
         return None
     if t.shape[-1] is ONE or type_of(output).shape[-1] is ONE:
         return None
-    normal, zeroed = _normalised(weights, readers)
+    normal, zeroed = _normalised(weights, readers, low)
     if normal is None or normal.attrs.axis not in (-1, t.rank - 1):
         return None
     path: list[tuple[Apply, int]] = []
     x = normal.args[0]
     while x is not None and isinstance(x, Apply) and x.op is not linalg.matmul:
-        if len(readers[id(x)]) > 1 or isinstance(x.type, tuple) or x.type != t or not x.args:
+        if len(readers[id(x)]) > 1 or isinstance(x.type, tuple) or not x.args:
+            return None
+        if not _alike(x.type, t, low):
             return None
         if kind_of(x) > Kind.BROADCAST or any(m is not None for m in x.layouts):
             return None
-        position = _towards_product(x)
+        position = _towards_product(x, low)
         if position is None:
             return None
         path.insert(0, (x, position))
         x = x.args[position]
-    if not isinstance(x, Apply) or len(readers[id(x)]) > 1 or x.type != t:
+    if not isinstance(x, Apply) or len(readers[id(x)]) > 1 or not _alike(type_of(x), t, low):
         return None
     depth = -2 if x.attrs.transpose_a else -1
     left = x.args[0]
-    if left is None or not _private(x, *x.args) or type_of(left).shape[depth] is ONE:
+    if left is None or not _private(low, x, *x.args) or type_of(left).shape[depth] is ONE:
         return None
     tail: list[Apply] = []
     last: Value = output
@@ -151,21 +172,36 @@ def _match(output: Apply, readers: Readers) -> _Match | None:
             break
         tail.append(reader)
         last = reader
-    return _Match(x, path, normal, zeroed, output, tail)
+    return Match(x, path, normal, zeroed, output, tail)
 
 
-def _private(product: Apply, *operands: Value | None) -> bool:
+def _alike(a: TensorType, b: TensorType, low: bool) -> bool:
+    """Whether two values may belong to the same scores."""
+    return a == b or (low and a.shape == b.shape and _is_number(a.dtype) and _is_number(b.dtype))
+
+
+def _is_number(dtype: DType) -> bool:
+    return dtype is float32 or is_low(dtype)
+
+
+def _private(low: bool, product: Apply, *operands: Value | None) -> bool:
     """True for a product of float32 matrices that are computed at run time."""
+    dtype = type_of(product).dtype
     return (
-        type_of(product).dtype == float32
+        (_is_number(dtype) if low else dtype is float32)
         and all(isinstance(a, Apply | Item | Input) and type_of(a).rank >= 2 for a in operands)
         and not any(layout_of(a) for a in operands if a is not None)
     )
 
 
-def _normalised(weights: Value, readers: Readers) -> tuple[Apply | None, Value | None]:
+def _normalised(weights: Value, readers: Readers, low: bool) -> tuple[Apply | None, Value | None]:
     """The softmax behind the weights, which nothing else reads, and the condition under which they
     are zero: one per row, or that they are not numbers (which holds for all of a row or none)."""
+    while low and isinstance(weights, Apply) and weights.op is elementwise.cast_:
+        (source,) = weights.args
+        if len(readers[id(weights)]) > 1 or source is None:
+            return None, None
+        weights = source
     if not isinstance(weights, Apply) or len(readers[id(weights)]) > 1:
         return None, None
     if weights.op is reduce.softmax:
@@ -178,7 +214,7 @@ def _normalised(weights: Value, readers: Readers) -> tuple[Apply | None, Value |
     if normal.type != weights.type or not isinstance(zero, Constant) or zero.data.any():
         return None, None
     readers_of_normal = [r for r in readers[id(normal)] if r is not weights]
-    if _is_nan(condition, normal):
+    if is_nan(condition, normal):
         alone = readers_of_normal == [condition] and len(readers[id(condition)]) == 1
         return (normal, condition) if alone else (None, None)
     assert condition is not None
@@ -186,7 +222,7 @@ def _normalised(weights: Value, readers: Readers) -> tuple[Apply | None, Value |
     return (normal, condition) if per_row and not readers_of_normal else (None, None)
 
 
-def _is_nan(condition: Value | None, of: Value) -> bool:
+def is_nan(condition: Value | None, of: Value) -> bool:
     return (
         isinstance(condition, Apply)
         and condition.op is elementwise.isnan
@@ -194,19 +230,19 @@ def _is_nan(condition: Value | None, of: Value) -> bool:
     )
 
 
-def _towards_product(x: Apply) -> int | None:
+def _towards_product(x: Apply, low: bool) -> int | None:
     """The argument of an elementwise node behind which a product of the same shape stands."""
     for position, a in enumerate(x.args):
         below = a
         while isinstance(below, Apply) and below.op is not linalg.matmul:
-            same = [b for b in below.args if b is not None and type_of(b) == x.type]
-            below = same[0] if same and below.type == x.type else None
-        if isinstance(below, Apply) and below.type == x.type:
+            same = [b for b in below.args if b is not None and _alike(type_of(b), type_of(x), low)]
+            below = same[0] if same and _alike(type_of(below), type_of(x), low) else None
+        if isinstance(below, Apply) and _alike(type_of(below), type_of(x), low):
             return position
     return None
 
 
-def _operand(value: Value | None) -> _Operand:
+def operand_of(value: Value | None) -> Operand:
     """Views and constant factors taken off an operand of a product."""
     assert value is not None
     views: list[Apply] = []
@@ -222,7 +258,7 @@ def _operand(value: Value | None) -> _Operand:
         else:
             break
         assert value is not None
-    return _Operand(value, views, factor)
+    return Operand(value, views, factor)
 
 
 def _scalar(v: Apply) -> tuple[int, float] | None:
@@ -237,7 +273,7 @@ def _scalar(v: Apply) -> tuple[int, float] | None:
 
 
 # ---- the kernel ---------------------------------------------------------------------------------
-def _call(m: _Match, new: dict[int, Value], shared: dict[str, Function]) -> Apply:
+def _call(m: Match, shared: dict[str, Function], new: dict[int, Value]) -> Apply:
     """The fused Function of an attention, applied to what it reads."""
     params: list[Input] = []
     args: list[Value] = []
@@ -250,15 +286,15 @@ def _call(m: _Match, new: dict[int, Value], shared: dict[str, Function]) -> Appl
         args.append(new[id(v)])
         return params[-1]
 
-    def viewed(operand: _Operand) -> Value:
+    def viewed(operand: Operand) -> Value:
         x = leaf(operand.source)
         for view in operand.views:
             x = view.with_(args=(x,))
         return x
 
-    left, right, values = map(_operand, (*m.scores.args, m.output.args[1]))
+    left, right, values = map(operand_of, (*m.scores.args, m.output.args[1]))
     x: Value = m.scores.with_(args=(viewed(left), viewed(right)))
-    x = _times(x, left.factor * right.factor)
+    x = times(x, left.factor * right.factor)
     alone = sum(len(node.args) > 1 and _scalar(node) is None for node, _ in m.path) == 1
     for k, (node, position) in enumerate(m.path):
         offset = causal_offset(node, position, alone and k == len(m.path) - 1)
@@ -274,10 +310,10 @@ def _call(m: _Match, new: dict[int, Value], shared: dict[str, Function]) -> Appl
     e = apply(elementwise.exp, apply(elementwise.sub, x, apply(reduce.reduce_max, x, attrs=_LAST)))
     total = apply(reduce.reduce_sum, e, attrs=_LAST)
     # The rows are divided by their sums after the product: there are fewer elements then.
-    y: Value = _times(m.output.with_(args=(e, viewed(values))), values.factor)
+    y: Value = times(m.output.with_(args=(e, viewed(values))), values.factor)
     y = apply(elementwise.div, y, total)
     if m.zeroed is not None and not never_empty(m.zeroed):
-        nan = _is_nan(m.zeroed, m.normal)
+        nan = is_nan(m.zeroed, m.normal)
         condition = apply(elementwise.isnan, total) if nan else leaf(m.zeroed)
         y = apply(elementwise.where, condition, Constant(np.zeros((), np.float32)), y)
     for view in m.tail:
@@ -292,5 +328,6 @@ def _call(m: _Match, new: dict[int, Value], shared: dict[str, Function]) -> Appl
     return Apply(shared[key], tuple(args), None, type_of(m.end), locs, name=m.end.name)
 
 
-def _times(x: Value, factor: float) -> Value:
+def times(x: Value, factor: float) -> Value:
+    """x times a number."""
     return x if factor == 1 else apply(elementwise.mul, x, Constant(np.asarray(factor, np.float32)))

@@ -1,0 +1,106 @@
+"""Attention of 16-bit floats: one kernel of float32, rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import pytest
+from onnx_models import numbers
+
+import minicompiler as mc
+from minicompiler.frontend.builder import Builder
+from minicompiler.ir.graph import Function, Value, applies
+from minicompiler.ir.types import DType
+from minicompiler.ir.verify import verify_function
+from minicompiler.ops.evaluate import run_reference
+from minicompiler.passes.recognise import recognise
+from minicompiler.passes.widen import widen_attention
+
+HEADS, KEYS, WIDTH = 3, 20, 8
+HALF = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+Array = np.ndarray
+
+
+def operands(net: Builder, dtype: str, queries: int) -> tuple[Value, Value, Value]:
+    """q[h, queries, d], k[h, d, keys] and v[h, keys, d], turned from what the caller passes."""
+    q, k, v = (
+        net.input(name, (n, HEADS, WIDTH), dtype)
+        for name, n in (("q", queries), ("k", KEYS), ("v", KEYS))
+    )
+    perms = ((1, 0, 2), (1, 2, 0), (1, 0, 2))
+    turned = [net.transpose(x, perm=p) for x, p in zip((q, k, v), perms, strict=True)]
+    return turned[0], turned[1], turned[2]
+
+
+def plain(dtype: str, queries: int) -> Function:
+    """Everything in 16 bits: both operands scaled, a mask added, rows of NaN replaced."""
+    net = Builder("plain")
+    q, k, v = operands(net, dtype, queries)
+    half = np.array(0.5, HALF[dtype])
+    mask = np.where(np.tri(queries, KEYS, dtype=bool), 0, -np.inf).astype(HALF[dtype])
+    p = net.softmax(net.add(net.matmul(net.mul(q, half), net.mul(k, half)), mask))
+    p = net.where(net.isnan(p), np.zeros((), HALF[dtype]), p)
+    return net.function(y=net.transpose(net.matmul(p, v), perm=(1, 0, 2)))
+
+
+def wide_softmax(dtype: str, queries: int) -> Function:
+    """Only the softmax in float32, as exporters of models in 16 bits write it."""
+    net = Builder("wide")
+    q, k, v = operands(net, dtype, queries)
+    scores = net.mul(net.matmul(q, k), np.array(0.25, HALF[dtype]))
+    mask = np.where(np.tri(queries, KEYS, dtype=bool), 0, -np.inf).astype(HALF[dtype])
+    p = net.softmax(net.cast(net.add(scores, mask), dtype=DType("float32")))
+    o = net.matmul(net.cast(p, dtype=DType(dtype)), v)
+    return net.function(y=net.transpose(o, perm=(1, 0, 2)))
+
+
+def feeds(dtype: str, queries: int) -> list[Array]:
+    sizes = (queries, KEYS, KEYS)
+    return [(2 * numbers(n, HEADS, WIDTH, seed=k)).astype(HALF[dtype]) for k, n in enumerate(sizes)]
+
+
+def exact(q: Array, k: Array, v: Array) -> Array:
+    """The attention of both graphs in float64."""
+    scores = np.einsum("qhd,khd->hqk", q, k) / 4
+    scores = np.where(np.tri(*scores.shape[1:], dtype=bool), scores, -np.inf)
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hqk,khd->qhd", e / e.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("build", (plain, wide_softmax))
+def test_rounded_once(build: Callable[[str, int], Function], dtype: str) -> None:
+    fn, inputs = build(dtype, 12), feeds(dtype, 12)
+    widened = widen_attention(fn, None)
+    verify_function(widened)
+    kernels = [v.op.name for v in applies(recognise(widened, None))]
+    assert kernels.count("fused_attention") == 1
+    assert not {"softmax", "matmul", "transpose"} & set(kernels)
+    want = exact(*[x.astype(np.float64) for x in inputs])
+
+    def ulps(got: Array) -> float:
+        """The largest error in units of the last place of what is exact."""
+        assert got.dtype == HALF[dtype]
+        eps = float(ml_dtypes.finfo(HALF[dtype]).eps)
+        unit = 2.0 ** np.floor(np.log2(np.abs(want))) * eps
+        return float((np.abs(got.astype(np.float64) - want) / unit).max())
+
+    one, two = (mc.compile(fn, threads=t)(*inputs)[0] for t in (1, 2))
+    assert np.array_equal(one, two)
+    assert ulps(one) < 0.51
+    assert ulps(run_reference(widened, inputs)[0]) < 0.51
+    assert ulps(run_reference(fn, inputs)[0]) > 1  # what is rounded in between is worse
+
+
+def test_a_single_query_stays() -> None:
+    fn = plain("float16", 1)
+    assert widen_attention(fn, None) is fn
+
+
+def test_float32_stays() -> None:
+    net = Builder("float32")
+    q, k, v = operands(net, "float32", 5)
+    fn = net.function(y=net.matmul(net.softmax(net.matmul(q, k)), v))
+    assert widen_attention(fn, None) is fn
