@@ -18,7 +18,9 @@ from .onnx_quant import QUANT
 from .onnx_recurrent import RECURRENT
 from .onnx_shape import SHAPE
 from .onnx_train import TRAIN
+from .onnx_trees import TREES
 
 CONVERTERS: dict[str, Converter] = {
     **MATH, **NN, **SHAPE, **INDEX, **IMAGE, **QUANT, **RECURRENT, **CONTROL, **TRAIN, **COUNT,
+    **TREES,
 }  # fmt: skip

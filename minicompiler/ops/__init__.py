@@ -29,6 +29,7 @@ from . import (
     sample,
     scatter,
     shape,
+    trees,
 )
 
 OWN = frozenset(REGISTRY.values())
@@ -39,4 +40,5 @@ __all__ = [
     "activations", "append", "codes", "contract", "control", "conv", "count", "elementwise",
     "evaluate", "index", "linalg", "norm", "order", "pieces", "pool", "quant", "recurrent",
     "reduce", "resize", "roi", "sample", "scatter", "shape",
+    "trees",
 ]  # fmt: skip
