@@ -150,3 +150,22 @@ def test_divisions_of_what_may_be_negative(op: str) -> None:
         m = model(nodes, {"x": x}, ["y"], constants, shapes={"x": ("h",)})
         compiled = compiled or mc.compile(m)
         np.testing.assert_array_equal(compiled(x)[0], reference_of(m, {"x": x})[0])
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 0, 2)])
+def test_rows_whose_number_cannot_be_simplified(axes: tuple[int, ...]) -> None:
+    """Neither that all rows lie inside, nor that their number divides, can be shown."""
+    nodes = [
+        node("Shape", "x", "s", start=1, end=2), node("Sub", "s three", "a"),
+        node("Div", "a two", "b"), node("Add", "b one", "k"),
+        node("Concat", "rest k width", "to", axis=0), node("Reshape", "x to", "r"),
+        node("Transpose", "r", "t", perm=axes), node("LayerNormalization", "t gain", "y"),
+    ]  # fmt: skip
+    constants = {"three": np.array([3]), "two": np.array([2]), "one": np.array([1]),
+                 "rest": np.array([-1]), "width": np.array([32]), "gain": numbers(32)}  # fmt: skip
+    compiled = None
+    for extent in ((2, 4), (1, 3), (4, 6)):
+        x = numbers(*extent, 64)
+        m = model(nodes, {"x": x}, ["y"], constants, shapes={"x": ("b", "n", 64)})
+        compiled = compiled or mc.compile(m)
+        assert_close(compiled(x)[0], reference_of(m, {"x": x})[0], 64)
