@@ -20,7 +20,6 @@ from onnx import TensorProto, helper, numpy_helper
 from minicompiler.errors import ImportModelError
 from minicompiler.ir.types import DTYPE_NAMES, DType, dtype_of
 
-
 _TEXT = (
     "cut the model where the strings end (onnx.utils.extract_model), and run that part in Python"
 )
