@@ -21,7 +21,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from minicompiler.errors import ImportModelError, ShapeError, UnsupportedError
-from minicompiler.ir.expr import Const, Dim, Expr
+from minicompiler.ir.expr import Const, Dim, Expr, free_vars, substitute
 from minicompiler.ir.graph import (
     Apply,
     Constant,
@@ -30,9 +30,11 @@ from minicompiler.ir.graph import (
     Item,
     Value,
     content_of,
+    function_dims,
     may_have_content,
     type_of,
 )
+from minicompiler.ir.op import assumptions
 from minicompiler.ir.types import Loc, TensorType
 from minicompiler.limits import Budget
 
@@ -50,6 +52,7 @@ OLDEST_OPSET = 6
 _ONNX = ("", "ai.onnx")
 _NAMED = 3  # nodes named per unsupported operator
 _EXPANSION_DEPTH = 8
+_SMALL = 4096  # sizes that may turn out to be too small
 
 
 def load(
@@ -90,7 +93,36 @@ def load(
         budget.check("nodes", _inlined_nodes(model, file))
         model = _inlined(model)
     known = {**CONVERTERS, **(converters or {})}
-    return _Importer(model, file, folder, dims or {}, weights, budget, known).run()
+    bounds, used = dict(dims or {}), dict(budget.used)
+    while True:
+        with assumptions() as needs:
+            fn = _Importer(model, file, folder, bounds, weights, budget, known).run()
+        larger = _larger(function_dims(fn), needs)
+        if not larger:
+            return fn
+        bounds.update(larger)
+        budget.used.update(used)  # paid for once
+
+
+def _larger(dims: Iterable[Dim], needs: Sequence[tuple[Expr, Expr]]) -> dict[str, Bounds]:
+    """Bounds of the dimensions that cannot be as small as they are said to be.
+
+    Where windows do not fit the smallest images, every call with such sizes would be refused, while
+    many a shape could not be simplified for their sake.
+    """
+    found: dict[str, Bounds] = {}
+    for dim in dims:
+        own = [n for n in needs if free_vars(n[0]) | free_vars(n[1]) == {dim}]
+        sizes = range(dim.lo, min(dim.lo + _SMALL, dim.hi or _SMALL) + 1, dim.multiple_of)
+        least = next((k for k in sizes if all(_holds(n, dim, k) for n in own)), dim.lo)
+        if least > dim.lo:
+            found[dim.name] = (least, dim.hi, dim.multiple_of)
+    return found
+
+
+def _holds(need: tuple[Expr, Expr], dim: Dim, size: int) -> bool:
+    a, b = (substitute(e, {dim: Const(size)}) for e in need)
+    return a is b
 
 
 def _inlined_nodes(model: ModelProto, file: str) -> int:
@@ -469,7 +501,8 @@ class _Importer:
         env = dict(outer)
         env.update((t.name, self._constant(t)) for t in g.initializer)
         env.update((v.name, a) for v, a in zip(g.input, args, strict=False))
-        self._nodes(g.node, env, opsets)
+        with assumptions():  # what it needs is needed only when it runs
+            self._nodes(g.node, env, opsets)
         missing = [v.name for v in g.output if v.name not in env]
         if missing:
             raise ImportModelError(

@@ -20,6 +20,10 @@ from onnx import TensorProto, helper, numpy_helper
 from minicompiler.errors import ImportModelError
 from minicompiler.ir.types import DTYPE_NAMES, DType, dtype_of
 
+_TEXT = (
+    "cut the model where the strings end (onnx.utils.extract_model), and run that part in Python"
+)
+
 
 def element_type(code: int, what: str, file: str) -> DType:
     """The DType of an ONNX element type. Raises ImportModelError for one without counterpart."""
@@ -31,7 +35,7 @@ def element_type(code: int, what: str, file: str) -> DType:
         )
         raise ImportModelError(
             f"{file}: {what} has elements of type {known}, which is not supported",
-            hint=f"supported: {', '.join(DTYPE_NAMES)}",
+            hint=_TEXT if code == TensorProto.STRING else f"supported: {', '.join(DTYPE_NAMES)}",
         ) from None
     return found
 

@@ -79,19 +79,20 @@ def loop(n: OnnxNode) -> tuple[Value, ...]:
         going, *made = _tensors(n, n.branch("body", count, k, n.constant(True), *now))
         return going, made[: len(states)], made[len(states) :]
 
-    trips, most = n.opt(0), None
+    trips, told = n.opt(0), False
+    most: Expr | None = None
     if trips is not None:
-        known = n.values.of(trips)
+        known, content = n.values.of(trips), content_of(trips)
         if known is not None:
-            most = Const(max(int(known.reshape(-1)[0]), 0))
-            if most.value >= _UNLIMITED:
-                trips, most = None, None
+            count = max(int(known.reshape(-1)[0]), 0)
+            trips, most = (None, None) if count >= _UNLIMITED else (trips, Const(count))
+        elif content is not None:  # as often as sizes say
+            most = Arith().simplify(maximum(content.reshape(-1)[0], 0))
         elif isinstance(trips, Input):
-            most = n.dim(f"{trips.name}.value", None, 1)  # room for one at least
+            most, told = n.dim(f"{trips.name}.value", None, 1), True  # room for one at least
             trips = n.apply(cn.number, trips, attrs=Counted(most, None), name="")
         if trips is not None:
             trips = _scalar(n, trips)
-    told = isinstance(most, Dim)
     return run(n, states, step, trips, most, n.opt(1), told)
 
 

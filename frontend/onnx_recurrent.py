@@ -33,9 +33,13 @@ class _Direction:
     def __init__(self, n: OnnxNode, which: int, gates: int, attrs: rc.RecurrentAttrs) -> None:
         self.n, self.which, self.gates, self.attrs = n, which, gates, attrs
         size = const_int(n.shape(2, 3)[-1])
-        if size is None:
-            n.fail(f"the recurrent weight of {n.op_type} is {n.type(2)}: its size has to be known")
-        self.hidden = size
+        given = n.attr("hidden_size", size)
+        if given is None:
+            n.fail(
+                f"the recurrent weight of {n.op_type} is {n.type(2)}: its size has to be known",
+                "give the dimension a value: dims={...}, or the node the attribute hidden_size",
+            )
+        self.hidden: int = given if size is None else size
 
     def part(self, k: int, axis: int = 0) -> Value | None:
         """This direction's part of input `k`, without the axis of directions."""
@@ -60,6 +64,14 @@ class _Direction:
         attrs = sh.ReshapeAttrs(tuple(Const(s) for s in shape))
         return self.n.apply(sh.reshape, v, attrs=attrs, name="")
 
+    def sized(self, v: Value, rows: int) -> Value:
+        """`v` as a tensor of that many rows: checked at each call where that is not known."""
+        first, *rest = type_of(v).shape
+        if const_int(first) is not None:
+            return v
+        attrs = sh.ReshapeAttrs((Const(rows), *rest), True)
+        return self.n.apply(sh.reshape, v, attrs=attrs, name="")
+
     def sliced(self, v: Value, begin: int, end: int) -> Value:
         """Elements or matrices begin .. end - 1 of the first axis."""
         attrs = pc.SliceAttrs((begin,), (end,), (0,))
@@ -71,6 +83,7 @@ class _Direction:
         if b is None:
             return None
         half = self.gates * self.hidden
+        b = self.sized(b, 2 * half)
         return self.sliced(b, 0, half), self.sliced(b, half, 2 * half)
 
     def added(self, a: Value, b: Value) -> Value:
@@ -80,6 +93,7 @@ class _Direction:
         """The products of all steps with the input weight, and the bias."""
         w = self.part(1)
         assert w is not None
+        w = self.sized(w, self.gates * self.hidden)
         attrs = linalg.MatmulAttrs(transpose_b=True)
         pre = self.n.apply(linalg.matmul, x, w, attrs=attrs, name="")
         return pre if bias is None else self.added(pre, bias)

@@ -354,6 +354,8 @@ def _nest(
     loops: list[tuple[Var, Expr]] = []
     iters = []
     where = [*conditions]
+    # No block runs where an extent is 0, so what divides by one is known to be positive.
+    arith = Arith(arith.ranges, [i.extent > ZERO for i in block.iters])
     for it in block.iters:
         low, extent = bind.get(it.var, (ZERO, it.extent))
         extent = arith.simplify(extent)

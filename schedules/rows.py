@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 
 from minicompiler.ir.expr import (
+    TRUE,
     Binary,
     Call,
     Const,
@@ -429,7 +430,9 @@ def _along(
     s.decompose_reduction(name, final_loops[-1])
     s.mark(k_i, VECTOR)
     s.mark(s.loops_of(init)[-1], VECTOR)
-    s.mark(final_loops[-1], VECTOR)
+    # Where it cannot be shown that all rows lie inside, their lanes are added one by one.
+    if s.block(name)[0].where is TRUE:
+        s.mark(final_loops[-1], VECTOR)
     if home is not None:
         s.stage(buffer, home, Scope.REGISTER)
         target = s.block(name)[0].body.buffer

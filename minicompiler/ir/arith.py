@@ -46,7 +46,7 @@ Interval = tuple[int | None, int | None]
 
 
 _POINTS = 4  # sample points that refute what cannot be proved
-_PATIENCE = 1500  # steps of the search for a proof; of 10,000 that were found one took more
+_PATIENCE = 1500  # steps of the search for a proof; of 65,000 that were found two took more
 
 
 class Arith:

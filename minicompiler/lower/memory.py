@@ -303,9 +303,17 @@ class _Placer:
         """The value at small and at large dimensions."""
         found = self.seen.get(e)
         if found is None:
-            low, high = self.samples
-            found = self.seen[e] = evaluate_int(e, low), evaluate_int(e, high)
+            low, high = (_value(e, sample) for sample in self.samples)
+            found = self.seen[e] = low, high
         return found
+
+
+def _value(e: Expr, sample: dict[str, int]) -> int:
+    """A size at some dimensions; 0 where there is none, because guards refuse such a call."""
+    try:
+        return evaluate_int(e, sample)
+    except ZeroDivisionError:
+        return 0
 
 
 def aligned(size: Expr, arith: Arith) -> Expr:

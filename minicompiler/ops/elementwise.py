@@ -289,8 +289,12 @@ def truth(e: Expr) -> Expr:
 
 
 def _content_div(a: Expr, b: Expr) -> Expr:
-    # Arith reasons about floordiv; for non-negative sizes the two divisions agree.
-    return a // b if known_nonneg(a) and known_nonneg(b) else a / b
+    """The quotient towards zero, by the division downwards that Arith reasons about."""
+    if not known_nonneg(b):
+        return a / b
+    if known_nonneg(a):
+        return a // b
+    return maximum(a, 0) // b - maximum(const(0) - a, 0) // b
 
 
 def _div(a: np.ndarray, b: np.ndarray) -> np.ndarray:

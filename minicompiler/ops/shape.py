@@ -18,7 +18,7 @@ import numpy as np
 
 from .. import te
 from ..ir.arith import Arith
-from ..ir.expr import ONE, Const, Expr, cast, const, const_int, eq, product, select, wrap
+from ..ir.expr import ONE, Const, Expr, cast, const, const_int, eq, maximum, product, select, wrap
 from ..ir.op import Arg, Op, register
 from ..ir.types import DType, TensorType, float32, int64
 from .draws import FLOATS, Draw, array, broadcastable, choice, flag, integer, shape, some_axes
@@ -532,8 +532,8 @@ def _arange_count(a: ArangeAttrs) -> Expr:
     start, limit = wrap(a.start), wrap(a.limit)
     span = limit - start if step > 0 else start - limit
     count = simplified((span + (abs(step) - 1)) // abs(step))
-    # Sizes are never negative, so the maximum is left out where Arith can show that.
-    return simplified(select(count < 0, Const(0), count))
+    # Where Arith can show that it is not negative, the maximum is left out.
+    return simplified(maximum(count, 0))
 
 
 def _arange_infer(a: ArangeAttrs) -> TensorType:

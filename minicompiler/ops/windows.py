@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from .. import te
-from ..ir.expr import Const, Expr, all_of, binary, ceildiv, const_int, select, wrap
-from .rules import fail, inside, simplified
+from ..ir.expr import Const, Expr, all_of, binary, ceildiv, minimum, select, wrap
+from .rules import fail, inside, simplified, unequal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +89,7 @@ class Windows:
         """`output`, refusing windows larger than the padded input."""
         found = self.output(sizes)
         for k, n in enumerate(found):
-            value = const_int(n)
-            if value is not None and value < 1:
+            if unequal(minimum(n, 1), 1):
                 fail(
                     f"{op}: a window of {self.span(k)} does not fit spatial axis {k} of {x} with "
                     f"padding {self.begin[k]} and {self.end[k]}"

@@ -242,6 +242,29 @@ def test_a_scan_over_a_symbolic_dimension() -> None:
     check(m, *[{"z": numbers(3), "x": numbers(n, 3)} for n in (5, 1, 9)])
 
 
+def test_a_trip_count_that_is_a_size() -> None:
+    """A loop from 1 to the length of a sequence, one state of which grows by a row each time."""
+    body = graph(
+        "k:i go:b s:f3 all:f?,3",
+        [
+            node("Add", "k one", "at"), node("Gather", "x at", "row", axis=0),
+            node("Max", "s row", "t"), node("Unsqueeze", "t zero", "u"),
+            node("Concat", "all u", "more", axis=0), node("Identity", "go", "on"),
+        ],
+        "on:b t:f3 more:f?,3 row:f3",
+        {"one": 1, "zero": np.array([0])},
+    )  # fmt: skip
+    nodes = [
+        node("Shape", "x", "shape", end=1), node("Squeeze", "shape", "n"),
+        node("Sub", "n first", "trips"), node("Loop", "trips - z empty", "y all rows", body=body),
+    ]  # fmt: skip
+    constants = {"first": np.array(1), "empty": np.zeros((0, 3), np.float32)}
+    m = model(nodes, {"z": numbers(3), "x": numbers(5, 3)}, ["y", "all", "rows"], constants,
+              shapes={"x": ("n", 3)})  # fmt: skip
+    made = check(m, *[{"z": numbers(3), "x": numbers(n, 3, seed=n)} for n in (5, 2, 9)])
+    assert made.outputs[2].shape == (("sub", "n", 1), 3)
+
+
 @pytest.mark.parametrize("backward", [0, 1])
 @pytest.mark.parametrize("lengths", [None, [4, 1, 2]])
 @pytest.mark.parametrize("shape", [(3, 4, 2), (3, "steps", 2), ("batch", "steps", 2)])

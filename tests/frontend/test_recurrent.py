@@ -207,3 +207,29 @@ def test_lengths_that_are_all_steps_cost_nothing() -> None:
     stages = compile(model, threads=1).stages
     assert not any("int32" in s.text for s in stages if s.name == "to_tir")
     check(model)
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_weights_of_symbolic_sizes(op: str) -> None:
+    """The attribute hidden_size says what the shapes of the weights leave open."""
+    rng = np.random.default_rng(2)
+    rows, names = GATES[op] * HIDDEN, ["X", "W", "R", "B"]
+    shapes = {"X": ("steps", BATCH, "inputs"), "W": (2, "rows", "inputs"),
+              "R": (2, "rows", "hidden"), "B": (2, "both")}  # fmt: skip
+    of = {"X": (STEPS, BATCH, INPUTS), "W": (2, rows, INPUTS), "R": (2, rows, HIDDEN),
+          "B": (2, 2 * rows)}  # fmt: skip
+    feeds = {n: rng.uniform(-1, 1, of[n]).astype(np.float32) for n in names}
+
+    def whole(**attrs: Any) -> onnx.ModelProto:
+        inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shapes[n]) for n in names]
+        results = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("Y", "Yh")]
+        made = helper.make_node(op, names, ["Y", "Yh"], direction="bidirectional", **attrs)
+        graph = helper.make_graph([made], "g", inputs, results)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+    m = whole(hidden_size=HIDDEN)
+    session = ort.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"])
+    for got, want in zip(compile(m).run(feeds).values(), session.run(None, feeds), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    with pytest.raises(ImportModelError, match=r"its size has to be known(?s:.)*hidden_size"):
+        compile(whole())

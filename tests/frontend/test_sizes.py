@@ -11,7 +11,7 @@ from onnx_models import Array, check, model, node, numbers, reference_of
 from tolerance import assert_close
 
 import minicompiler as mc
-from minicompiler.errors import ImportModelError
+from minicompiler.errors import ImportModelError, RunError
 from minicompiler.frontend.onnx import load
 
 CONSTANTS = {
@@ -108,5 +108,64 @@ def test_antialiasing_of_any_number_of_images(how: str) -> None:
     for batch in (1, 3):
         x = numbers(batch, 2, 8, 10)
         m = model(nodes, {"x": x}, ["y"], constants, shapes={"x": ("batch", 2, 8, 10)})
+        compiled = compiled or mc.compile(m)
+        assert_close(compiled(x)[0], reference_of(m, {"x": x})[0], 64)
+
+
+def test_dimensions_have_room_for_windows() -> None:
+    """Two convolutions without padding, then row norms: there is nothing below 60 samples."""
+    nodes = [
+        node("Conv", "x w", "a", strides=[20]), node("Conv", "a v", "b", strides=[2]),
+        node("Transpose", "b", "c", perm=[0, 2, 1]), node("LayerNormalization", "c g h", "y"),
+    ]  # fmt: skip
+    constants = {"w": numbers(8, 1, 20), "v": numbers(32, 8, 3), "g": numbers(32), "h": numbers(32)}
+    shapes = {"x": ("batch", 1, "samples")}
+    compiled = None
+    for extent in ((1, 60), (3, 133), (2, 400)):
+        x = numbers(extent[0], 1, extent[1])
+        m = model(nodes, {"x": x}, ["y"], constants, shapes=shapes)
+        compiled = compiled or mc.compile(m)
+        assert_close(compiled(x)[0], reference_of(m, {"x": x})[0], 256)
+    assert compiled is not None
+    with pytest.raises(RunError, match=r'"samples" is 59.* at least 60'):
+        compiled(numbers(1, 1, 59))
+
+
+@pytest.mark.parametrize("op", ["Range", "Slice"])
+def test_divisions_of_what_may_be_negative(op: str) -> None:
+    """(h - 3)/2 + 1 is rounded towards zero; a range that ends before it begins is empty."""
+    nodes = [
+        node("Shape", "x", "s", end=1), node("Sub", "s three", "a"), node("Div", "a two", "b"),
+        node("Add", "b one", "c"),
+    ]  # fmt: skip
+    if op == "Range":
+        nodes += [node("Squeeze", "c", "d"), node("Range", "zero d by", "y")]
+    else:
+        nodes += [node("Slice", "x start c", "y")]
+    constants = {"three": np.array([3]), "two": np.array([2]), "one": np.array([1]),
+                 "zero": np.array(0), "by": np.array(1), "start": np.array([0])}  # fmt: skip
+    compiled = None
+    for rows in range(1, 10):
+        x = numbers(rows)
+        m = model(nodes, {"x": x}, ["y"], constants, shapes={"x": ("h",)})
+        compiled = compiled or mc.compile(m)
+        np.testing.assert_array_equal(compiled(x)[0], reference_of(m, {"x": x})[0])
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 0, 2)])
+def test_rows_whose_number_cannot_be_simplified(axes: tuple[int, ...]) -> None:
+    """Neither that all rows lie inside, nor that their number divides, can be shown."""
+    nodes = [
+        node("Shape", "x", "s", start=1, end=2), node("Sub", "s three", "a"),
+        node("Div", "a two", "b"), node("Add", "b one", "k"),
+        node("Concat", "rest k width", "to", axis=0), node("Reshape", "x to", "r"),
+        node("Transpose", "r", "t", perm=axes), node("LayerNormalization", "t gain", "y"),
+    ]  # fmt: skip
+    constants = {"three": np.array([3]), "two": np.array([2]), "one": np.array([1]),
+                 "rest": np.array([-1]), "width": np.array([32]), "gain": numbers(32)}  # fmt: skip
+    compiled = None
+    for extent in ((2, 4), (1, 3), (4, 6)):
+        x = numbers(*extent, 64)
+        m = model(nodes, {"x": x}, ["y"], constants, shapes={"x": ("b", "n", 64)})
         compiled = compiled or mc.compile(m)
         assert_close(compiled(x)[0], reference_of(m, {"x": x})[0], 64)
