@@ -4,7 +4,7 @@
 
 LLVM has no vector exp, tanh, erf, and we call no C library. Largest errors in ulp (units in the
 last place; float32: of all inputs, tests/codegen/test_llvm_math.py), on processors with fma:
-    float32: exp 0.90, log 0.83, rsqrt 1.5, sigmoid 2.5, tanh 4.9, erf 6.0, all others 0.51
+    float32: exp 0.90, log 0.83, rsqrt 1.5, sigmoid 4.8, tanh 4.9, erf 6.0, all others 0.51
     float64: exp, log 1, log1p, expm1, erf 2, sigmoid, tanh 3, rsqrt, power 1.5; see llvm_trig.py
 Method: Cody-Waite range reduction (Software Manual for the Elementary Functions, 1980).
 """
@@ -163,20 +163,17 @@ def fast_sum(a: Expr, b: Expr) -> tuple[Expr, Expr]:
 
 
 # ---- exp ----------------------------------------------------------------------------------------
-def exp(x: Expr, negative: bool = False) -> Expr:
-    """e**x. float32 0.90 ulp, float64 1. negative: x is never above 0, which is cheaper; so is
-    min(.., 0).
+def exp(x: Expr) -> Expr:
+    """e**x. float32 0.90 ulp, float64 1.
 
     x = n*ln2 + r with |r| <= ln2/2, a polynomial of r, times 2**n. Where all results are normal
     numbers, n is added to the exponent field. Else the exponents of all results do not fit one
-    factor of 8 bits, so there are two; those of negative x fit if the polynomial is made smaller.
+    factor of 8 bits, so there are two; those of min(.., 0) fit if the polynomial is made smaller.
     Subnormal results are rounded once and large ones become inf.
     """
     if x.dtype is float64:
         return _exp64(x)
     if type(x) is Binary and x.op == "min" and type(x.b) is Const and x.b.value <= 0:
-        negative = True
-    if negative:
         t, r = _exp_parts(maximum(x, -104.0), 127 + _SMALLER)
         return _scaled(t, r, EXP)
     t, r = _exp_parts(x, 0)
@@ -329,7 +326,7 @@ def log1p(x: Expr) -> Expr:
 def sigmoid(x: Expr) -> Expr:
     """1 / (1 + e**-x) = e**x / (1 + e**x), whichever has the negative exponent."""
     one = const(1.0, x.dtype)
-    e = exp(const(0.0, x.dtype) - absolute(x), negative=True)
+    e = exp_nonpositive(with_sign(x, const(-1.0, x.dtype)))
     return select(x < 0.0, e, one) / (e + one)
 
 

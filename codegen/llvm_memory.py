@@ -21,7 +21,7 @@ from .llvm_text import Operand, mangle, memory_type, value_type, vector
 from .llvm_values import Values
 
 Indices = tuple[Expr, ...]
-STREAMED = 16, 64  # bytes: alignments from which on stores past the caches are possible, and best
+STREAMED = 16, 32  # bytes: the alignments that stores past the caches need, and of whole registers
 
 
 class Memory(Values):
@@ -393,44 +393,54 @@ class Memory(Values):
 
     def put_vector(self, s: Store, value: Operand, poly: Poly, p: str) -> None:
         """Writes a vector, past the caches if the buffer is large and its address permits: in whole
-        registers where it lies so, else 16 bytes at a time."""
-        size = s.buffer.dtype.bytes
-        store = f"store {vector(memory_type(s.buffer.dtype), value.lanes)} {value.name}, ptr {p}"
-        steps = [value.lanes * size, *[c * size for c in poly.values()]]
-        least, best = STREAMED
+        registers where these lie so, else in halves."""
+        size, (half, whole) = s.buffer.dtype.bytes, STREAMED
+        scalar = memory_type(s.buffer.dtype)
+        ty = vector(scalar, value.lanes)
+        steps = math.gcd(value.lanes * size, *[c * size for c in poly.values()])
 
         def plain() -> None:
-            self.put(f"{store}, align {size}")
+            self.put(f"store {ty} {value.name}, ptr {p}, align {size}")
 
         def streamed(align: int) -> None:
-            self.put(f"{store}, align {align}, !nontemporal !0")
+            self.put(f"store {ty} {value.name}, ptr {p}, align {align}, !nontemporal !0")
 
-        def past_caches() -> None:
-            self.branch(self.aligned(s, least, whole, p), lambda: streamed(least), plain)
+        def between() -> None:
+            """Half a register, whole ones from there on, and another half."""
+            done, n = 0, half // size
+            while done < value.lanes:
+                first = done == 0 or done + n == value.lanes
+                count, align = (n, half) if first else (2 * n, whole)
+                part = self.shuffled(ty, value.name, "poison", range(done, done + count))
+                at = self.op(f"getelementptr {scalar}, ptr {p}, i64 {done}")
+                text = f"store {vector(scalar, count)} {part}, ptr {at}, align {align}"
+                self.put(f"{text}, !nontemporal !0")
+                done += count
 
-        if s.stream is FALSE or steps[0] % least:
+        def aligned(to: int, offset: int = 0) -> str:
+            return self.lies_at(s, to, offset, None if steps % half == 0 else p)
+
+        if s.stream is FALSE or value.lanes * size % half:
             plain()
-            return
-        # Where all steps are aligned, it is the start of the buffer that matters.
-        whole = math.gcd(*steps) % least == 0
-        widest = math.gcd(*steps, best) if whole else least
-        if widest == least:
-            past_caches()
+        elif steps % whole:
+            self.branch(aligned(half), lambda: streamed(half), plain)
         else:
-            flag = self.aligned(s, widest, whole, p)
-            self.branch(flag, lambda: streamed(widest), past_caches)
+            self.branch(
+                aligned(whole),
+                lambda: streamed(whole),
+                lambda: self.branch(aligned(whole, half), between, plain),
+            )
 
-    def aligned(self, s: Store, align: int, whole: bool, p: str) -> str:
-        """Whether a vector is written past the caches with this alignment, an i1. whole: all of the
-        buffer's vectors are, or none."""
-        level = 0 if whole else len(self.scopes) - 1
-        key = ("streamed", s.buffer, s.stream, align, None if whole else p)
+    def lies_at(self, s: Store, align: int, offset: int, p: str | None) -> str:
+        """Whether a vector is written past the caches and lies so many bytes behind a multiple of
+        `align`, an i1. p: its address; None: that is the same for all of the buffer."""
+        level = 0 if p is None else len(self.scopes) - 1
+        key = ("streamed", s.buffer, s.stream, align, offset, p)
         found = self.scopes[level].values.get(key)
         if found is None:
-            start = self.pointers[s.buffer] if whole else p
-            number = self.op(f"ptrtoint ptr {start} to i64", level)
+            number = self.op(f"ptrtoint ptr {p or self.pointers[s.buffer]} to i64", level)
             rest = self.op(f"and i64 {number}, {align - 1}", level)
-            flag = self.op(f"icmp eq i64 {rest}, 0", level)
+            flag = self.op(f"icmp eq i64 {rest}, {offset}", level)
             if s.stream is not TRUE:
                 flag = self.op(f"and i1 {flag}, {self.condition(s.stream, 0)}", level)
             found = self.scopes[level].values[key] = Operand(flag)

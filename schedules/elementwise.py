@@ -207,10 +207,12 @@ def _in_pieces(s: Schedule, name: str, order: list[str]) -> list[str]:
 
 
 def lanes_for(s: Schedule, block: Block) -> int:
-    """How many elements an iteration computes: a vector, or several where each takes long."""
+    """How many elements an iteration computes: a vector, or several where each takes long, or the
+    result is large (a load right behind a store may have to wait for it, where their addresses
+    differ by a multiple of 4 KB)."""
     lanes = s.target.vector_bytes // max(4, block.body.buffer.dtype.bytes)
     calls = any(type(e) is Call for e in walk(block.body.value))
-    return lanes * (LONG_VECTORS if calls else 1)
+    return lanes * (LONG_VECTORS if calls or streaming.is_large(s, block.name) else 1)
 
 
 def threads_over(s: Schedule, outer: list[str], block: str) -> None:

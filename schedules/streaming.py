@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def apply(s: Schedule) -> None:
     """Marks every block that fills a result in the order of its memory."""
-    above = s.target.caches[2] // 2
+    above = _limit(s)
     for block in list(analysis.blocks(s.func)):
         if _reason(s, block.name) is None and _may_reach(s, block.name, above):
             s.stream(block.name, above)
@@ -58,6 +58,15 @@ def _reason(s: Schedule, name: str) -> str | None:
     if len(around) > 1 and around[-2].kind is UNROLL:
         return f"block {name} stores tiles, which are pieces of cache lines"
     return None
+
+
+def is_large(s: Schedule, name: str) -> bool:
+    """True where a block is known to write more than stays in the caches."""
+    return analysis.arith_of(s.func).prove(wrap(_limit(s)) <= _bytes(s, name)) is True
+
+
+def _limit(s: Schedule) -> int:
+    return s.target.caches[2] // 2
 
 
 def _may_reach(s: Schedule, name: str, above: int) -> bool:

@@ -209,16 +209,15 @@ def _softmax_infer(x: Arg, a: AxisAttrs) -> TensorType:
     return x.type
 
 
-def _shares(x: te.Tensor, axis: int) -> te.Tensor:
-    """e**(x - the largest x along the axis). Where an x is NaN so is its share, and thus their sum:
-    the maximum need not be."""
+def _below_largest(x: te.Tensor, axis: int) -> tuple[te.Tensor, te.Tensor]:
+    """x - the largest x along the axis, and e to the power of that. Where an x is NaN, so are both
+    and the sum of the powers: the maximum need not be."""
     shifted = x - te.reduction("maxnum", x, axis)
-    return te.call("exp_nonpositive", shifted)
+    return shifted, te.call("exp_nonpositive", shifted)
 
 
 def _softmax_compute(x: te.Tensor, a: AxisAttrs) -> te.Tensor:
-    source = widened(x)
-    e = _shares(source, a.axis)
+    _, e = _below_largest(widened(x), a.axis)
     inverse = te.map_elements(lambda total: 1.0 / total, te.sum(e, a.axis), name="inverse")
     return te.astype(e * inverse, x.dtype)
 
@@ -229,10 +228,8 @@ def _softmax_reference(x: Array, a: AxisAttrs) -> Array:
 
 
 def _log_softmax_compute(x: te.Tensor, a: AxisAttrs) -> te.Tensor:
-    source = widened(x)
-    shifted = source - te.max(source, a.axis)
-    total = te.sum(te.exp(shifted), a.axis)
-    return te.astype(shifted - te.call("log", total), x.dtype)
+    shifted, e = _below_largest(widened(x), a.axis)
+    return te.astype(shifted - te.call("log", te.sum(e, a.axis)), x.dtype)
 
 
 def _log_softmax_reference(x: Array, a: AxisAttrs) -> Array:
