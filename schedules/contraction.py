@@ -18,12 +18,11 @@ from minicompiler.ir.expr import Binary, Cast, Expr, Load, Var, const_int, free_
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Iter, Scope
 
-from . import analysis, elementwise, panels, shares
+from . import analysis, dots, elementwise, panels, shares
 from .panels import axis_of, block_of
 from .schedule import Schedule
 
 STREAMS = 8  # rows of a matrix that are read side by side: the ways of a first-level cache
-_FEW = 4  # rows that a matrix is not turned for
 _DEPTHS = (STREAMS // 2, STREAMS, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024)
 
 
@@ -73,8 +72,8 @@ def apply(s: Schedule) -> None:
     if nest is None:
         elementwise.apply(s)
         return
-    if _dots(s, nest):
-        elementwise.apply(s)
+    if dots.applies(s, nest):
+        dots.apply(s, nest)
         return
     conflict = panels.rows_conflict(s, nest)
     if s.choose("block_rows", (False, True) if conflict else (False,), conflict):
@@ -83,18 +82,6 @@ def apply(s: Schedule) -> None:
         assert made is not None
         nest = made
     _schedule(s, nest)
-
-
-def _dots(s: Schedule, nest: Nest) -> bool:
-    """True for a few rows times the rows of another run-time matrix: both are contiguous along the
-    reduction, and turning that matrix takes longer than all the products."""
-    rows = math.prod(const_int(r.extent) or 64 for r in nest.rows)
-    if rows > _FEW or nest.wide.buffer.constant or len(nest.reduce) != 1:
-        return False
-    arith = analysis.arith_of(s.func)
-    depth = nest.reduce[0].var
-    sides = (nest.broad, nest.wide)
-    return all(elementwise.strides(x.buffer, x.indices, depth, arith) == 1 for x in sides)
 
 
 def _before(s: Schedule, first: str, second: str) -> bool:
