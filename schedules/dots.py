@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .contraction import Nest
     from .schedule import Schedule
 
-FEW = 4  # rows of X that a matrix is not turned for
+FEW = 8  # rows of X that a matrix is not turned for
 _SUMS = 8  # vectors of partial results: they hide the latency of a fused multiply-add
 _STREAMS = 4  # rows of W
 
