@@ -23,7 +23,9 @@ from minicompiler.ir.expr import (
     substitute,
 )
 from minicompiler.ir.tir import (
+    PARALLEL,
     SERIAL,
+    VECTOR,
     Alloc,
     Block,
     Buffer,
@@ -104,13 +106,15 @@ def _plain_iter(block: Block, index: Expr) -> Iter | None:
 
 
 # ---- compute_at ---------------------------------------------------------------------------------
-def compute_at(s: Schedule, name: str, loop_name: str) -> None:
+def compute_at(s: Schedule, name: str, loop_name: str, once_name: str | None = None) -> None:
     """Moves a block into a loop, over just the part its partner there needs or makes.
 
     producer: before its first reader in the loop, over what the readers below touch.
     consumer: after the last writer in the loop, over what was written below; under a reduction
     loop of
       the writer it runs on the last iteration only.
+    once: a loop around (or `loop` itself), in whose first iteration alone a producer runs: the
+      others need the same again.
     """
     block, _ = s.block(name)
     loop, path = s.loop(loop_name)
@@ -118,13 +122,16 @@ def compute_at(s: Schedule, name: str, loop_name: str) -> None:
         s.refuse(f"block {name} is inside {loop_name} already", block)
     analysis.refuse_parallel_below(s, loop)
     analysis.refuse_vector_around(s, (*path, loop))
-    _can_move(s, block, (*path, loop))
+    _can_move(s, block, (*path, loop), once_name is not None)
     arith = analysis.arith_of(s.func)
     analysis.refuse_leaving_scan(s, block, (*path, loop))
     # In a recurrence a block may be both: what it makes is read below, but by the next iteration.
     needed = block.body.buffer in loaded(loop.body)
     if needed and not analysis.made_below(s, block, loop, arith):
-        nest, place = _as_producer(s, block, loop, arith)
+        first = [] if once_name is None else [_first_iteration(s, block, once_name, loop, path)]
+        nest, place = _as_producer(s, block, loop, arith, first)
+    elif once_name is not None:
+        s.refuse(f"block {name} makes nothing that is read in {loop_name}", block)
     else:
         nest, place = _as_consumer(s, block, loop, path, arith)
     s.edit(lambda x: Seq(()) if x is block else None)
@@ -134,23 +141,25 @@ def compute_at(s: Schedule, name: str, loop_name: str) -> None:
     s.swap(target, target.with_(body=seq(parts)))
 
 
-def _can_move(s: Schedule, block: Block, to: analysis.Path) -> None:
+def _can_move(s: Schedule, block: Block, to: analysis.Path, inwards: bool) -> None:
     """Refuses unless all that the block mentions is there below `to`, and its conditions say no
-    more than that its iterators are in range."""
+    more than that its iterators are in range. inwards: private buffers that stand around `to` may
+    be used."""
     missing = outer_vars(s, block) - {x.var for x in analysis.loops_in(to)}
     if missing:
         names = ", ".join(sorted(map(str, missing)))
         s.refuse(
             f"what block {block.name} computes depends on {names}", block, "move it before staging"
         )
+    around = {x.buffer for x in to if isinstance(x, Alloc)} if inwards else set()
     for b in [block.body.buffer, *[x.buffer for x in analysis.block_loads(block)]]:
-        if b.scope in (Scope.LOCAL, Scope.REGISTER):
+        if b.scope in (Scope.LOCAL, Scope.REGISTER) and b not in around:
             s.refuse(
                 f"block {block.name} uses the staged buffer {b.name}",
                 block,
                 "move it before staging",
             )
-    own = _own_conditions(s, block)
+    own = own_conditions(s, block)
     if own:
         s.refuse(f"block {block.name} has a condition of its own: {own[0]}", block)
 
@@ -168,7 +177,7 @@ def stays_private(
             )
 
 
-def _own_conditions(s: Schedule, block: Block) -> list[Expr]:
+def own_conditions(s: Schedule, block: Block) -> list[Expr]:
     """The conditions of a block that do not follow from its iterators being in range."""
     parts = analysis.where_parts(block)
     if not parts:
@@ -182,7 +191,34 @@ def _children(s: Stmt) -> list[Stmt]:
     return list(s.stmts) if isinstance(s, Seq) else [s]
 
 
-def _as_producer(s: Schedule, block: Block, loop: For, arith: Arith) -> tuple[Stmt, int]:
+def _first_iteration(
+    s: Schedule, block: Block, once_name: str, loop: For, path: analysis.Path
+) -> Expr:
+    """The condition that a loop is in its first iteration. Refuses unless the buffer of a block
+    outlives that loop, and all its iterations need the same of it."""
+    once, above = s.loop(once_name)
+    buffer = block.body.buffer
+    nest = [*analysis.loops_in(path), loop]
+    if once not in nest:
+        s.refuse(f"{once_name} is not a loop around {loop.var}", loop)
+    below = nest[nest.index(once) :]
+    private = buffer.scope in (Scope.LOCAL, Scope.REGISTER)
+    if private and not any(isinstance(x, Alloc) and x.buffer is buffer for x in above):
+        s.refuse(f"{buffer.name} is new in every iteration of {once_name}", once)
+    if any(analysis.writers(s.func, x.buffer) for x in analysis.block_loads(block)):
+        s.refuse(f"what block {block.name} reads is written by this function", block)
+    if any(x.kind in (PARALLEL, VECTOR) for x in below) or analysis.enclosing_condition(path):
+        s.refuse(f"the first iteration of {once_name} need not come first", once)
+    box = analysis.region(loop.body, buffer, analysis.arith_of(s.func))
+    moved = [e for side in box for e in side] + [x.extent for x in below[1:]]
+    if any(once.var in free_vars(e) for e in moved):
+        s.refuse(f"iterations of {once_name} need different parts of {buffer.name}", once)
+    return eq(once.var, ZERO)
+
+
+def _as_producer(
+    s: Schedule, block: Block, loop: For, arith: Arith, conditions: list[Expr]
+) -> tuple[Stmt, int]:
     buffer = block.body.buffer
     if buffer in s.func.params:
         s.refuse(f"{buffer.name} is a result of the function: all of it must be computed", block)
@@ -199,7 +235,7 @@ def _as_producer(s: Schedule, block: Block, loop: For, arith: Arith) -> tuple[St
             bind[it.var] = box[d]
         elif index is not ZERO:
             s.refuse(f"block {block.name} does not store at plain iterators", block)
-    nest = _nest(s, block, bind, arith, [])
+    nest = _nest(s, block, bind, arith, conditions)
     kids = _children(loop.body)
     first = next(k for k, x in enumerate(kids) if buffer in loaded(x))
     return nest, first

@@ -18,14 +18,12 @@ from minicompiler.ir.expr import Binary, Cast, Expr, Load, Var, const_int, free_
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Iter, Scope
 
-from . import analysis, elementwise, panels, shares
+from . import analysis, dots, elementwise, panels, shares
 from .panels import axis_of, block_of
 from .schedule import Schedule
 
 STREAMS = 8  # rows of a matrix that are read side by side: the ways of a first-level cache
-_FEW = 4  # rows that a matrix is not turned for
 _DEPTHS = (STREAMS // 2, STREAMS, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024)
-_PART = 512  # of a long reduction, where both operands come at run time
 
 
 @dataclasses.dataclass
@@ -74,8 +72,8 @@ def apply(s: Schedule) -> None:
     if nest is None:
         elementwise.apply(s)
         return
-    if _dots(s, nest):
-        elementwise.apply(s)
+    if dots.applies(s, nest):
+        dots.apply(s, nest)
         return
     conflict = panels.rows_conflict(s, nest)
     if s.choose("block_rows", (False, True) if conflict else (False,), conflict):
@@ -84,18 +82,6 @@ def apply(s: Schedule) -> None:
         assert made is not None
         nest = made
     _schedule(s, nest)
-
-
-def _dots(s: Schedule, nest: Nest) -> bool:
-    """True for a few rows times the rows of another run-time matrix: both are contiguous along the
-    reduction, and turning that matrix takes longer than all the products."""
-    rows = math.prod(const_int(r.extent) or 64 for r in nest.rows)
-    if rows > _FEW or nest.wide.buffer.constant or len(nest.reduce) != 1:
-        return False
-    arith = analysis.arith_of(s.func)
-    depth = nest.reduce[0].var
-    sides = (nest.broad, nest.wide)
-    return all(elementwise.strides(x.buffer, x.indices, depth, arith) == 1 for x in sides)
 
 
 def _before(s: Schedule, first: str, second: str) -> bool:
@@ -309,7 +295,7 @@ def _schedule(s: Schedule, nest: Nest) -> None:
         rows_outer, row_o = shares.rows_for_threads(s, row_o, around)
         around += [rows_outer] if rows_outer else []
         s.reorder(*around, *([k_o] if k_o else []), row_o, v_o, *depth, *tile)
-        packed = panels.pack_near(s, nest, k_o or around[-1], width, group)
+        packed = panels.stage_near(s, nest, k_o or around[-1], width)
         home = v_o
     else:
         rows_outer = None
@@ -341,8 +327,9 @@ def _schedule(s: Schedule, nest: Nest) -> None:
             s.mark(inner, UNROLL)
             if packed is not None and nest.wide.buffer.constant and row_o is not None:
                 fetch_ahead(s, name, packed, last, row_o, v_o)
-    if way is panels.Way.NEAR and nest.broad.buffer.scope is Scope.GLOBAL and row_o is not None:
-        fetch_ahead(s, name, nest.broad.buffer.name, last, v_o, row_o)
+    if way is panels.Way.NEAR:
+        assert row_o is not None and packed is not None
+        panels.pack_near(s, nest, packed, row_o, last, width)
     elif row_o is not None and len(depth) > 1 and depth[0] != last:
         _fetch_rows(s, nest, depth[0], rows)
     for n in tile[:-1]:
@@ -385,7 +372,7 @@ def _part_of_depth(
         if stream:
             default = STREAMS if row_extent != 1 else STREAMS // 2
         else:
-            default = _PART if near else shares.PLANES if planes else 256 if small else 768
+            default = shares.PLANES if planes else 256 if small and not near else 768
         limit = s.choose("depth", _DEPTHS, default)
         size = depth_block(const_int(nest.reduce[0].extent), limit)
         # The axis may be cut into blocks of the operand's layout already.

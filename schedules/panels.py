@@ -18,6 +18,7 @@ from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import VECTOR, Iter, Scope, Store
 
 from . import analysis, elementwise
+from .hints import MOST_LINES
 
 if TYPE_CHECKING:
     from .contraction import Nest
@@ -53,8 +54,8 @@ def axis_of(access: Load | Store, it: Iter) -> int | None:
 
 def rows_conflict(s: Schedule, nest: Nest) -> bool:
     """True when the rows of a tile lie a multiple of 4 KB apart: they would fight for the same
-    lines of the first-level cache for as long as the tile walks along them. Worth a copy if it is
-    read often."""
+    lines of the first-level cache each time a tile walks along them. Worth a copy if that happens
+    for every panel."""
     load = nest.broad
     if (
         load.buffer.scope is not Scope.PARAM
@@ -78,6 +79,12 @@ def rows_conflict(s: Schedule, nest: Nest) -> bool:
     ):
         return False
     arith = analysis.arith_of(s.func)
+    wide = nest.wide
+    if (
+        not wide.buffer.constant
+        and elementwise.strides(wide.buffer, wide.indices, nest.vector.var, arith) == 1
+    ):
+        return False  # tiles of rows stay near while a group of panels goes by
     depth = elementwise.strides(load.buffer, load.indices, nest.reduce[0].var, arith)
     step = elementwise.strides(load.buffer, load.indices, nest.rows[-1].var, arith)
     return depth == 1 and step is not None and step * load.buffer.dtype.bytes % 4096 == 0
@@ -136,45 +143,62 @@ def pack_first(s: Schedule, nest: Nest, width: int, depth: list[tuple[int, int]]
     return s.stage(nest.wide.buffer.name, None, Scope.GLOBAL, parts)
 
 
+def from_near(s: Schedule, nest: Nest) -> bool:
+    """True when the wide operand is not much larger than the second-level cache."""
+    extents = [const_int(x.extent) or 1024 for x in (nest.vector, nest.reduce[0])]
+    return nest.wide.buffer.dtype.bytes * math.prod(extents) * 2 <= 3 * s.target.caches[1]
+
+
 def group_of(s: Schedule, nest: Nest, width: int, depth: int) -> int:
-    """How many panels of a depth are packed together: they stay in the second-level cache while
-    the rows go by, and there is a group for each thread. Every group is one pass over the rows, so
-    there are few where these come from memory."""
-    rows = math.prod(const_int(r.extent) or 64 for r in nest.rows)
-    n, k = (const_int(x.extent) or 64 for x in (nest.vector, nest.reduce[0]))
-    size = nest.wide.buffer.dtype.bytes
+    """How many panels of a depth are packed together, at least a group for each thread. Every group
+    is one pass over the rows. Where these come from far, that costs more than panels which stay in
+    the last cache only: a panel is read from end to end, which hardware foresees."""
     _, second, last = s.target.caches
-    share = second // (2 if size * (rows * k + k * n + rows * n) > last else 4)
-    most = max(1, share // (size * width * depth))
+    size = nest.wide.buffer.dtype.bytes
+    rows = size * math.prod(const_int(r.extent) or 64 for r in nest.rows) * depth
     columns = const_int(nest.vector.extent)
+    near = columns is None or from_near(s, nest) or 2 * rows <= second
+    share = second // 4 if near else max(second // 4, last // (4 * s.target.cores))
+    most = max(1, share // (size * width * depth))
     if columns is None:
         return most
     panels = -(-columns // width)
-    groups = max(-(-panels // most), min(panels, 2 * s.target.cores))
+    shares = math.prod(const_int(x.extent) or 1 for x in nest.outer)
+    groups = max(-(-panels // most), min(panels, -(-2 * s.target.cores // shares)))
     return -(-panels // groups)
 
 
-def pack_near(s: Schedule, nest: Nest, at: str, width: int, group: int) -> str:
-    """Copies the part of the wide operand that an iteration of loop `at` reads, as panels. Returns
-    the name of the copy."""
+def stage_near(s: Schedule, nest: Nest, at: str, width: int) -> str:
+    """The part of the wide operand that an iteration of loop `at` reads gets a copy, as panels.
+    Returns the name of the copy."""
     load = nest.wide
     axis, deep = axis_of(load, nest.vector), axis_of(load, nest.reduce[0])
     assert axis is not None and deep is not None
     others = [[k, 1, 0] for k in range(len(load.indices)) if k not in (axis, deep)]
     parts = [*others, [axis, width, 0], [deep, 1, 0], [axis, 1, width]]
-    packed = s.stage(load.buffer.name, at, Scope.LOCAL, parts)
-    copy = f"{packed}_in"
+    return s.stage(load.buffer.name, at, Scope.LOCAL, parts)
+
+
+def pack_near(s: Schedule, nest: Nest, packed: str, rows: str, depth: str, width: int) -> None:
+    """Fills the copy. A matrix that comes from near is copied by the first tiles of loop `rows` on
+    their way through `depth`: what they load for their products they store as well. Of one from
+    far, long pieces of rows are copied before the tiles, and fetched ahead."""
+    load, copy = nest.wide, f"{packed}_in"
+    axis, deep = axis_of(load, nest.vector), axis_of(load, nest.reduce[0])
+    if from_near(s, nest):
+        s.compute_at(copy, depth, rows)
+        elementwise.vector_tile(s, copy, depth)
+        return
     column, row = (next(n for n in s.loops_of(copy) if n == f"{packed}_{k}") for k in (axis, deep))
+    piece = const_int(s.loop(column)[0].extent)
     panel, lanes = s.split(column, width, "perfect")
     s.reorder(row, panel, lanes)
     s.mark(lanes, VECTOR)
     arith = analysis.arith_of(s.func)
     apart = elementwise.strides(load.buffer, load.indices, nest.reduce[0].var, arith)
-    size = load.buffer.dtype.bytes * (const_int(nest.vector.extent) or 1024)
-    if apart is not None and size * (const_int(nest.reduce[0].extent) or 1024) > s.target.caches[1]:
-        lines = -(-group * width * load.buffer.dtype.bytes // _CACHE_LINE)
+    lines = -(-(piece or 0) * load.buffer.dtype.bytes // _CACHE_LINE)
+    if apart is not None and 0 < lines <= MOST_LINES:
         s.prefetch(load.buffer.name, row, _ROWS_AHEAD * apart, None, lines)
-    return packed
 
 
 def copy_panels(s: Schedule, name: str) -> bool:

@@ -226,10 +226,15 @@ class Schedule:
         """An elementwise block disappears into its readers."""
         self._apply("inline", lambda: blocks.inline(self, block), block=block)
 
-    def compute_at(self, block: str, loop: str) -> None:
-        """A producer is computed just before, a consumer just after, its partner inside `loop`."""
+    def compute_at(self, block: str, loop: str, once: str | None = None) -> None:
+        """A producer is computed just before, a consumer just after, its partner inside `loop`.
+        once: only in the first iteration of this loop around, whose iterations need the same."""
         self._apply(
-            "compute_at", lambda: blocks.compute_at(self, block, loop), block=block, loop=loop
+            "compute_at",
+            lambda: blocks.compute_at(self, block, loop, once),
+            block=block,
+            loop=loop,
+            **({} if once is None else {"once": once}),
         )
 
     def decompose_reduction(self, block: str, loop: str) -> str:

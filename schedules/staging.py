@@ -45,7 +45,14 @@ from minicompiler.ir.tir import (
 )
 
 from . import analysis
-from .blocks import element_conditions, inner_loops, loaded, tail_conditions, wrap
+from .blocks import (
+    element_conditions,
+    inner_loops,
+    loaded,
+    own_conditions,
+    tail_conditions,
+    wrap,
+)
 from .loops import drop_conditions
 
 if TYPE_CHECKING:
@@ -440,6 +447,13 @@ def _live_after(
             b.body.buffer,
         }:
             return True
+    # What is written in some iterations only, and read in others, stays from one to the next. (An
+    # update that leaves out terms does not count, nor an init: see the loops below.)
+    for w in analysis.writers(s.func, buffer):
+        plain = w.tag != "init" and not analysis.is_reduction(w)
+        for c in own_conditions(s, w) if plain else ():
+            if any(c not in analysis.where_parts(r) for r in analysis.readers(s.func, buffer)):
+                return True
     # A loop around that does not move the box comes back to the same elements (a reduction loop).
     moved = frozenset().union(*[free_vars(low) for low, _ in box], frozenset())
     writing = [b for b in analysis.blocks(loop.body) if b.body.buffer is buffer]

@@ -68,7 +68,8 @@ def inline(s: Schedule, pick: Pick) -> None:
 
 
 def compute_at(s: Schedule, pick: Pick) -> None:
-    s.compute_at(pick(block_names(s)), pick(loop_names(s)))
+    once = pick((None, *loop_names(s))) if pick((True, False)) else None
+    s.compute_at(pick(block_names(s)), pick(loop_names(s)), once)
 
 
 def decompose_reduction(s: Schedule, pick: Pick) -> None:

@@ -30,6 +30,7 @@ from minicompiler.ir.expr import (
     wrap,
 )
 from minicompiler.ir.tir import (
+    SERIAL,
     UNROLL,
     VECTOR,
     Block,
@@ -87,7 +88,8 @@ def lower_blocks(func: PrimFunc, ctx: object = None) -> PrimFunc:
 
 
 def hoist_conditions(func: PrimFunc, ctx: object = None) -> PrimFunc:
-    """Ifs directly inside a loop whose conditions do not depend on it move out of it."""
+    """Ifs directly inside a loop whose conditions do not depend on it move out of it; one of
+    several statements in an innermost loop makes two loops, with and without it."""
 
     def one(s: Stmt) -> Stmt | None:
         if not isinstance(s, For):
@@ -99,11 +101,31 @@ def hoist_conditions(func: PrimFunc, ctx: object = None) -> PrimFunc:
             body = body.then
         moved = [c for c in conditions if s.var not in free_vars(c) and not _loads(c)]
         if not moved:
-            return None
+            return _two_loops(s)
         made: Stmt = s.with_(body=_under([c for c in conditions if c not in moved], body))
         return _under(moved, made)
 
     return func.with_(phases=tuple(map_statements(p, one) for p in func.phases))
+
+
+def _two_loops(s: For) -> Stmt | None:
+    """for k: (if c: A); B   ->   if c: (for k: A; B) else: (for k: B)"""
+    if s.kind is not SERIAL or s.tag or not isinstance(s.body, Seq):
+        return None
+    inner = [x.kind for x in statements(s.body) if isinstance(x, For)]
+    conditions = {
+        x.cond for x in s.body.stmts
+        if isinstance(x, If) and x.orelse is None and s.var not in free_vars(x.cond)
+    }  # fmt: skip
+    if len(conditions) != 1 or not all(k in (VECTOR, UNROLL) for k in inner):
+        return None
+    (cond,) = conditions
+    if _loads(cond):
+        return None
+    pairs = [(x, isinstance(x, If) and x.cond is cond) for x in s.body.stmts]
+    with_it = seq([x.then if mine and isinstance(x, If) else x for x, mine in pairs])
+    without = seq([x for x, mine in pairs if not mine])
+    return If(cond, s.with_(body=with_it), None if is_empty(without) else s.with_(body=without))
 
 
 def _under(conditions: list[Expr], body: Stmt) -> Stmt:

@@ -98,3 +98,16 @@ def test_conditions_leave_loops_that_they_do_not_concern() -> None:
     func = hoist_conditions(nest((3, 3, 3), [b, a, c]))
     shown = [str(s.cond) for s in statements(func) if isinstance(s, If)]
     assert shown == [str(a), str(c), str(b)]
+
+
+def test_an_innermost_loop_is_written_twice_where_a_part_of_it_depends_on_one_condition() -> None:
+    x, r = (Buffer(n, float32, (Const(3), Const(4))) for n in ("x", "r"))
+    first = If(eq(v, Const(1)), Store(r, (v, w), Load(x, (v, w))))
+    twice = Store(r, (v, w), Load(r, (v, w)) + Load(x, (v, w)))
+    loops = For(v, Const(3), SERIAL, For(w, Const(4), SERIAL, seq([first, twice])))
+    func = PrimFunc("f", (x, r), 1, (), (), (loops,))
+    made = hoist_conditions(func)
+    inner = [s for s in statements(made) if isinstance(s, For) and s.var is w]
+    assert len(inner) == 2
+    assert not any(isinstance(s, If) for loop in inner for s in statements(loop))
+    np.testing.assert_array_equal(run(made)[1], 2 * (5 + np.arange(4)))

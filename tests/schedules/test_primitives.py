@@ -100,6 +100,15 @@ def blocked_tile(s: Schedule) -> None:
     s.mark("i1_i", "vector")
 
 
+def packed_once(s: Schedule) -> None:
+    """The first tiles of rows fill the panels that all others read."""
+    s.split("i1", 4, "mask")
+    s.split("i0", 2, "mask")
+    s.reorder("i0_o", "i1_o", "k0", "i0_i", "i1_i")
+    s.stage("p1", None, "global", PANELS)
+    s.compute_at("p1_s_in", "k0", "i0_o")
+
+
 def fused(s: Schedule) -> None:
     s.fuse("i0", "i1")
 
@@ -140,6 +149,7 @@ PRIMITIVES: dict[str, tuple[str, Callable[[Schedule], Any]]] = {
     "compute_at_consumer": ("matmul", lambda s: s.compute_at("relu", "i0")),
     "compute_at_last_iteration": ("matmul", lambda s: s.compute_at("relu", "k0")),
     "compute_at_row": ("softmax", softmax_row),
+    "compute_at_once": ("matmul", packed_once),
     "decompose_reduction": ("matmul", lambda s: s.decompose_reduction("matmul", "i1")),
     "stage_register": ("matmul", lambda s: s.stage("matmul", "i1")),
     "stage_local": ("conv", lambda s: s.stage("pad", "i2_2", "local")),
@@ -180,6 +190,7 @@ WRONG: dict[str, Callable[[Schedule], Any]] = {
     "inline_a_reduction": lambda s: s.inline("matmul"),
     "compute_at_itself": lambda s: s.compute_at("matmul", "i0"),
     "compute_at_stranger": lambda s: s.compute_at("nothing", "i0"),
+    "compute_at_once_for_a_consumer": lambda s: s.compute_at("relu", "i0", "i0"),
     "stage_untouched": lambda s: s.stage("p2", "i1"),
     "stage_what_is_written": lambda s: s.stage("r0", None, "global"),
     "stage_global_in_a_loop": lambda s: s.stage("p0", "i0", "global"),
@@ -221,6 +232,19 @@ ILLEGAL: dict[str, tuple[list[tuple[str, tuple[Any, ...]]], tuple[str, tuple[Any
     "a mixed loop": ([("fuse", ("i1", "k0"))], ("compute_at", ("relu", "i1_k0"))),
     "an init twice": (
         [("decompose_reduction", ("matmul", "k0"))], ("decompose_reduction", ("matmul", "i0")),
+    ),
+    "different parts in one iteration": (
+        [("stage", ("p0", None, "global"))], ("compute_at", ("p0_s_in", "k0", "i0")),
+    ),
+    "a loop elsewhere": (
+        [("stage", ("p1", None, "global"))], ("compute_at", ("p1_s_in", "k0", "i0_2")),
+    ),
+    "memory that ends too early": (
+        [("stage", ("p1", "i1", "local"))], ("compute_at", ("p1_s_in", "k0", "i0")),
+    ),
+    "threads that begin later": (
+        [("stage", ("p1", None, "global")), ("compute_at", ("p1_s_in", "k0", "i0"))],
+        ("mark", ("i0", "parallel")),
     ),
     "less padding": (
         [("stage", ("p1", None, "global", PANELS))],

@@ -9,7 +9,7 @@ import minicompiler as mc
 from minicompiler.context import Context, Options
 from minicompiler.ir.expr import Const, Dim, Expr
 from minicompiler.ir.graph import Constant, Function, Input, apply
-from minicompiler.ir.tir import PrimFunc, Scope
+from minicompiler.ir.tir import Prefetch, PrimFunc, Scope, statements
 from minicompiler.ir.types import TensorType, float32
 from minicompiler.kernel import lower_kernel
 from minicompiler.ops.conv import ConvAttrs, conv
@@ -55,11 +55,27 @@ def test_one_row_times_rows_packs_nothing() -> None:
     assert any(b.name == "matmul_rf" for b in analysis.blocks(func))
 
 
+def test_a_matrix_from_near_is_packed_by_the_first_tiles() -> None:
+    """And one from far before them, in long pieces of its rows."""
+    for size, woven in ((200, True), (1500, False)):
+        func = scheduled(product(size, size, size))
+        (copy,) = (b for b in analysis.blocks(func) if b.name == "p1_s_in")
+        assert bool(analysis.where_parts(copy)) == woven
+        hints = [x for x in statements(func) if isinstance(x, Prefetch)]
+        assert bool(hints) != woven
+
+
+def test_few_rows_read_rows_of_a_matrix_once() -> None:
+    loops = [x.var.name for x in analysis.loops(scheduled(product(3, 512, 512, turned=True)))]
+    assert loops[0] == "i1_o" and loops.index("i0") > loops.index("k0_o")
+
+
 @pytest.mark.parametrize(
     "shape",
     [
         (1, 300, 500), (1, 64, 4096), (2, 130, 1000), (7, 2048, 77), (12, 500, 700),
         (13, 1024, 300), (40, 17, 1030), (97, 33, 5), (300, 16, 600), (64, 64, 2049), (65, 129, 1),
+        (4, 77, 513), (3, 2, 40), (4, 3, 1), (2, 1, 5), (60, 200, 3), (100, 90, 700),
     ],
     ids=lambda s: "x".join(map(str, s)),
 )  # fmt: skip
