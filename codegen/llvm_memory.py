@@ -22,6 +22,7 @@ from .llvm_values import Values
 
 Indices = tuple[Expr, ...]
 STREAMED = 16, 32  # bytes: the alignments that stores past the caches need, and of whole registers
+NOWHERE = 64  # bytes of zeros, for loads that are not wanted
 
 
 class Memory(Values):
@@ -133,8 +134,8 @@ class Memory(Values):
         found = self.scopes[0].values.get("nowhere")
         if found is None:
             name = self.fresh("nowhere")
-            self.allocas.append(f"{name} = alloca [64 x i8], align 64")
-            self.allocas.append(f"store <64 x i8> zeroinitializer, ptr {name}, align 64")
+            self.allocas.append(f"{name} = alloca [{NOWHERE} x i8], align {NOWHERE}")
+            self.allocas.append(f"store <{NOWHERE} x i8> zeroinitializer, ptr {name}, align 64")
             found = self.scopes[0].values["nowhere"] = Operand(name)
         return found.name
 
@@ -167,7 +168,8 @@ class Memory(Values):
         scalar, align = memory_type(buffer.dtype), buffer.dtype.bytes
         lanes = self.vector[1] if kind == "next" and self.vector is not None else 1
         p = self.address(buffer, poly)
-        if mask is not None and lanes == 1:  # one element for all lanes that want it
+        together = mask is not None and mask.lanes == 1 and lanes * align <= NOWHERE
+        if mask is not None and (lanes == 1 or together):  # one address for all that is wanted
             p = self.op(f"select i1 {self.any_lane(mask)}, ptr {p}, ptr {self.nowhere()}")
             mask = None
         t = vector(scalar, lanes)

@@ -22,6 +22,7 @@ from minicompiler.ir.expr import (
     Select,
     Var,
     cast,
+    const,
     free_vars,
     maximum,
     minimum,
@@ -341,6 +342,9 @@ class Values(Indices):
             b_mask = self.both(mask, self.negated(cond))
         a, b = self.value(e.a, a_mask), self.value(e.b, b_mask)
         lanes = max(cond.lanes, a.lanes, b.lanes)
+        outside = type(e.a) is Load and e.a.buffer.scope in _OUTSIDE
+        if outside and a.lanes == lanes and e.b is const(0, e.dtype):
+            return a  # lanes that are not loaded are zeros
         scalar, ty = value_type(e.dtype), value_type(e.dtype, lanes)
         a, b = self.splat(a, scalar, lanes), self.splat(b, scalar, lanes)
         flag = vector("i1", cond.lanes)

@@ -18,7 +18,7 @@ from minicompiler.ir.expr import Binary, Cast, Expr, Load, Var, const_int, free_
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Iter, Scope
 
-from . import analysis, dots, elementwise, panels, shares
+from . import analysis, dots, elementwise, lines, panels, shares
 from .panels import axis_of, block_of
 from .schedule import Schedule
 
@@ -259,10 +259,29 @@ def _schedule(s: Schedule, nest: Nest) -> None:
     ]
     if order != s.loops_of(name):
         s.reorder(*order)
-    row = None
-    if nest.rows:
-        row = s.fuse(*[_loop(i) for i in nest.rows]) if len(nest.rows) > 1 else _loop(nest.rows[0])
     depth, packed_depth = _reduction_order(s, nest)
+    way = panels.way_of(s, nest, rows, row_extent, packed_depth)
+    part = _part_of_depth(s, nest, depth, width, row_extent, way)
+    row, lines_o = None, None
+    outer = [_loop(i) for i in nest.outer]
+    row_loops = [_loop(i) for i in nest.rows]
+    prepared = lines.prepared_by(s, nest) if way is panels.Way.FIRST else None
+    if prepared is not None:
+        inside = dataclasses.replace(nest, outer=[])
+
+        def part_of(n: int) -> lines.Part:
+            return _part_of_depth(s, inside, depth, width, n, way)
+
+        blocks = shares.extent(s, depth[0], 1)
+        count = lines.lines_of_block(s, nest, rows, blocks, part_of)
+        if count is not None:
+            *more, line, pixel = row_loops
+            lines_o, line = s.split(line, count, "perfect")
+            outer, row_loops = [*outer, *more], [line, pixel]
+            row_extent = count * shares.extent(s, pixel, 1)
+            part = part_of(row_extent)
+    if row_loops:
+        row = s.fuse(*row_loops) if len(row_loops) > 1 else row_loops[0]
     block = block_of(out.buffer.layout, axis_of(out, nest.vector))
     v_o, v_i = s.split(_loop(nest.vector), block if block > 1 else width, "mask")
     tile = [v_i]
@@ -271,14 +290,11 @@ def _schedule(s: Schedule, nest: Nest) -> None:
         tile = [v_b, v_i]
     elif width & (width - 1):  # vectors have a power of two of lanes
         tile = [*s.split(v_i, s.target.vector_bytes // 4)]
-    outer = [_loop(i) for i in nest.outer]
     row_o = None
     if row is not None:
         row_o, row_i = s.split(row, rows, "mask")
         tile = [row_i, *tile]
-    way = panels.way_of(s, nest, rows, row_extent, packed_depth)
     k_o, limit = None, 0
-    part = _part_of_depth(s, nest, depth, width, row_extent, way)
     if part is not None:
         limit, size = part
         k_o, k_i = s.split(depth[0], size, "guard")
@@ -297,6 +313,12 @@ def _schedule(s: Schedule, nest: Nest) -> None:
         s.reorder(*around, *([k_o] if k_o else []), row_o, v_o, *depth, *tile)
         packed = panels.stage_near(s, nest, k_o or around[-1], width)
         home = v_o
+    elif lines_o is not None and prepared is not None and row_o is not None:
+        around = [*outer, lines_o]
+        s.reorder(*around, *([k_o] if k_o else []), v_o, row_o, *depth, *tile)
+        lines.prepare(s, prepared, k_o or lines_o)
+        packed = panels.pack_first(s, nest, width, packed_depth)
+        home = row_o
     else:
         rows_outer = None
         if row_o is not None:
@@ -368,11 +390,13 @@ def _part_of_depth(
     small = result <= s.target.caches[1]
     extents = [const_int(s.loop(n)[0].extent) for n in depth]
     if len(nest.reduce) == 1:
-        planes = shares.in_planes(s, nest, depth) and result <= 2 * s.target.caches[1]
+        several = columns is None or columns > width  # panels: one reads each row once
+        fits = result <= 2 * s.target.caches[1]
+        planes = shares.planes_together(s, nest, depth) if several and fits else None
         if stream:
             default = STREAMS if row_extent != 1 else STREAMS // 2
         else:
-            default = shares.PLANES if planes else 256 if small and not near else 768
+            default = 768 if near else planes or (256 if small else 768)
         limit = s.choose("depth", _DEPTHS, default)
         size = depth_block(const_int(nest.reduce[0].extent), limit)
         # The axis may be cut into blocks of the operand's layout already.

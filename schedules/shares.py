@@ -20,21 +20,22 @@ if TYPE_CHECKING:
     from .schedule import Schedule
 
 PAGE = 4096
-PLANES = 64  # channels of a part of a reduction, where their images lie far apart
-_MOST_IDLE = 0.05  # of the time of all threads, at the end of a parallel loop
+_PLANES = 128  # channels of a part of a reduction, where their images lie far apart
+MOST_IDLE = 0.05  # of the time of all threads, at the end of a parallel loop
 _FEW_TILES = 8  # of rows: a smaller block would hardly use what it reads of the other operand
 _TILES_PER_PACKING = 8  # or more, so that packing is little beside the products
+
+
+def idle(shares: int, threads: int) -> float:
+    """The time in which threads wait for the last one, over that of all the work."""
+    return -(-shares // threads) * threads / shares - 1
 
 
 def even(shares: int, options: Sequence[int], threads: int) -> int:
     """Into how many parts each of so many shares of work is divided, so that no thread waits long
     for another: the first option that does, or the best one."""
-
-    def idle(parts: int) -> float:
-        every = shares * parts
-        return -(-every // threads) * threads / every - 1
-
-    return next((n for n in options if idle(n) <= _MOST_IDLE), min(options, key=idle))
+    enough = (n for n in options if idle(shares * n, threads) <= MOST_IDLE)
+    return next(enough, min(options, key=lambda n: idle(shares * n, threads)))
 
 
 def extent(s: Schedule, loop: str, otherwise: int) -> int:
@@ -61,7 +62,7 @@ def rows_in_cache(
     total = limit if k_o is not None else math.prod(extent(s, n, 1024) for n in depth)
     # What lies between the rows comes into the cache as well; so does more than is used of planes,
     # as what is fetched ahead of one place in each of them.
-    planes = len(nest.reduce) == 1 and in_planes(s, nest, depth)
+    planes = len(nest.reduce) == 1 and planes_together(s, nest, depth) is not None
     share = s.target.caches[1] // (8 if leaves_gaps(s, nest) else 4 if planes else 2)
     fit = max(4, share // (4 * total) // rows)
     blockable = not nest.outer or len(nest.rows) == 1 or k_o is not None or _plain_rows(nest)
@@ -90,9 +91,10 @@ def rows_for_threads(s: Schedule, row_o: str, around: list[str]) -> tuple[str | 
     return s.split(row_o, each, "guard")
 
 
-def in_planes(s: Schedule, nest: Nest, depth: list[str]) -> bool:
-    """True when blocks of the reduction axis lie far apart, as whole images: a tile then reads a
-    few lines of each, which fight for the same places of the first-level cache."""
+def planes_together(s: Schedule, nest: Nest, depth: list[str]) -> int | None:
+    """How much of the reduction axis is read together where its blocks lie far apart, as whole
+    images, and a tile reads a few lines of each. A multiple of 4 KB apart these fight for the same
+    places of the first-level cache. None where they lie close, or are few."""
     values: dict[Expr, Expr] = {
         nest.reduce[0].var: analysis.values_of(s.block(nest.block.name)[0])[nest.reduce[0].var]
     }
@@ -100,9 +102,10 @@ def in_planes(s: Schedule, nest: Nest, depth: list[str]) -> bool:
     arith = analysis.arith_of(s.func)
     apart = elementwise.strides(nest.broad.buffer, at, s.loop(depth[0])[0].var, arith)
     if len(depth) == 1 or apart is None or 4 * apart < PAGE:
-        return False
-    long = (const_int(nest.reduce[0].extent) or 1024) > 4 * PLANES
-    return long or 4 * apart % PAGE == 0  # then even few of them
+        return None
+    if 4 * apart % PAGE == 0:
+        return _PLANES // 2
+    return _PLANES if (const_int(nest.reduce[0].extent) or 1024) > 2 * _PLANES else None
 
 
 def leaves_gaps(s: Schedule, nest: Nest) -> bool:

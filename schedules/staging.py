@@ -167,7 +167,8 @@ def _stage_tile(
     writers = [a.block for a in found if a.is_store]
     pattern = next((w for w in writers if w.tag != "init"), found[0].block)
     tail = element_conditions(pattern)
-    if tail != tail_conditions(pattern, arith) or not _points_inside(
+    private = _only_stores_ask(found, pattern, chosen)
+    if (not private and tail != tail_conditions(pattern, arith)) or not _points_inside(
         points or (), shape, buffer, tail, chosen, pattern, arith
     ):
         return None
@@ -189,7 +190,10 @@ def _stage_tile(
 
         made = x.with_(init=x.init and store(x.init), body=store(x.body))
         mine = x.body.buffer is buffer
-        return _unconditional(made, tail_conditions(x, arith), new, arith) if mine else made
+        if not mine:
+            return made
+        dropped = element_conditions(x) if private else tail_conditions(x, arith)
+        return _unconditional(made, dropped, new, arith)
 
     copy_in = _read_first(s, loop, path, buffer, arith, found, pointwise=True)
     live = bool(writers) and _live_after(s, loop, path, buffer, [(p, ZERO) for p in points or ()])
@@ -218,6 +222,25 @@ def _stage_tile(
     s.swap(loop, loop.with_(body=Alloc(new, seq(parts))))
     _forget_unused(s, buffer)
     return new.name
+
+
+def _only_stores_ask(
+    found: list[analysis.Access], pattern: Block, chosen: dict[int, list[For]]
+) -> bool:
+    """True when the points that a block leaves out (those of the next tile, say) are left out by
+    all others too, so that a tile may hold anything there."""
+    asked: list[frozenset[Expr]] = []
+    for a in found:
+        canonical: dict[Expr, Expr] = {
+            x.var: Var(f"_t{k}") for k, x in enumerate(chosen[id(a.block)])
+        }
+        conditions = element_conditions(a.block)
+        if any(type(c) is not Binary or c.op != "lt" for c in conditions):
+            return False
+        asked.append(frozenset(substitute(c, canonical) for c in conditions))
+    own = asked[next(k for k, a in enumerate(found) if a.block is pattern)]
+    made = [x for a, x in zip(found, asked, strict=True) if a.is_store]
+    return all(x == own for x in made) and all(x >= own for x in asked)
 
 
 def _points_inside(

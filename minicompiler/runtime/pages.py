@@ -39,13 +39,18 @@ class Pages:
         """An array whose elements are not set. Raises MemoryError."""
         size = math.prod(shape) * dtype.itemsize
         if size < _SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
-            return np.empty(shape, dtype)
+            return _at_line(np.empty(size + _LINE, np.uint8))[:size].view(dtype).reshape(shape)
         with self._lock:
             if self._rest.nbytes < size:
                 self._rest = _block(max(_BLOCK, size))
             part = self._rest[:size]
             self._rest = self._rest[-(-size // _LINE) * _LINE :]
         return part.view(dtype).reshape(shape)
+
+
+def _at_line(memory: np.ndarray) -> np.ndarray:
+    """The bytes from the first that starts a cache line: vectors then lie in one line each."""
+    return memory[-memory.ctypes.data % _LINE :]
 
 
 def _block(size: int) -> np.ndarray:
