@@ -170,7 +170,7 @@ def _group_loops(s: Schedule, last: str) -> list[str] | None:
     *whole, grouped = at
     divided = 1
     if type(grouped) is Binary and grouped.op == "floordiv":
-        grouped, divided = grouped.a, const_int(grouped.b) or 0
+        divided, grouped = const_int(grouped.b) or 0, grouped.a
     if not divided or any(i not in loop_of for i in (*whole, grouped)):
         return None
     names = [str(loop_of[i]) for i in (*whole, grouped)]
