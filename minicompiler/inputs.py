@@ -9,7 +9,9 @@ random_inputs(plan, sizes, {})                arrays of these sizes, the same on
 from __future__ import annotations
 
 import itertools
+import math
 import re
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -155,7 +157,15 @@ def random_inputs(
 def random_array(
     rng: np.random.Generator, dtype: np.dtype[Any], shape: Sequence[int]
 ) -> np.ndarray:
-    """Floats in [-1, 1); integers 0 and 1, because they are mostly indices and masks."""
+    """Floats in [-1, 1); integers 0 and 1, because they are mostly indices and masks.
+
+    Raises RunError for a size that no memory holds.
+    """
+    if math.prod(shape) * 8 > sys.maxsize:
+        text = ", ".join(map(str, shape))
+        raise RunError(
+            f"there is no memory for a random input [{text}]", hint="choose smaller sizes: --dims"
+        )
     if dtype.kind in "biu":
         return rng.integers(0, 2, shape).astype(dtype)
     return rng.uniform(-1, 1, shape).astype(dtype)
