@@ -183,14 +183,19 @@ def _rnn(n: OnnxNode, d: _Direction, x: Value, lengths: Value | None) -> Value:
     return n.apply(rc.rnn, pre, weight, d.state(5), lengths, attrs=d.attrs, name="")
 
 
+_RANKS = 3, 3, 3, 2, 1  # of x, the weights, the bias and the lengths
+
+
 def _recurrent(layer: Callable[..., Any], gates: int, defaults: Sequence[str]) -> Converter:
     """A converter: the layer in each direction, then the axis of directions."""
 
     def convert(n: OnnxNode) -> tuple[Value | None, ...]:
         swapped = bool(n.attr("layout", 0))
         x = n.arg(0)
-        if type_of(x).rank != 3:
-            n.fail(f"{n.op_type} needs an input of 3 dimensions, not {type_of(x).rank}")
+        for k, rank in enumerate(_RANKS):
+            v = n.opt(k)
+            if v is not None and type_of(v).rank != rank:
+                n.fail(f"input {k} of {n.op_type} is {type_of(v)}: {rank} dimensions are needed")
         if swapped:
             x = n.apply(sh.transpose, x, attrs=sh.TransposeAttrs((1, 0, 2)), name="")
         lengths = _lengths(n, type_of(x).shape[0])

@@ -181,6 +181,11 @@ def steps_of_a_line() -> ModelProto:
     return model([node("LSTM", "x w r", "y", hidden_size=2)], inputs, ["y"])
 
 
+def weights_of_a_line() -> ModelProto:
+    inputs = {"x": numbers(4, 1, 2), "w": numbers(1), "r": numbers(1, 2, 2)}
+    return model([node("RNN", "x w r", "y", hidden_size=2)], inputs, ["y"])
+
+
 def pool_of_another_rank() -> ModelProto:
     pool = node("MaxPool", "x", "y", kernel_shape=[2], auto_pad="SAME_UPPER")
     return model([pool], {"x": numbers(1, 1, 4, 4)}, ["y"])
@@ -293,7 +298,8 @@ MODELS: tuple[Make, ...] = (
     split_without_names, rows_of_larger_scale, unique_of_a_number, pieces_of_a_number,
     version_of_another_domain, resize_far_away, scan_without_rows, loop_of_nothing,
     branches_of_one_and_two,
-    pads_without_end, pads_of_no_axis, steps_of_a_line, pool_of_another_rank,
+    pads_without_end, pads_of_no_axis, steps_of_a_line, weights_of_a_line,
+    pool_of_another_rank,
 )  # fmt: skip
 
 
