@@ -336,7 +336,8 @@ def _check_range(d: DimSpec, value: int, origin: str) -> None:
         limits = f"at least {d.lo}" if d.hi is None else f"from {d.lo} to {d.hi}"
         raise RunError(
             f'dimension "{d.name}" is {value} ({origin}), the model was compiled for {limits}',
-            hint="compile it with a wider range: dims={...}",
+            hint="compile it with a wider range: dims={...}"
+            + ("; windows of the model may need that much" if value < d.lo and d.lo > 1 else ""),
         )
     if value % d.multiple_of:
         raise RunError(
