@@ -25,7 +25,7 @@ from minicompiler.ir.expr import (
     substitute,
     walk,
 )
-from minicompiler.ir.tir import PARALLEL, VECTOR, Block, Iter, Scope
+from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Iter, Scope
 
 from . import analysis, elementwise, hints, streaming
 from .schedule import Schedule
@@ -204,7 +204,10 @@ def _one_row(s: Schedule, name: str, top: str) -> None:
         return
     # Whoever fills a row fills at least as much of it as anyone reads.
     short = extent is not None and extent <= lanes
-    _, v = s.split(loop, vector if short else lanes, "mask")
+    held = any(x.buffer.scope is Scope.REGISTER for x in analysis.operand_loads(block))
+    o, v = s.split(loop, vector if short else lanes, "mask")
+    if short and held:  # registers have no addresses
+        s.mark(o, UNROLL)
     s.mark(v, VECTOR)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import te
-from ..ir.expr import Const, Expr, Load, Var, binary, cast, minimum, select
+from ..ir.expr import Const, Expr, Load, Var, binary, cast, maximum, minimum, select
 from ..ir.op import Arg, Op, register
 from ..ir.tir import SERIAL, Buffer, For, Stmt, Store, seq
 from ..ir.types import TensorType, index
@@ -251,6 +251,8 @@ def _write_infer(x: Arg, updates: Arg, start: Arg, a: WriteAtAttrs) -> TensorTyp
     for k, (size, other) in enumerate(zip(x.type.shape, updates.type.shape, strict=True)):
         if k != a.axis % x.type.rank:
             need_same("write_at", f"axis {k} of the tensor and of what is written", size, other)
+        else:
+            need_same("write_at", "what is written and what fits", maximum(size, other), size)
     count = start.type.shape[0]
     need_same("write_at", "the batch and the number of positions", x.type.shape[0], count)
     return x.type

@@ -181,6 +181,12 @@ def steps_of_a_line() -> ModelProto:
     return model([node("LSTM", "x w r", "y", hidden_size=2)], inputs, ["y"])
 
 
+def more_than_a_cache_holds() -> ModelProto:
+    inputs = {"x": numbers(2, 1, 4, 5), "u": numbers(2, 1, 17, 5), "i": np.zeros(2, LONG)}
+    scatter = node("TensorScatter", "x u i", "y", mode="circular")
+    return model([scatter], inputs, ["y"], opset=24)
+
+
 def weights_of_a_line() -> ModelProto:
     inputs = {"x": numbers(4, 1, 2), "w": numbers(1), "r": numbers(1, 2, 2)}
     return model([node("RNN", "x w r", "y", hidden_size=2)], inputs, ["y"])
@@ -299,7 +305,7 @@ MODELS: tuple[Make, ...] = (
     version_of_another_domain, resize_far_away, scan_without_rows, loop_of_nothing,
     branches_of_one_and_two,
     pads_without_end, pads_of_no_axis, steps_of_a_line, weights_of_a_line,
-    pool_of_another_rank,
+    more_than_a_cache_holds, pool_of_another_rank,
 )  # fmt: skip
 
 
@@ -314,7 +320,8 @@ def test_a_model_is_refused(make: Make, tmp_path: object) -> None:
 
 
 def symbolic(nodes: list, inputs: dict[str, np.ndarray], shapes: dict, constants=None):  # type: ignore[no-untyped-def, type-arg]
-    return mc.compile(model(nodes, inputs, ["y"], constants, shapes=shapes), threads=1)
+    made = model(nodes, inputs, ["y"], constants, opset=24, shapes=shapes)
+    return mc.compile(made, threads=1)
 
 
 def test_sizes_that_become_negative_are_refused_at_the_call() -> None:
@@ -541,3 +548,21 @@ def test_a_transposed_part_of_a_result(size: int, rest: int) -> None:
     m = model(nodes, inputs, ["y"])
     want = run_reference(load(m), [*inputs.values()])[0]
     assert np.array_equal(mc.compile(m, checked=True)(*inputs.values())[0], want)
+
+
+def test_rows_of_products_that_are_wider_than_a_vector() -> None:
+    """The scaling reads the row from registers, two vectors of it."""
+    inputs = {"q": numbers(2, 3, 4, 8), "k": numbers(2, 3, 6, 8), "v": numbers(2, 3, 6, 10)}
+    m = model([node("Attention", "q k v", "y", scale=0.01)], inputs, ["y"], opset=23,
+              shapes={"q": (2, 3, 4, "d")})  # fmt: skip
+    want = run_reference(load(m), [*inputs.values()])[0]
+    assert_close(mc.compile(m, checked=True)(*inputs.values())[0], want, 8)
+
+
+def test_a_cache_of_run_time_size_holds_what_is_written() -> None:
+    x, u, i = numbers(2, 1, 4, 5), numbers(2, 1, 3, 5), np.zeros(2, LONG)
+    m = symbolic([node("TensorScatter", "x u i", "y")], {"x": x, "u": u, "i": i},
+                 {"x": (2, 1, "room", 5), "u": (2, 1, "count", 5)})  # fmt: skip
+    assert np.array_equal(m(x, u, i)[0][:, :, :3], u)
+    with pytest.raises(RunError, match="do not fit together"):
+        m(x, numbers(2, 1, 5, 5), i)
