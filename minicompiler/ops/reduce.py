@@ -223,7 +223,7 @@ def _softmax_compute(x: te.Tensor, a: AxisAttrs) -> te.Tensor:
 
 
 def _softmax_reference(x: Array, a: AxisAttrs) -> Array:
-    e = np.exp(x - x.max(axis=a.axis, keepdims=True))
+    e = np.exp(x - x.max(axis=a.axis, keepdims=True, initial=-np.inf))
     return np.asarray(e / e.sum(axis=a.axis, keepdims=True))
 
 
@@ -233,7 +233,7 @@ def _log_softmax_compute(x: te.Tensor, a: AxisAttrs) -> te.Tensor:
 
 
 def _log_softmax_reference(x: Array, a: AxisAttrs) -> Array:
-    shifted = x - x.max(axis=a.axis, keepdims=True)
+    shifted = x - x.max(axis=a.axis, keepdims=True, initial=-np.inf)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=a.axis, keepdims=True)))
 
 

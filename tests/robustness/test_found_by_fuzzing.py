@@ -497,6 +497,14 @@ def test_a_sum_of_no_sizes(sizes: tuple[int, ...]) -> None:
     assert np.array_equal(mc.compile(m)(numbers(1))[0], want)
 
 
+@pytest.mark.parametrize("op", ["Softmax", "LogSoftmax"])
+def test_softmax_of_nothing(op: str) -> None:
+    x = np.zeros((2, 0), np.float32)
+    m = model([node(op, "x", "y", axis=1)], {"x": x}, ["y"])
+    assert mc.compile(m)(x)[0].shape == (2, 0)
+    assert run_reference(load(m), [x])[0].shape == (2, 0)
+
+
 def test_the_extreme_of_nothing_is_the_identity() -> None:
     for op, value in (("ReduceMax", -np.inf), ("ReduceMin", np.inf)):
         m = model([node(op, "x a", "y", keepdims=0)], {"x": np.zeros((2, 0), np.float32)}, ["y"],
