@@ -5,7 +5,9 @@
 
 A kernel reads megabytes of weights once per call. On pages of 4 KB every one of them needs an
 address translation, and where it lies among the sets of the second-level cache is left to chance.
-Memory is given back when the last array of a block is gone.
+Only the first block has huge pages: the system may take milliseconds to find each, and hundreds of
+megabytes would take longer to get than to pack. Memory is given back when the last array of a block
+is gone.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Pages:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._rest = np.empty(0, np.uint8)  # of the newest block
+        self._huge = True  # whether the next block shall have huge pages
 
     def empty(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
         """An array whose elements are not set. Raises MemoryError."""
@@ -42,7 +45,8 @@ class Pages:
             return _at_line(np.empty(size + _LINE, np.uint8))[:size].view(dtype).reshape(shape)
         with self._lock:
             if self._rest.nbytes < size:
-                self._rest = _block(max(_BLOCK, size))
+                self._rest = _block(max(_BLOCK, size), self._huge and size <= _BLOCK)
+                self._huge = False
             part = self._rest[:size]
             self._rest = self._rest[-(-size // _LINE) * _LINE :]
         return part.view(dtype).reshape(shape)
@@ -53,14 +57,15 @@ def _at_line(memory: np.ndarray) -> np.ndarray:
     return memory[-memory.ctypes.data % _LINE :]
 
 
-def _block(size: int) -> np.ndarray:
-    """So many bytes that start a huge page."""
+def _block(size: int, huge: bool) -> np.ndarray:
+    """So many bytes that start where a huge page may, and are on such pages if `huge`."""
     try:
         block = Block(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{size} bytes for constants: {error}") from None
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        block.madvise(mmap.MADV_HUGEPAGE)
+    if huge:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            block.madvise(mmap.MADV_HUGEPAGE)
     every = np.frombuffer(block, np.uint8)
     start = -every.ctypes.data % HUGE_PAGE
     return every[start : start + size]
