@@ -42,40 +42,63 @@ from minicompiler.passes.fold import evaluate_node
 _MOST = 1 << 53  # larger numerators stand for no size
 
 
-class KnownValues:
-    """The numbers that values always have, as far as they are known while importing.
+class _Found:
+    """What is found out about values from what is known of their operands, each looked at once."""
 
-    Each value is looked at once; `budget` pays for what is computed.
-    """
-
-    ROOM = 1 << 20  # bytes that a value computed here may exceed its operands by
-
-    def __init__(self, budget: Budget) -> None:
-        self.budget = budget
+    def __init__(self) -> None:
         # With the value itself, so that its id is not given to another one.
         self.found: dict[int, tuple[Value, np.ndarray | None]] = {}
 
     def of(self, value: Value) -> np.ndarray | None:
-        """The number(s) a value always has; None when it depends on data or is too large."""
+        """What is known of a value; None when it depends on data or is too large."""
         stack = [value]
         while stack:
             v = stack[-1]
             if id(v) in self.found:
                 stack.pop()
                 continue
-            single = isinstance(v.type, TensorType)  # type: ignore[attr-defined]
-            known = _from_content(v) if single else None
-            if known is None and single and isinstance(v, Apply):
-                parts = [self.found.get(id(o)) for o in operands(v)]
-                if all(p is None or p[1] is not None for p in parts):
-                    waiting = [o for o in operands(v) if id(o) not in self.found]
-                    if waiting:
-                        stack += waiting
-                        continue
-                    known = self._compute(v)
+            known = self._direct(v)
+            if known is None and isinstance(v, Apply) and self._follows(v):
+                waiting = [o for o in operands(v) if id(o) not in self.found]
+                if waiting:
+                    stack += waiting
+                    continue
+                known = self._compute(v)
             self.found[id(v)] = v, known
             stack.pop()
         return self.found[id(value)][1]
+
+    def _direct(self, v: Value) -> np.ndarray | None:
+        """What a value tells by itself."""
+        raise NotImplementedError
+
+    def _follows(self, v: Apply) -> bool:
+        """Whether it may follow from the operands, those that have been looked at included."""
+        raise NotImplementedError
+
+    def _compute(self, v: Apply) -> np.ndarray | None:
+        """It follows from the operands, which have all been looked at."""
+        raise NotImplementedError
+
+
+class KnownValues(_Found):
+    """The numbers that values always have, as far as they are known while importing.
+
+    `budget` pays for what is computed.
+    """
+
+    ROOM = 1 << 20  # bytes that a value computed here may exceed its operands by
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__()
+        self.budget = budget
+
+    def _direct(self, v: Value) -> np.ndarray | None:
+        return _from_content(v) if _is_tensor(v) else None
+
+    def _follows(self, v: Apply) -> bool:
+        parts = [self.found.get(id(o)) for o in operands(v)]
+        return _is_tensor(v) and all(p is None or p[1] is not None for p in parts)
 
     def _compute(self, v: Apply) -> np.ndarray | None:
         args = tuple(None if a is None else Constant(self._known(a)) for a in v.args)
@@ -159,32 +182,12 @@ _FORMULAS: dict[Op, Callable[..., Quotient | None]] = {
 _MOVES = (pc.concat, pc.strided_slice, sh.reshape, sh.squeeze, sh.unsqueeze, sh.expand)
 
 
-class Quotients:
-    """What is known of floats that sizes determine. Each value is looked at once."""
+class Quotients(_Found):
+    """What is known of floats that sizes determine: their elements as Quotients."""
 
     def __init__(self, values: KnownValues) -> None:
+        super().__init__()
         self.values = values
-        # With the value itself, so that its id is not given to another one.
-        self.found: dict[int, tuple[Value, np.ndarray | None]] = {}
-
-    def of(self, value: Value) -> np.ndarray | None:
-        """The elements as Quotients; None where they depend on data."""
-        stack = [value]
-        while stack:
-            v = stack[-1]
-            if id(v) in self.found:
-                stack.pop()
-                continue
-            known = self._direct(v)
-            if known is None and isinstance(v, Apply) and _few(v) and _understood(v.op):
-                waiting = [o for o in operands(v) if id(o) not in self.found]
-                if waiting:
-                    stack += waiting
-                    continue
-                known = self._compute(v)
-            self.found[id(v)] = v, known
-            stack.pop()
-        return self.found[id(value)][1]
 
     def sizes(self, value: Value) -> list[Expr] | None:
         """The elements of an integer tensor as expressions; None where they depend on data."""
@@ -207,6 +210,9 @@ class Quotients:
         if any(abs(f.numerator) > _MOST or f.denominator > _MOST for f in fractions):
             return None
         return _shaped([_constant(f) for f in fractions], numbers.shape)
+
+    def _follows(self, v: Apply) -> bool:
+        return _few(v) and _understood(v.op)
 
     def _compute(self, v: Apply) -> np.ndarray | None:
         assert isinstance(v.op, Op)
@@ -243,11 +249,15 @@ def with_sizes(made: Apply, sizes: list[Expr]) -> Apply:
 
 
 def _few(v: Value) -> bool:
-    t = v.type  # type: ignore[attr-defined]
-    if not isinstance(t, TensorType):
+    if not _is_tensor(v):
         return False
+    t = type_of(v)
     known = [s.value for s in t.shape if type(s) is Const]
     return len(known) == t.rank and math.prod(known) <= CONTENT_LIMIT
+
+
+def _is_tensor(v: Value) -> bool:
+    return isinstance(v.type, TensorType)  # type: ignore[attr-defined]
 
 
 def _understood(op: object) -> bool:
