@@ -6,7 +6,7 @@ subexpressions of all addresses come from that. `env` holds unrolled variables, 
 
 from __future__ import annotations
 
-from minicompiler.ir.arith import Arith, Poly
+from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import (
     ZERO,
     Binary,
@@ -19,6 +19,7 @@ from minicompiler.ir.expr import (
     free_vars,
     substitute,
 )
+from minicompiler.ir.polynomials import Poly
 from minicompiler.ir.tir import Buffer, For, PrimFunc, statements
 from minicompiler.ir.types import int64
 

@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 
 from minicompiler.errors import CodegenError
-from minicompiler.ir.arith import Poly
 from minicompiler.ir.expr import FALSE, TRUE, ZERO, Binary, Const, Expr, Load, Var, free_vars
+from minicompiler.ir.polynomials import Poly
 from minicompiler.ir.tir import Buffer, Prefetch, PrimFunc, Scope, Store
 from minicompiler.ir.types import DType
 

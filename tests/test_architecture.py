@@ -25,6 +25,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("ir.node",),
     ("ir.types",),
     ("ir.expr",),
+    ("ir.polynomials",),
     ("ir.layout", "ir.arith"),
     ("ir.op",),
     ("ir.tir", "ir.graph", "ir.intrinsic"),

@@ -37,13 +37,22 @@ from .expr import (
     select,
     walk,
 )
+from .polynomials import (
+    Interval,
+    Monomial,
+    Poly,
+    add,
+    both,
+    clean,
+    div_bounds,
+    divide,
+    mul,
+    mul_bounds,
+    plus,
+)
 from .types import index
 
-Monomial = tuple[Expr, ...]  # sorted atoms; () is the constant term
-Poly = dict[Monomial, int]
 Ranges = Mapping[Expr, tuple[Expr, Expr]]
-Interval = tuple[int | None, int | None]
-
 
 _POINTS = 4  # sample points that refute what cannot be proved
 _PATIENCE = 1500  # steps of the search for a proof; of 65,000 that were found two took more
@@ -81,7 +90,7 @@ class Arith:
         elif type(fact) is Binary and fact.op in ("lt", "le") and fact.a.dtype.is_int:
             poly = self._sub(self.poly(fact.b), self.poly(fact.a))
             if fact.op == "lt":
-                poly = _plus(poly, -1)
+                poly = plus(poly, -1)
             known: Poly | None = poly
             while known is not None:
                 self.facts.append(known)
@@ -112,7 +121,7 @@ class Arith:
                     self.ranges[atom] = Const(-most), high
             else:
                 told = (None, most) if c < 0 else (-most, None)
-                self._told[atom] = _both(self._told.get(atom, (None, None)), told)
+                self._told[atom] = both(self._told.get(atom, (None, None)), told)
         self._intervals.clear()
         for values in self._values:
             values.clear()
@@ -130,11 +139,11 @@ class Arith:
             return {(): e.value} if e.value else {}
         if type(e) is Binary:
             if e.op == "add":
-                return self._rejoin(_add(self.poly(e.a), self.poly(e.b)))
+                return self._rejoin(add(self.poly(e.a), self.poly(e.b)))
             if e.op == "sub":
                 return self._rejoin(self._sub(self.poly(e.a), self.poly(e.b)))
             if e.op == "mul":
-                return self._rejoin(_mul(self.poly(e.a), self.poly(e.b)))
+                return self._rejoin(mul(self.poly(e.a), self.poly(e.b)))
             if e.op in ("floordiv", "mod"):
                 return self._divmod(e.op, self.poly(e.a), self.poly(e.b))
             if e.op in ("min", "max"):
@@ -150,7 +159,7 @@ class Arith:
         return {(simple,): 1} if simple is e or type(simple) is not Const else self.poly(simple)
 
     def _sub(self, p: Poly, q: Poly) -> Poly:
-        return _add(p, {m: -c for m, c in q.items()})
+        return add(p, {m: -c for m, c in q.items()})
 
     def _rejoin(self, p: Poly) -> Poly:
         """x // d * d + x % d = x, with any common factor: what fusing two loops takes apart."""
@@ -160,29 +169,29 @@ class Arith:
                     continue
                 others = m[:k] + m[k + 1 :]
                 quotient = self._divmod("floordiv", self.poly(atom.a), self.poly(atom.b))
-                want = _mul(_mul(quotient, self.poly(atom.b)), {others: c})
+                want = mul(mul(quotient, self.poly(atom.b)), {others: c})
                 # A quotient of several terms (or none) was taken apart already: nothing to join.
                 if len(want) == 1 and all(p.get(n) == d for n, d in want.items()):
                     rest = {n: d for n, d in p.items() if n != m and n not in want}
-                    return self._rejoin(_add(rest, _mul(self.poly(atom.a), {others: c})))
+                    return self._rejoin(add(rest, mul(self.poly(atom.a), {others: c})))
         return p
 
     def _divmod(self, op: str, p: Poly, q: Poly) -> Poly:
         if not p:
             return {}
-        quotient, rest = _divide(p, q)
+        quotient, rest = divide(p, q)
         # Now p = q * quotient + rest; when 0 <= rest < q the answer is at hand.
-        if not rest or (self.nonneg(rest) and self.nonneg(_plus(self._sub(q, rest), -1))):
+        if not rest or (self.nonneg(rest) and self.nonneg(plus(self._sub(q, rest), -1))):
             return quotient if op == "floordiv" else rest
         low = self._poly_interval(rest)
-        if low[1] is not None and low[1] < 0 and self.nonneg(_add(rest, q)):  # -q <= rest < 0
-            return _plus(quotient, -1) if op == "floordiv" else _add(rest, q)
+        if low[1] is not None and low[1] < 0 and self.nonneg(add(rest, q)):  # -q <= rest < 0
+            return plus(quotient, -1) if op == "floordiv" else add(rest, q)
         if op == "floordiv" and len(rest) == 1:
             # (x // a) // b = x // (a * b)
             ((m, c),) = rest.items()
             if c == 1 and len(m) == 1 and type(m[0]) is Binary and m[0].op == "floordiv":
-                inside = self._divmod(op, self.poly(m[0].a), _mul(self.poly(m[0].b), q))
-                return _add(quotient, inside)
+                inside = self._divmod(op, self.poly(m[0].a), mul(self.poly(m[0].b), q))
+                return add(quotient, inside)
         divisor = q.get(()) if len(q) == 1 else None
         if divisor is not None and divisor > 1:
             # (g*r + s) / (g*d) with 0 <= s < g is r / d, and the remainder is g * (r % d) + s.
@@ -195,13 +204,13 @@ class Arith:
                 low = self._poly_interval(small)
                 if low[0] is None or low[1] is None or low[0] < 0 or low[1] >= g:
                     continue
-                inner = _clean({m: c // g for m, c in rest.items() if m not in small or not m})
+                inner = clean({m: c // g for m, c in rest.items() if m not in small or not m})
                 if op == "floordiv":
-                    return _add(quotient, self._divmod("floordiv", inner, {(): divisor // g}))
+                    return add(quotient, self._divmod("floordiv", inner, {(): divisor // g}))
                 scaled = self._divmod("mod", inner, {(): divisor // g})
-                return _add({m: c * g for m, c in scaled.items()}, small)
+                return add({m: c * g for m, c in scaled.items()}, small)
         atom = Binary(op, self.expr(rest), self.expr(q))
-        return _add(quotient, {(atom,): 1}) if op == "floordiv" else {(atom,): 1}
+        return add(quotient, {(atom,): 1}) if op == "floordiv" else {(atom,): 1}
 
     def _minmax(self, op: str, p: Poly, q: Poly) -> Poly:
         diff = self._sub(q, p)
@@ -305,7 +314,7 @@ class Arith:
             self._intervals[e] = (None, None)  # cut cycles through ranges
             found = self._interval(e)
             if e in self._told:
-                found = _both(found, self._told[e])
+                found = both(found, self._told[e])
             self._intervals[e] = found
         return found
 
@@ -324,7 +333,7 @@ class Arith:
                 return self._poly_interval(self.poly(e))
             (al, ah), (bl, bh) = self.interval(e.a), self.interval(e.b)
             if e.op == "floordiv" and bl is not None and bl > 0:
-                return _div_bounds((al, ah), (bl, bh))
+                return div_bounds((al, ah), (bl, bh))
             if e.op == "mod" and bl is not None and bl > 0:
                 top = None if bh is None else bh - 1
                 if al is not None and al >= 0 and ah is not None:
@@ -351,7 +360,7 @@ class Arith:
                 for m, c in p.items():
                     k = m.index(shared)
                     rest[m[:k] + m[k + 1 :]] = c
-                factored = _mul_bounds(self.interval(shared), self._poly_interval(rest))
+                factored = mul_bounds(self.interval(shared), self._poly_interval(rest))
         low: int | None = 0
         high: int | None = 0
         for m, c in p.items():
@@ -359,14 +368,14 @@ class Arith:
             hi: int | None
             lo, hi = 1, 1
             for atom in m:
-                lo, hi = _mul_bounds((lo, hi), self.interval(atom))
+                lo, hi = mul_bounds((lo, hi), self.interval(atom))
             if c < 0:
                 lo, hi = (None if hi is None else hi * c), (None if lo is None else lo * c)
             else:
                 lo, hi = (None if lo is None else lo * c), (None if hi is None else hi * c)
             low = None if low is None or lo is None else low + lo
             high = None if high is None or hi is None else high + hi
-        return _both((low, high), factored)
+        return both((low, high), factored)
 
     def nonneg(self, p: Poly, depth: int = 0) -> bool:
         """True when the polynomial is known to be >= 0."""
@@ -425,7 +434,7 @@ class Arith:
                         limit = self.bound(atom, over, sign) if over else None
                     if limit is not None and limit is not atom:
                         rest = {n: d for n, d in p.items() if n != m}
-                        if self.nonneg(_add(rest, _mul(others, self.poly(limit))), depth + 1):
+                        if self.nonneg(add(rest, mul(others, self.poly(limit))), depth + 1):
                             return True
         # c * (x // d) with d dividing c lies between c/d * (x - d + 1) and c/d * x.
         for m, c in p.items():
@@ -437,24 +446,24 @@ class Arith:
                         if self._poly_interval(others)[0] in (None, *range(-9, 0)):
                             continue
                         x = self.poly(atom.a)
-                        near = _plus(x, 1 - d) if c > 0 else x
+                        near = plus(x, 1 - d) if c > 0 else x
                         rest = {n: k2 for n, k2 in p.items() if n != m}
-                        r = _add(rest, _mul({(): c // d}, _mul(others, near)))
+                        r = add(rest, mul({(): c // d}, mul(others, near)))
                         if self.nonneg(r, depth + 1):
                             return True
                 elif type(atom) is Binary and atom.op in ("min", "max"):
                     # min(a, b) <= a and <= b; max(a, b) >= a and >= b: use where the sign allows,
                     # otherwise both cases must hold.
                     rest = {n: k2 for n, k2 in p.items() if n != m}
-                    others = _mul({m[:k] + m[k + 1 :]: 1}, {(): c})
+                    others = mul({m[:k] + m[k + 1 :]: 1}, {(): c})
                     if self._poly_interval({m[:k] + m[k + 1 :]: 1})[0] in (None, *range(-9, 0)):
                         continue
-                    cases = [_add(rest, _mul(others, self.poly(side))) for side in (atom.a, atom.b)]
+                    cases = [add(rest, mul(others, self.poly(side))) for side in (atom.a, atom.b)]
                     easy = (atom.op == "max") == (c > 0)
                     if (any if easy else all)(self.nonneg(q, depth + 1) for q in cases):
                         return True
                     # Twice the max is at least a + b: |x| = max(x, -x) >= 0.
-                    if easy and self.nonneg(_add(cases[0], cases[1]), depth + 1):
+                    if easy and self.nonneg(add(cases[0], cases[1]), depth + 1):
                         return True
         return self._from_facts(p, depth)
 
@@ -526,11 +535,11 @@ class Arith:
             g = abs(c)
             if low is None or low <= 0 or any(k % g for n, k in rest.items() if n):
                 continue
-            rest = _clean({n: k // g for n, k in rest.items()})
+            rest = clean({n: k // g for n, k in rest.items()})
             x = self.poly(atom.a)
             if c > 0:
-                return self._rejoin(_add(x, _mul(rest, d)))
-            return self._rejoin(self._sub(_plus(_mul(_plus(rest, 1), d), -1), x))
+                return self._rejoin(add(x, mul(rest, d)))
+            return self._rejoin(self._sub(plus(mul(plus(rest, 1), d), -1), x))
         return None
 
     def _from_facts(self, p: Poly, depth: int) -> bool:
@@ -553,13 +562,13 @@ class Arith:
                     if type(a) is Binary and a.op == "floordiv" and type(a.b) is Const
                 }
                 for k in sorted(times):
-                    if k > 0 and self.nonneg(_add(p, {m: -c * k for m, c in f.items()}), depth + 3):
+                    if k > 0 and self.nonneg(add(p, {m: -c * k for m, c in f.items()}), depth + 3):
                         return True
                 # k*p > f - k gives p > -1, and p is an integer.
                 times = {c // p[m] for m, c in f.items() if m and m in p and c % p[m] == 0}
                 for k in sorted(times):
                     scaled = {m: c * k for m, c in p.items()}
-                    if k > 1 and self.nonneg(_plus(self._sub(scaled, f), k - 1), depth + 3):
+                    if k > 1 and self.nonneg(plus(self._sub(scaled, f), k - 1), depth + 3):
                         return True
             return False
         finally:
@@ -597,9 +606,9 @@ class Arith:
                 return None
         low, high = self._poly_interval(coeff)
         if low is not None and low >= 0:
-            return self._rejoin(_add(result, _mul(coeff, plo)))
+            return self._rejoin(add(result, mul(coeff, plo)))
         if high is not None and high <= 0:
-            return self._rejoin(_add(result, _mul(coeff, phi)))
+            return self._rejoin(add(result, mul(coeff, phi)))
         return None
 
     def bound(self, e: Expr, over: Iterable[Expr], sign: int) -> Expr | None:
@@ -710,14 +719,14 @@ class Arith:
         diff = self._sub(self.poly(cond.b), self.poly(cond.a))
         negated = {m: -c for m, c in diff.items()}
         if cond.op == "le":
-            return True if self.nonneg(diff) else False if self.nonneg(_plus(negated, -1)) else None
+            return True if self.nonneg(diff) else False if self.nonneg(plus(negated, -1)) else None
         if cond.op == "lt":
-            return True if self.nonneg(_plus(diff, -1)) else False if self.nonneg(negated) else None
+            return True if self.nonneg(plus(diff, -1)) else False if self.nonneg(negated) else None
         if cond.op in ("eq", "ne"):
             equal: bool | None = None
             if not diff:
                 equal = True
-            elif self.nonneg(_plus(diff, -1)) or self.nonneg(_plus(negated, -1)):
+            elif self.nonneg(plus(diff, -1)) or self.nonneg(plus(negated, -1)):
                 equal = False
             elif cond.op == "eq" or cond.op == "ne":
                 factor = 0
@@ -729,104 +738,12 @@ class Arith:
         return None
 
 
-# ---- polynomial arithmetic ----------------------------------------------------------------------
-def _clean(p: Poly) -> Poly:
-    return {m: c for m, c in p.items() if c}
-
-
-def _plus(p: Poly, value: int) -> Poly:
-    q = dict(p)
-    total = q.get((), 0) + value
-    if total:
-        q[()] = total
-    else:
-        q.pop((), None)
-    return q
-
-
-def _add(p: Poly, q: Poly) -> Poly:
-    if not p:
-        return q
-    if not q:
-        return p
-    r = dict(p)
-    for m, c in q.items():
-        total = r.get(m, 0) + c
-        if total:
-            r[m] = total
-        else:
-            del r[m]
-    return r
-
-
-def _mul(p: Poly, q: Poly) -> Poly:
-    r: Poly = {}
-    for m, c in p.items():
-        for n, d in q.items():
-            k = tuple(sorted(m + n, key=str)) if m and n else m or n
-            r[k] = r.get(k, 0) + c * d
-    return _clean(r)
-
-
-def _divide(p: Poly, q: Poly) -> tuple[Poly, Poly]:
-    """quotient, rest with p = q * quotient + rest, taking out every term that divides exactly."""
-    if len(q) != 1:
-        return ({(): 1}, {}) if p == q else ({}, p)
-    ((mq, cq),) = q.items()
-    quotient: Poly = {}
-    rest: Poly = {}
-    for m, c in p.items():
-        left = list(m)
-        exact = True
-        for a in mq:
-            if a in left:
-                left.remove(a)
-            else:
-                exact = False
-                break
-        if not exact:
-            rest[m] = c
-            continue
-        k = c // cq if cq > 0 else 0
-        if c % cq and m != () and mq == ():
-            k = 0 if abs(c) < cq else c // cq
-        if k:
-            quotient[tuple(left)] = k
-        if c - k * cq:
-            rest[m] = c - k * cq
-    return quotient, rest
-
-
+# ---- expressions ---------------------------------------------------------------------------------
 def _negated(m: Monomial, c: int) -> Expr:
     term: Expr = m[0]
     for a in m[1:]:
         term = Binary("mul", term, a)
     return Binary("mul", term, Const(c))
-
-
-def _both(a: Interval, b: Interval) -> Interval:
-    """The values that lie in two intervals."""
-    lows = [x for x in (a[0], b[0]) if x is not None]
-    highs = [x for x in (a[1], b[1]) if x is not None]
-    return max(lows, default=None), min(highs, default=None)
-
-
-def _mul_bounds(a: Interval, b: Interval) -> Interval:
-    (al, ah), (bl, bh) = a, b
-    if al is not None and al >= 0 and bl is not None and bl >= 0:
-        return al * bl, (0 if ah == 0 or bh == 0 else None if ah is None or bh is None else ah * bh)
-    if None in (al, ah, bl, bh):
-        return None, None
-    corners = [x * y for x in (al, ah) for y in (bl, bh)]  # type: ignore[operator]
-    return min(corners), max(corners)
-
-
-def _div_bounds(a: Interval, b: Interval) -> Interval:
-    (al, ah), (bl, bh) = a, b
-    assert bl is not None
-    low = None if al is None else al // bl if al < 0 else (0 if bh is None else al // bh)
-    high = None if ah is None else ah // bl if ah >= 0 else (-1 if bh is None else ah // bh)
-    return low, high
 
 
 def sizes(values: Iterable[Expr], env: Mapping[str, int]) -> tuple[int, ...]:

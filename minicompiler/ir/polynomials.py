@@ -1,0 +1,107 @@
+"""Polynomials over atoms, and intervals: the arithmetic that `Arith` reasons with.
+
+{(x,): 16, (): 3}          16*x + 3        atoms are expressions that no rule takes apart
+(0, None)                  0 .. infinity
+"""
+
+from __future__ import annotations
+
+from .expr import Expr
+
+Monomial = tuple[Expr, ...]  # sorted atoms; () is the constant term
+Poly = dict[Monomial, int]
+Interval = tuple[int | None, int | None]
+
+
+# ---- polynomials --------------------------------------------------------------------------------
+def clean(p: Poly) -> Poly:
+    return {m: c for m, c in p.items() if c}
+
+
+def plus(p: Poly, value: int) -> Poly:
+    q = dict(p)
+    total = q.get((), 0) + value
+    if total:
+        q[()] = total
+    else:
+        q.pop((), None)
+    return q
+
+
+def add(p: Poly, q: Poly) -> Poly:
+    if not p:
+        return q
+    if not q:
+        return p
+    r = dict(p)
+    for m, c in q.items():
+        total = r.get(m, 0) + c
+        if total:
+            r[m] = total
+        else:
+            del r[m]
+    return r
+
+
+def mul(p: Poly, q: Poly) -> Poly:
+    r: Poly = {}
+    for m, c in p.items():
+        for n, d in q.items():
+            k = tuple(sorted(m + n, key=str)) if m and n else m or n
+            r[k] = r.get(k, 0) + c * d
+    return clean(r)
+
+
+def divide(p: Poly, q: Poly) -> tuple[Poly, Poly]:
+    """quotient, rest with p = q * quotient + rest, taking out every term that divides exactly."""
+    if len(q) != 1:
+        return ({(): 1}, {}) if p == q else ({}, p)
+    ((mq, cq),) = q.items()
+    quotient: Poly = {}
+    rest: Poly = {}
+    for m, c in p.items():
+        left = list(m)
+        exact = True
+        for a in mq:
+            if a in left:
+                left.remove(a)
+            else:
+                exact = False
+                break
+        if not exact:
+            rest[m] = c
+            continue
+        k = c // cq if cq > 0 else 0
+        if c % cq and m != () and mq == ():
+            k = 0 if abs(c) < cq else c // cq
+        if k:
+            quotient[tuple(left)] = k
+        if c - k * cq:
+            rest[m] = c - k * cq
+    return quotient, rest
+
+
+# ---- intervals ----------------------------------------------------------------------------------
+def both(a: Interval, b: Interval) -> Interval:
+    """The values that lie in two intervals."""
+    lows = [x for x in (a[0], b[0]) if x is not None]
+    highs = [x for x in (a[1], b[1]) if x is not None]
+    return max(lows, default=None), min(highs, default=None)
+
+
+def mul_bounds(a: Interval, b: Interval) -> Interval:
+    (al, ah), (bl, bh) = a, b
+    if al is not None and al >= 0 and bl is not None and bl >= 0:
+        return al * bl, (0 if ah == 0 or bh == 0 else None if ah is None or bh is None else ah * bh)
+    if None in (al, ah, bl, bh):
+        return None, None
+    corners = [x * y for x in (al, ah) for y in (bl, bh)]  # type: ignore[operator]
+    return min(corners), max(corners)
+
+
+def div_bounds(a: Interval, b: Interval) -> Interval:
+    (al, ah), (bl, bh) = a, b
+    assert bl is not None
+    low = None if al is None else al // bl if al < 0 else (0 if bh is None else al // bh)
+    high = None if ah is None else ah // bl if ah >= 0 else (-1 if bh is None else ah // bh)
+    return low, high
