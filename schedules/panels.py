@@ -18,7 +18,7 @@ from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import VECTOR, Iter, Scope, Store
 
 from . import analysis, elementwise
-from .hints import MOST_LINES
+from .hints import LINE_BYTES, MOST_LINES
 
 if TYPE_CHECKING:
     from .contraction import Nest
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _ROWS = 32  # of a matrix that are copied into panels together
 _ROWS_AHEAD = 16  # that are fetched while one is copied
-_CACHE_LINE = 64
 
 
 class Way(enum.Enum):
@@ -196,7 +195,7 @@ def pack_near(s: Schedule, nest: Nest, packed: str, rows: str, depth: str, width
     s.mark(lanes, VECTOR)
     arith = analysis.arith_of(s.func)
     apart = elementwise.strides(load.buffer, load.indices, nest.reduce[0].var, arith)
-    lines = -(-(piece or 0) * load.buffer.dtype.bytes // _CACHE_LINE)
+    lines = -(-(piece or 0) * load.buffer.dtype.bytes // LINE_BYTES)
     if apart is not None and 0 < lines <= MOST_LINES:
         s.prefetch(load.buffer.name, row, _ROWS_AHEAD * apart, None, lines)
 
