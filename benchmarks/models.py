@@ -6,7 +6,9 @@
 Beside each MODEL.onnx lies MODEL.npz with its inputs (`in:NAME`) and expected outputs (`out:NAME`);
 MODEL.1.npz and so on are further input sets. Prints, per model, input set and thread count, the
 median milliseconds of each runtime, our time over each other's and over the best of them (quartiles
-of the turns in brackets), the largest error, and the geometric means over all cases.
+of the turns in brackets), the largest error, and the geometric means over all cases. A runtime that
+refuses a model is named and left out. torch compiles MODEL.pt2 (what torch.export.save wrote of the
+module that the file was exported from) where there is one.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ def measure(
     """One case, in this process."""
     import minicompiler as mc
     from minicompiler.bench import compare, peer, ratios
+    from minicompiler.errors import MinicompilerError
 
     arrays = np.load(data)
     feeds = {k[3:]: arrays[k] for k in arrays.files if k.startswith("in:")}
@@ -52,18 +55,22 @@ def measure(
             errors.append(float(np.abs(value - want).max() / max(np.abs(want).max(), 1e-30)))
     values = [feeds[i.name] for i in module.inputs]
     runners = {OWN: lambda: module(*values)}
+    refused = {}
     for name in against:
-        runners[name] = peer(name, str(model), threads)(feeds)
+        try:
+            runners[name] = peer(name, str(model), threads)(feeds)
+        except MinicompilerError as error:
+            refused[name] = str(error)
     times = compare(runners, seconds, back_to_back)
     case: dict[str, Any] = {
         "model": model.stem, "inputs": data.stem, "threads": threads, "error": max(errors),
         "milliseconds": {n: t.summary()["median"] * 1e3 for n, t in times.items()},
-        "ratio": {},
+        "ratio": {}, "refused": refused,
     }  # fmt: skip
-    for name in against:
+    for name in [n for n in against if n in runners]:
         middle, low, high = ratios(times[OWN], times[name])
         case["ratio"][name] = [1 / middle, 1 / high, 1 / low]
-    if against:
+    if case["ratio"]:
         case["best"] = max(r[0] for r in case["ratio"].values())
     return case
 
@@ -73,6 +80,7 @@ def line(case: dict[str, Any]) -> str:
     parts = [f"{case['inputs']:16} {case['threads']}  "]
     parts += [f"{name} {ms:9.3f} ms  " for name, ms in case["milliseconds"].items()]
     parts += [f"/{name} {r:.2f} ({a:.2f}-{b:.2f})  " for name, (r, a, b) in case["ratio"].items()]
+    parts += [f"{name} does not run it  " for name in case["refused"]]
     return "".join(parts) + f"error {case['error']:.1e}"
 
 
@@ -112,10 +120,17 @@ def main() -> None:
     for threads in args.threads.split(","):
         for name in [*against, *(["best"] if against else [])]:
             some = [c for c in cases if c["threads"] == int(threads)]
-            each = [c["best"] if name == "best" else c["ratio"][name][0] for c in some]
+            each = (
+                [c["best"] for c in some if "best" in c]
+                if name == "best"
+                else [c["ratio"][name][0] for c in some if name in c["ratio"]]
+            )
+            if not each:
+                continue
             mean = math.exp(statistics.fmean(math.log(x) for x in each))
             label = "the best of them" if name == "best" else name
-            print(f"{threads} threads, geometric mean over {label}: {mean:.3f}")
+            few = f" ({len(each)} of {len(some)} cases)" if len(each) < len(some) else ""
+            print(f"{threads} threads, geometric mean over {label}: {mean:.3f}{few}")
     if args.json:
         args.json.write_text(json.dumps(cases, indent=1) + "\n")
 

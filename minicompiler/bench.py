@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -224,6 +225,8 @@ def peer(name: str, path: str, threads: int) -> Prepare:
         ) from None
     try:
         prepare = build(path, threads, *modules)
+    except MinicompilerError:
+        raise
     except Exception as error:  # a foreign package raises what it likes
         lower = "set model.ir_version to a version that it supports, and save the model again"
         raise MinicompilerError(
@@ -270,29 +273,57 @@ def _openvino(path: str, threads: int, openvino: Any) -> Prepare:
     return prepare
 
 
-def _torch(path: str, threads: int, torch: Any, onnx2torch: Any) -> Prepare:
+def _torch(path: str, threads: int, torch: Any) -> Prepare:
+    """torch.compile of the program MODEL.pt2 beside MODEL.onnx (what `torch.export.save` wrote of
+    the module that the file was exported from), or else of what onnx2torch makes of the file."""
     import onnx
 
     names = [i.name for i in onnx.load(path, load_external_data=False).graph.input]
-    network = onnx2torch.convert(path).eval()
+    program = Path(path).with_suffix(".pt2")
+    if program.exists():
+        exported = torch.export.load(program)
+        # The exported call: a graph file knows no lists or keywords, only its flat inputs.
+        structure = exported.call_spec.in_spec
+        network = exported.module()
+    else:
+        structure = None
+        network = _converted(path)
+    compiled = torch.compile(network)
 
     def prepare(feeds: Mapping[str, np.ndarray]) -> Runner:
+        import torch._inductor.config as settings
+        from torch.utils import _pytree as pytree
+
+        settings.freezing = True  # weights are constants, as they are to the others
         tensors = [torch.from_numpy(feeds[n]) for n in names if n in feeds]
+        args, kwargs = pytree.tree_unflatten(tensors, structure) if structure else (tensors, {})
 
         def run() -> list[np.ndarray]:
             torch.set_num_threads(threads)
             with torch.inference_mode():
-                found = network(*tensors)
-            return [t.numpy() for t in (found if isinstance(found, tuple | list) else [found])]
+                found = pytree.tree_leaves(compiled(*args, **kwargs))
+            return [t.numpy() for t in found]
 
         return run
 
     return prepare
 
 
+def _converted(path: str) -> Any:
+    try:
+        onnx2torch = importlib.import_module("onnx2torch")
+    except ImportError:
+        raise MinicompilerError(
+            f"onnx2torch must be installed to run {path} with torch",
+            hint="pip install onnx2torch, or write the module that the file was exported from "
+            f"with torch.export.save to {Path(path).with_suffix('.pt2').name} beside it",
+        ) from None
+    return onnx2torch.convert(path).eval()
+
+
 # name -> (how to load a model, the packages of that name that pip installs)
 PEERS: dict[str, tuple[Callable[..., Prepare], tuple[str, ...]]] = {
     "onnxruntime": (_onnxruntime, ("onnxruntime",)),
     "openvino": (_openvino, ("openvino",)),
-    "torch": (_torch, ("torch", "onnx2torch")),
+    "torch": (_torch, ("torch",)),
 }

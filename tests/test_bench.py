@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -158,3 +160,31 @@ def test_a_model_too_new_for_a_peer_comes_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(MinicompilerError, match="onnxruntime cannot load") as error:
         bench.peer("onnxruntime", str(tmp_path / "new.onnx"), 1)
     assert "model.ir_version" in error.value.hint
+
+
+def test_torch_says_how_it_gets_a_network(monkeypatch: pytest.MonkeyPatch, net: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    monkeypatch.setitem(sys.modules, "onnx2torch", None)
+    with pytest.raises(MinicompilerError, match="onnx2torch must be installed") as error:
+        bench.peer("torch", str(net), 1)
+    assert f"torch.export.save to {net.stem}.pt2" in error.value.hint
+
+
+def test_torch_compiles_the_program_beside_the_file(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="the test environment is small: no torch")
+    path = tmp_path / "mlp.onnx"
+    onnx.save(mlp("batch"), path)
+    weights = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
+    x = np.random.default_rng(0).standard_normal((3, 20), dtype=np.float32)
+
+    class Network(torch.nn.Module):  # type: ignore[misc]  # torch is not there for the checker
+        def forward(self, x: Any) -> Any:
+            names = ("w1", "b1", "w2", "b2")
+            w1, b1, w2, b2 = (torch.from_numpy(weights[n].copy()) for n in names)
+            return torch.relu(x @ w1 + b1) @ w2 + b2
+
+    program = torch.export.export(Network(), (torch.from_numpy(x),))
+    torch.export.save(program, path.with_suffix(".pt2"))
+    (found,) = bench.peer("torch", str(path), 1)({"x": x})()
+    (want,) = bench.peer("onnxruntime", str(path), 1)({"x": x})()
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
