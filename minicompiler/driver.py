@@ -54,6 +54,7 @@ from .prepare import Preparation, settle
 from .runtime.checked import CheckedModule
 from .runtime.diskcache import DiskCache
 from .runtime.module import Module
+from .runtime.pages import collapse
 from .runtime.plan import Size
 from .runtime.pool import available_threads
 from .target import Target
@@ -263,12 +264,16 @@ def assemble(fn: Function, built: Built, ctx: Context) -> Module:
     record(ctx, Stage(fn.name, "code", "main", "", time.perf_counter() - start))
     objects = {name: k.code for name, k in built.kernels.items()}
     threads, stages = ctx.options.threads or None, tuple(ctx.stages)
+    module: Module
     if ctx.options.checked and not plan.regions:  # the checks follow a straight line of calls
         checks = checks_of(fn, built.calls)
-        return CheckedModule(
+        module = CheckedModule(
             plan, objects, main, constants, ctx.target, threads, stages, checks=checks
         )
-    return Module(plan, objects, main, constants, ctx.target, threads, stages)
+    else:
+        module = Module(plan, objects, main, constants, ctx.target, threads, stages)
+    collapse(constants)
+    return module
 
 
 # ---- a call ------------------------------------------------------------------------------------

@@ -18,11 +18,10 @@ from pathlib import Path
 from minicompiler.errors import RunError
 from minicompiler.inputs import random_inputs
 from minicompiler.runtime.module import Module, load
+from minicompiler.runtime.pages import HUGE_PAGE, has_huge_pages
 from minicompiler.runtime.plan import Plan, Tensor, evaluate, nbytes, numpy_dtype
 
-_HUGE_PAGE = 2 << 20
 _STATUS = Path("/proc/self/status")
-_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _CODE_COPIES = 3  # the file's pages, the object in memory, and the linked code
 
 
@@ -42,14 +41,14 @@ def predict(module: Module, dims: Mapping[str, int]) -> dict[str, int]:
     arena = evaluate(plan.arena, names)
     workspace = evaluate(plan.shared, names) + module.threads * evaluate(plan.local, names)
     held = arena + workspace
-    huge = held >= _HUGE_PAGE and _has_huge_pages()
+    huge = held >= HUGE_PAGE and has_huge_pages()
     objects = [*module._objects.values(), module._main_object]
     return {
         "weights": sum(c.nbytes for c in module._constants),
         "code": _CODE_COPIES * sum(map(len, objects)),
         "arena": arena,
         "workspace": workspace,
-        "pages": -held % _HUGE_PAGE if huge else 0,
+        "pages": -held % HUGE_PAGE if huge else 0,
         "inputs": sum(_bytes(t, names) for t in plan.inputs),
         "outputs": sum(_bytes(t, names) for t in plan.outputs),
     }
@@ -57,11 +56,6 @@ def predict(module: Module, dims: Mapping[str, int]) -> dict[str, int]:
 
 def _bytes(t: Tensor, names: Mapping[str, int]) -> int:
     return nbytes(tuple(evaluate(s, names) for s in t.shape), numpy_dtype(t.dtype))
-
-
-def _has_huge_pages() -> bool:
-    """Whether memory that asks for huge pages gets them; a part of one then takes a whole one."""
-    return _HUGE_PAGES.exists() and "[never]" not in _HUGE_PAGES.read_text()
 
 
 # ---- measured ------------------------------------------------------------------------------------

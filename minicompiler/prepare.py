@@ -24,7 +24,7 @@ from .ir.graph import Apply, Constant, Value
 from .ir.types import DType
 from .kernel import Kernel
 from .runtime.loader import Library
-from .runtime.pages import Block, Pages
+from .runtime.pages import Block, Pages, memory_of
 from .runtime.pool import kernel_symbols
 
 Array = np.ndarray
@@ -133,7 +133,7 @@ def settle(constants: Sequence[Array]) -> list[Array]:
     """
     found, maps, pages = [], {}, Pages()
     for a in constants:
-        source = _memory_of(a)
+        source = memory_of(a)
         in_file = isinstance(source, mmap.mmap) and not isinstance(source, Block)
         if in_file and a.nbytes >= _KEPT_MAPPED and a.flags.c_contiguous:
             maps[id(source)] = source
@@ -147,13 +147,3 @@ def settle(constants: Sequence[Array]) -> list[Array]:
             with contextlib.suppress(OSError):  # advice only
                 source.madvise(mmap.MADV_DONTNEED)
     return found
-
-
-def _memory_of(a: Array) -> object:
-    """What holds the elements: an array, or the object that lends its bytes."""
-    owner: Any = a
-    while isinstance(owner, np.ndarray) and owner.base is not None:
-        owner = owner.base
-        while isinstance(owner, memoryview):
-            owner = owner.obj
-    return owner

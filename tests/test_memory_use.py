@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from memory_use import limits, measured
 from onnx_models import model, node, numbers
 
 import minicompiler as mc
-from minicompiler.prepare import _KEPT_MAPPED, _contiguous, _memory_of, settle
-from minicompiler.runtime.pages import HUGE_PAGE, Pages
+from minicompiler.footprint import _resident
+from minicompiler.prepare import _KEPT_MAPPED, _contiguous, settle
+from minicompiler.runtime.pages import HUGE_PAGE, Pages, collapse, has_huge_pages, memory_of
 
 SIZE = 2560
 
@@ -53,8 +55,8 @@ def test_a_small_constant_does_not_keep_the_file_in_memory(tmp_path: Path) -> No
     mapped = np.memmap(path, np.float32, "r")
     own = np.ones(3)
     kept, same = settle([mapped[5:9], own])
-    assert isinstance(_memory_of(kept), np.ndarray) and kept.tolist() == [5, 6, 7, 8]
-    assert isinstance(_memory_of(mapped), mmap.mmap) and same is own
+    assert isinstance(memory_of(kept), np.ndarray) and kept.tolist() == [5, 6, 7, 8]
+    assert isinstance(memory_of(mapped), mmap.mmap) and same is own
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such advice")
@@ -70,6 +72,32 @@ def test_arrays_on_huge_pages_lie_side_by_side_and_stay() -> None:
     first, second = (a.ctypes.data for a in arrays[:2])
     assert first % HUGE_PAGE == 0 and 0 <= second - first - 4 * sizes[0] < 64
     assert all(a.ctypes.data % 64 == 0 for a in arrays)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such advice")
+def test_huge_pages_in_the_background_change_nothing_else() -> None:
+    pages = Pages()
+    arrays = [pages.empty((9_000_000,), np.dtype("float32")) for _ in range(3)]  # three blocks
+    for k, a in enumerate(arrays):
+        a[...] = k
+    addresses = [a.ctypes.data for a in arrays]
+    blocks = [weakref.ref(memory_of(a)) for a in arrays]
+    before = _resident()
+    thread = collapse([*arrays, np.ones(3)])
+    del a, arrays[1]  # a block that is given back meanwhile
+    if thread is None:
+        assert not has_huge_pages()
+        return
+    thread.join()
+    assert [a.ctypes.data for a in arrays] == addresses[::2]
+    assert (arrays[0] == 0).all() and (arrays[1] == 2).all()
+    assert [b() is None for b in blocks] == [False, True, False]
+    assert _resident() - before < 2 * HUGE_PAGE
+
+
+def test_arrays_elsewhere_stay_where_they_are(tmp_path: Path) -> None:
+    np.zeros(3_000_000).tofile(tmp_path / "data")
+    assert collapse([np.memmap(tmp_path / "data", np.float64, "r"), np.ones(3_000_000)]) is None
 
 
 def test_a_transposed_matrix_is_copied_in_tiles() -> None:

@@ -32,13 +32,13 @@ from minicompiler.runtime.arrays import address, address_of_part, overlap, span
 from minicompiler.runtime.entry import MISSING, REFUSED, entry
 from minicompiler.runtime.frame import Frame, Words
 from minicompiler.runtime.loader import Library
+from minicompiler.runtime.pages import HUGE_PAGE
 from minicompiler.runtime.plan import MAIN, Plan, Tensor, evaluate, numpy_dtype
 from minicompiler.runtime.pool import available_threads, get_pool, kernel_symbols, region_address
 from minicompiler.runtime.shapes import Shapes, Sizes, number_in, shape_text
 from minicompiler.target import Target
 
 _FORMAT = 1  # of the header of a saved module
-_HUGE_PAGE = 2 << 20
 _CACHE_LINE = 64
 _ALIGNED_BYTES = 64 << 10  # outputs from here on start at a cache line
 _CHECKED_BYTES = 16 << 20  # arenas from here on are compared with the available memory
@@ -423,7 +423,7 @@ class _Memory:
     def __init__(self, size: int) -> None:
         """Raises RunError when the system does not have that much memory."""
         self.size = max(size, 1)
-        slack = 0 if size < _HUGE_PAGE else _HUGE_PAGE
+        slack = 0 if size < HUGE_PAGE else HUGE_PAGE
         available = _available_memory() if size >= _CHECKED_BYTES else None
         if available is not None and size > available:
             raise _too_large(size, f"{available / 2**30:.2f} GiB are available")

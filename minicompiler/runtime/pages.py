@@ -2,21 +2,26 @@
 
     pages = Pages()
     packed = pages.empty((64, 9, 16), np.dtype("float32"))      not initialised, starts a cache line
+    collapse([packed, ...])                                     huge pages, in the background
 
 A kernel reads megabytes of weights once per call. On pages of 4 KB every one of them needs an
 address translation, and where it lies among the sets of the second-level cache is left to chance.
-Only the first block has huge pages: the system may take milliseconds to find each, and hundreds of
-megabytes would take longer to get than to pack. Memory is given back when the last array of a block
-is gone.
+The system may take milliseconds to find a huge page, so only the first block has them at once; the
+others get them while the program goes on. Memory is given back with the last array of a block.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
+import sys
 import threading
+import weakref
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +29,8 @@ HUGE_PAGE = 2 << 20
 _BLOCK = 32 << 20  # of addresses; memory is taken as it is written
 _SMALL = 64 << 10  # bytes of an array that huge pages would not help
 _LINE = 64
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_MADV_COLLAPSE = 25  # of Linux 6.1, not named by Python
 
 
 class Block(mmap.mmap):
@@ -71,4 +78,55 @@ def _block(size: int, huge: bool) -> np.ndarray:
     return every[start : start + size]
 
 
-__all__ = ["Block", "Pages"]
+def has_huge_pages() -> bool:
+    """Whether memory that asks for huge pages gets them; a part of one then takes a whole one."""
+    return _SETTING.exists() and "[never]" not in _SETTING.read_text()
+
+
+def memory_of(a: np.ndarray) -> object:
+    """What holds the elements: an array, or the object that lends its bytes."""
+    owner: Any = a
+    while isinstance(owner, np.ndarray) and owner.base is not None:
+        owner = owner.base
+        while isinstance(owner, memoryview):
+            owner = owner.obj
+    return owner
+
+
+def collapse(arrays: Sequence[np.ndarray]) -> threading.Thread | None:
+    """Moves arrays of `Pages` to huge pages while they are in use: contents and addresses stay.
+
+    Starts a thread that ends when it is through, usually within a second. Its priority is that of
+    others: whoever meets a page that a waiting thread is moving would wait as long. None where
+    there is nothing to move.
+    """
+    ends: dict[int, tuple[weakref.ref[Block], int, int]] = {}  # of the part of a block with arrays
+    for a in arrays:
+        block = memory_of(a)
+        if isinstance(block, Block):
+            first, last = a.ctypes.data, a.ctypes.data + a.nbytes
+            of, low, high = ends.get(id(block), (weakref.ref(block), first, last))
+            ends[id(block)] = of, min(low, first), max(high, last)
+    if not ends or not sys.platform.startswith("linux") or not has_huge_pages():
+        return None
+    thread = threading.Thread(
+        target=_collapse, args=(list(ends.values()),), name="minicompiler-pages", daemon=True
+    )
+    thread.start()
+    return thread
+
+
+def _collapse(parts: Sequence[tuple[weakref.ref[Block], int, int]]) -> None:
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for of, low, high in parts:
+        # Against the order in which kernels read: one that meets the page being moved waits once.
+        for page in reversed(range(low // HUGE_PAGE * HUGE_PAGE, high, HUGE_PAGE)):
+            block = of()  # not unmapped meanwhile
+            if block is not None:
+                # Advice only: without such memory, or on an old kernel, all stays as it is.
+                advise(page, HUGE_PAGE, _MADV_COLLAPSE)
+            del block
+
+
+__all__ = ["Block", "Pages", "collapse", "has_huge_pages", "memory_of"]
