@@ -105,9 +105,9 @@ def split(s: Schedule, name: str, factor: int, tail: str, multiple: int = 1) -> 
     blocks_outer = arith.simplify(ceildiv(extent, factor))
     if tail == "even":
         number = arith.simplify(ceildiv(extent, factor * multiple) * multiple)
-        each = arith.simplify(ceildiv(extent, maximum(number, 1)))
+        each = arith.simplify(maximum(ceildiv(extent, maximum(number, 1)), 1))
         if multiple > 1:  # rounding up may leave the last ones without iterations
-            blocks_outer = arith.simplify(ceildiv(extent, maximum(each, 1)))
+            blocks_outer = arith.simplify(ceildiv(extent, each))
         body = substitute_stmt(loop.body, {loop.var: outer * each + inner})
         rest = minimum(each, extent - outer * each)
         s.swap(loop, For(outer, blocks_outer, SERIAL, For(inner, rest, SERIAL, body)))
