@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 LONG_VECTORS = 4  # side by side they hide the latency of a polynomial
 MOST_PIECES = 8  # of a concatenation that are written out
 WORTH_A_THREAD = 16384  # elements below which waking another thread costs more than it saves
+_WORTH_SHARING = 1024  # elements below which a thread that is awake takes no part
+_UNKNOWN = 64  # iterations of a loop whose extent is known at run time only
 
 
 def apply(s: Schedule) -> None:
@@ -221,13 +223,17 @@ def threads_over(s: Schedule, outer: list[str], block: str) -> None:
         return
     work = 1
     for x in analysis.loops_in(s.block(block)[1]):
-        work *= const_int(x.extent) or 64
+        work *= const_int(x.extent) or _UNKNOWN
     if work < WORTH_A_THREAD:
         return
+    # An outermost size that is not known is often that of a batch of one, which may have work for
+    # all threads.
+    one = const_int(s.loop(outer[0])[0].extent) is None and work >= _UNKNOWN * _WORTH_SHARING
     # Only as many loops as it takes to share the work evenly: the inner ones keep plain indices.
     count, take = 1, 0
     for name in outer:
-        count *= const_int(s.loop(name)[0].extent) or 64
+        known = const_int(s.loop(name)[0].extent)
+        count *= known or (1 if one and take == 0 else _UNKNOWN)
         take += 1
         if count >= 16 * s.target.cores:
             break

@@ -19,6 +19,7 @@ from minicompiler.ir.expr import (
     conjuncts,
     const_int,
     free_vars,
+    maximum,
     minimum,
     rewrite,
     substitute,
@@ -50,11 +51,11 @@ from . import analysis
 if TYPE_CHECKING:
     from .schedule import Schedule
 
-TAILS = ("perfect", "mask", "guard", "cut")
+TAILS = ("perfect", "mask", "guard", "even", "cut")
 MAX_UNROLL = 4096
 
 
-def split(s: Schedule, name: str, factor: int, tail: str) -> tuple[str, str]:
+def split(s: Schedule, name: str, factor: int, tail: str, multiple: int = 1) -> tuple[str, str]:
     """i -> i_o, i_i with i = i_o * factor + i_i.
 
         for i in 100:          ->   for i_o in 13:
@@ -65,19 +66,22 @@ def split(s: Schedule, name: str, factor: int, tail: str) -> tuple[str, str]:
       perfect  refuse unless it is known to divide
       mask     blocks below get a condition (vector stores are masked)
       guard    the inner loop runs min(factor, rest) times (no condition in its body)
+      even     as guard, but the blocks are of equal size and have at most `factor` iterations;
+               there are as few as that allows, or the next `multiple` of a number
       cut      a second nest does the rest; its loops and blocks end in `_t`
     """
     loop, _ = s.loop(name)
     if tail not in TAILS:
         s.refuse(f"unknown tail {tail!r}", loop, f"one of: {', '.join(TAILS)}")
-    if not isinstance(factor, int) or factor < 1:
-        s.refuse(f"the factor must be a positive integer, got {factor!r}", loop)
+    for what, n in (("factor", factor), ("multiple", multiple)):
+        if not isinstance(n, int) or n < 1:
+            s.refuse(f"the {what} must be a positive integer, got {n!r}", loop)
     if loop.kind is not SERIAL:
         s.refuse(f"loop {name} is marked {loop.kind.value} already", loop, "split before mark")
     _keep_order(s, loop)
     arith = analysis.arith_of(s.func)
     extent = arith.simplify(loop.extent)
-    divides = arith.simplify(extent % factor) is Const(0)
+    divides = multiple == 1 and arith.simplify(extent % factor) is Const(0)
     outer, inner = s.fresh_var(name + "_o"), s.fresh_var(name + "_i")
     index = outer * factor + inner
     body = substitute_stmt(loop.body, {loop.var: index})
@@ -99,7 +103,15 @@ def split(s: Schedule, name: str, factor: int, tail: str) -> tuple[str, str]:
             'use tail="mask", or a factor that divides it',
         )
     blocks_outer = arith.simplify(ceildiv(extent, factor))
-    if tail == "mask":
+    if tail == "even":
+        number = arith.simplify(ceildiv(extent, factor * multiple) * multiple)
+        each = arith.simplify(maximum(ceildiv(extent, maximum(number, 1)), 1))
+        if multiple > 1:  # rounding up may leave the last ones without iterations
+            blocks_outer = arith.simplify(ceildiv(extent, each))
+        body = substitute_stmt(loop.body, {loop.var: outer * each + inner})
+        rest = minimum(each, extent - outer * each)
+        s.swap(loop, For(outer, blocks_outer, SERIAL, For(inner, rest, SERIAL, body)))
+    elif tail == "mask":
         body = add_condition(body, index < extent)
         s.swap(loop, For(outer, blocks_outer, SERIAL, For(inner, Const(factor), SERIAL, body)))
     elif tail == "guard":

@@ -184,14 +184,18 @@ class Schedule:
         return made
 
     # ---- loop primitives (loops.py) -------------------------------------------------------------
-    def split(self, loop: str, factor: int, tail: str = "perfect") -> tuple[str, str]:
-        """Loop i becomes i_o around i_i, i = i_o * factor + i_i. See loops.split for the tails."""
+    def split(
+        self, loop: str, factor: int, tail: str = "perfect", multiple: int = 1
+    ) -> tuple[str, str]:
+        """Loop i becomes i_o around i_i, i = i_o * factor + i_i. See loops.split for the tails.
+        multiple: of the extent of i_o, with the tail `even`."""
         return self._apply(
             "split",
-            lambda: loops.split(self, loop, factor, tail),
+            lambda: loops.split(self, loop, factor, tail, multiple),
             loop=loop,
             factor=factor,
             tail=tail,
+            **({} if multiple == 1 else {"multiple": multiple}),
         )
 
     def fuse(self, *names: str) -> str:

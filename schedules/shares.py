@@ -68,13 +68,14 @@ def rows_in_cache(
     blockable = not nest.outer or len(nest.rows) == 1 or k_o is not None or _plain_rows(nest)
     if not blockable or (row_extent is not None and row_extent <= fit * rows * 3 // 2):
         return None, row_o
-    if row_extent is not None:  # blocks of equal size, and equal shares, for the threads' sake
-        tiles = -(-row_extent // rows)
-        least = -(-tiles // fit)
-        others = math.prod(extent(s, n, 1) for n in around)
-        options = [n for n in range(least, 2 * least + s.target.cores) if tiles >= n * _FEW_TILES]
-        fit = -(-tiles // even(others, options or [least], s.target.cores))
-    return s.split(row_o, fit, "guard")
+    # Blocks of equal size, and equal shares, for the threads' sake.
+    others, cores = math.prod(extent(s, n, 1) for n in around), s.target.cores
+    if row_extent is None:
+        return s.split(row_o, fit, "even", even(others, range(1, cores + 1), cores))
+    tiles = -(-row_extent // rows)
+    least = -(-tiles // fit)
+    options = [n for n in range(least, 2 * least + cores) if tiles >= n * _FEW_TILES]
+    return s.split(row_o, -(-tiles // even(others, options or [least], cores)), "guard")
 
 
 def rows_for_threads(s: Schedule, row_o: str, around: list[str]) -> tuple[str | None, str]:
@@ -88,7 +89,7 @@ def rows_for_threads(s: Schedule, row_o: str, around: list[str]) -> tuple[str | 
     each = _TILES_PER_PACKING
     if tiles is not None:
         each = max(each, -(-tiles // -(-wanted // shares)))
-    return s.split(row_o, each, "guard")
+    return s.split(row_o, each, "even")
 
 
 def planes_together(s: Schedule, nest: Nest, depth: list[str]) -> int | None:

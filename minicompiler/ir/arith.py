@@ -643,9 +643,28 @@ class Arith:
                 remaining.remove(v)
                 bounded = self._bound_one(e, v, sign)
                 if bounded is None:
+                    bounded = self._bound_side(e, v, sign)
+                if bounded is None:
                     return None
                 e = self.simplify(bounded)
         return e
+
+    def _bound_side(self, e: Expr, v: Expr, sign: int) -> Expr | None:
+        """i*n + min(n, t - i*n) is at most t: a bound by way of one side of a minimum (or of a
+        maximum, for the smallest value)."""
+        p = self.poly(e)
+        for m, c in p.items():
+            (x,) = m if len(m) == 1 else (None,)
+            if type(x) is not Binary or x.op != ("min" if c * sign > 0 else "max"):
+                continue
+            if v not in free_vars(x):
+                continue
+            for side in (x.b, x.a):
+                rest = self.simplify(e + (side - x) * c)
+                bounded = self._bound_one(rest, v, sign)
+                if bounded is not None and v not in free_vars(bounded):
+                    return bounded
+        return None
 
     def _bound_one(self, e: Expr, v: Expr, sign: int) -> Expr | None:
         if v not in free_vars(e):

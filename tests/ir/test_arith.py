@@ -215,6 +215,10 @@ def test_bounds_are_tight_for_tiles() -> None:
     assert arith.bound(A * 8 + B, (B,), 1) is arith.simplify(A * 8 + 7)
     assert arith.bound(B // 3, (B,), 1) is Const(2)
     assert arith.prove(A * 8 + X < N) is True
+    # Blocks whose size is symbolic too.
+    size = (N - 1) // M + 1
+    arith = Arith({A: below((N + size - 1) // size), X: below(minimum(size, N - A * size))})
+    assert arith.bound(A * size + X, (A, X), 1) is arith.simplify(N - 1)
 
 
 def test_facts_about_ranges_do_not_go_round_in_circles() -> None:

@@ -3,6 +3,7 @@ any number of threads."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -15,7 +16,7 @@ from minicompiler.codegen.llvm import emit
 from minicompiler.errors import ScheduleError
 from minicompiler.frontend.builder import Builder
 from minicompiler.ir.expr import FALSE, TRUE, Dim, select
-from minicompiler.ir.tir import UNROLL, VECTOR, For, PrimFunc, statements, stores
+from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, For, PrimFunc, statements, stores
 from minicompiler.ir.types import float32
 from minicompiler.ir.verify_tir import verify_tir
 from minicompiler.lower.blocks import hoist_conditions, lower_blocks, unswitch
@@ -129,6 +130,20 @@ def test_a_softmax_of_what_is_no_number() -> None:
     assert np.isnan(y[:3]).all()
     e = np.exp(x[3:].astype(np.float64) - x[3:].max(1, keepdims=True))
     np.testing.assert_allclose(y[3:], e / e.sum(1, keepdims=True), rtol=1e-6, atol=1e-9)
+
+
+# ---- threads ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("rows", "shared"), [(40, True), (10, False)])
+def test_a_batch_of_one_is_shared_where_it_is_worth_it(rows: int, shared: bool) -> None:
+    batch = Dim("n", 1, 1000)
+    x = te.placeholder("x", (batch, 40, rows), float32)
+    y = te.compute((batch, rows, 40), lambda n, i, j: x[n, j, i], name="y")
+    two = dataclasses.replace(AVX2, cores=2)
+    every = statements(
+        schedule(from_tensors("f", [x], [y]), two, after_step=verify_tir).func.phases[0]
+    )
+    (loop,) = [s for s in every if isinstance(s, For) and s.kind is PARALLEL]
+    assert (loop.extent is not batch) == shared
 
 
 # ---- streamed results ---------------------------------------------------------------------------

@@ -17,7 +17,9 @@ from tir_samples import SAMPLES, Sample, matmul_of
 from tolerance import assert_close
 
 from minicompiler.errors import ScheduleError, VerifyError
+from minicompiler.ir.arith import Arith
 from minicompiler.ir.equal import tir_equal
+from minicompiler.ir.expr import Const, Dim, Expr, const_int, substitute
 from minicompiler.ir.tir import PrimFunc, script
 from minicompiler.ir.verify_tir import verify_tir
 from minicompiler.schedules.schedule import Schedule, replay
@@ -152,6 +154,7 @@ PRIMITIVES: dict[str, tuple[str, Callable[[Schedule], Any]]] = {
     "split_perfect": ("plain_matmul", lambda s: s.split("k0", 4)),
     "split_mask": ("matmul", lambda s: s.split("i0", 4, "mask")),
     "split_guard": ("matmul", lambda s: s.split("k0", 3, "guard")),
+    "split_even": ("matmul_dynamic", lambda s: s.split("i0", 8, "even")),
     "split_cut": ("matmul", lambda s: s.split("k0", 3, "cut")),
     "split_dynamic": ("matmul_dynamic", lambda s: s.split("i0", 8, "mask")),
     "fuse": ("transpose", fused),
@@ -188,6 +191,28 @@ def test_before_and_after(name: str, golden: Callable[[str, str], None]) -> None
     golden(f"schedules/{name}", f"{sample(kind).func}\n{steps}\n\n{s.func}")
 
 
+@pytest.mark.parametrize("multiple", [1, 2, 3])
+def test_even_blocks(multiple: int) -> None:
+    """Blocks of equal size, as many as asked for, whatever a dimension turns out to be."""
+    dim = Dim("n", 0, 400)
+    s = start(matmul_of(dim, 2, 2))
+    outer, inner = (s.loop(n)[0] for n in s.split("i0", 14, "even", multiple))
+    verify_tir(s.func)
+    for n in range(dim.hi + 1):
+        arith = Arith({})
+        count = const_int(arith.simplify(substitute(outer.extent, {dim: Const(n)})))
+        bound: list[dict[Expr, Expr]] = [
+            {dim: Const(n), outer.var: Const(k)} for k in range(count or 0)
+        ]
+        sizes = [const_int(arith.simplify(substitute(inner.extent, b))) or 0 for b in bound]
+        assert sum(sizes) == n and all(0 < x <= 14 for x in sizes)
+        assert all(x == sizes[0] for x in sizes[:-1])
+        if n >= 14 * multiple and len(sizes) < sizes[0]:  # else the last ones may be left out
+            assert len(sizes) % multiple == 0
+        if multiple == 1:
+            assert len(sizes) == -(-n // 14)
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 WRONG: dict[str, Callable[[Schedule], Any]] = {
     "prefetch_standing_still": lambda s: s.prefetch("p1", "i0", 128),
@@ -195,6 +220,7 @@ WRONG: dict[str, Callable[[Schedule], Any]] = {
     "prefetch_next_of_itself": lambda s: s.prefetch_next("p1", "k0", "k0"),
     "prefetch_next_of_the_same": lambda s: s.prefetch_next("p1", "k0", "i0"),
     "split_not_perfect": lambda s: s.split("i1", 4),
+    "split_no_multiple": lambda s: s.split("i1", 4, "even", 0),
     "split_unknown_tail": lambda s: s.split("i1", 4, "round"),
     "no_such_loop": lambda s: s.split("q", 4),
     "fuse_not_nested": lambda s: s.fuse("i0", "k0_i"),
