@@ -269,11 +269,8 @@ def _schedule(s: Schedule, nest: Nest) -> None:
     if prepared is not None:
         inside = dataclasses.replace(nest, outer=[])
 
-        # Parts of the channels of several groups would not lie side by side.
-        grouped = nest.vector.var in _vars(nest.broad)
-
         def part_of(n: int) -> lines.Part:
-            return None if grouped else _part_of_depth(s, inside, depth, width, n, way)
+            return _part_of_depth(s, inside, depth, width, n, way)
 
         blocks = shares.extent(s, depth[0], 1)
         count = lines.lines_of_block(s, nest, rows, blocks, part_of)
