@@ -38,6 +38,11 @@ _CONVOLUTIONS = (conv.conv, conv.conv_transpose)
 # Operators that walk over windows of each channel: where blocked data pays and begins.
 _SPATIAL = (*_CONVOLUTIONS, pool.max_pool, pool.avg_pool, pool.lp_pool)
 
+# A few empty lanes in the last block cost less than shorter blocks; where a convolution reads blocks,
+# even many cost less than vectors of pixels, which lie apart there.
+_FEW = (32,)
+_EMPTY = (32, 8, 3)
+
 Place = tuple[int, int]  # id of a node, number of its result
 
 
@@ -109,11 +114,15 @@ def _place(v: Value) -> Place:
     return (id(v.tuple), v.index) if isinstance(v, Item) else (id(v), 0)
 
 
-def _block_layout(t: TensorType, blocks: tuple[int, ...]) -> IndexMap | None:
-    """The layout in blocks of channels, where the channels fill some."""
+def _block_layout(
+    t: TensorType, blocks: tuple[int, ...], empty: tuple[int, ...] = _FEW
+) -> IndexMap | None:
+    """The layout in blocks of channels, where the channels fill some. empty: the parts of the
+    channels (one in so many) that may be left empty in the last block, the best first."""
     channels = const_int(t.shape[1]) if t.rank == _RANK else None
-    # A few lanes left empty in the last block cost less than shorter blocks.
-    fits = (b for b in blocks if channels is not None and -channels % b <= channels // 32)
+    if channels is None:
+        return None
+    fits = (b for part in empty for b in blocks if -channels % b <= channels // part)
     block = next(fits, None)
     return None if block is None else IndexMap.blocked(_RANK, 1, block)
 
@@ -136,7 +145,9 @@ def _layout(
     if not isinstance(t, TensorType) or t.rank != _RANK:
         return None
     if v.op in _SPATIAL:
-        return _block_layout(t, blocks)
+        x = args[0]
+        dense = v.op in _CONVOLUTIONS and x is not None and layout_of(x) is not None
+        return _block_layout(t, blocks, _EMPTY if dense else _FEW)
     follow = _joined(v, args) if v.op is pieces.concat else _followed(v, t, args)
     if follow is None and wanted and kind_of(v) is not Kind.OPAQUE:
         return _block_layout(t, blocks)
