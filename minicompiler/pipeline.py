@@ -24,6 +24,7 @@ from .passes.fold import fold_constants
 from .passes.fold_bn import fold_batch_norm
 from .passes.fuse import decisions, fuse
 from .passes.layout import convert_layout
+from .passes.phases import convolve_phases
 from .passes.recognise import recognise
 from .passes.simplify import simplify
 from .passes.widen import widen_attention
@@ -42,10 +43,20 @@ _TIDY: tuple[Pass[Function], ...] = (fold_constants, eliminate_common_subexpr)
 GRAPH_PASSES: dict[int, tuple[Pass[Function], ...]] = {
     0: (drop_identities, append_in_place, fuse),
     1: (*_CLEAN, append_in_place, fuse),
-    2: (*_CLEAN, fold_batch_norm, *_TIDY, append_in_place, widen_attention, recognise, fuse),
+    2: (
+        *_CLEAN,
+        fold_batch_norm,
+        convolve_phases,
+        *_TIDY,
+        append_in_place,
+        widen_attention,
+        recognise,
+        fuse,
+    ),
     3: (
         *_CLEAN,
         fold_batch_norm,
+        convolve_phases,
         *_TIDY,
         convert_layout,
         append_in_place,

@@ -41,9 +41,28 @@ _UNKNOWN = 64  # iterations of a loop whose extent is known at run time only
 
 def apply(s: Schedule) -> None:
     """Schedules each root nest by itself."""
+    follow_readers(s)
     for name in [b.name for b in analysis.blocks(s.func)]:
         one_block(s, name)
     streaming.apply(s)
+
+
+def follow_readers(s: Schedule) -> None:
+    """Workspace is stored in the order of the result that is computed from it, where both have the
+    axis that is cut into blocks."""
+    for block in reversed(list(analysis.blocks(s.func))):
+        buffer = block.body.buffer
+        if buffer.scope is Scope.PARAM or buffer.layout is not None:
+            continue
+        for reader in analysis.readers(s.func, buffer):
+            layout, at = reader.body.buffer.layout, reader.body.indices
+            if layout is None or layout.rank != len(buffer.shape):
+                continue
+            cut = [axis for axis, _, modulus in layout.splits() if modulus > 0]
+            loads = [x for x in analysis.block_loads(reader) if x.buffer is buffer]
+            if all(x.indices[axis] is at[axis] for x in loads for axis in cut):
+                s.relayout(buffer.name, layout)
+                break
 
 
 def strides(buffer: Buffer, indices: tuple[Expr, ...], var: Expr, arith: Arith) -> int | None:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from minicompiler.ir.expr import Expr, Var, const_int
+from minicompiler.ir.expr import Expr, Var, const_int, free_vars
 from minicompiler.ir.tir import Scope
 
 from . import analysis, elementwise, shares
@@ -38,7 +38,9 @@ def prepared_by(s: Schedule, nest: Nest) -> str | None:
     blocked = any(block_of(buffer.layout, k) > 1 for k in range(len(buffer.shape)))
     if buffer.scope is not Scope.GLOBAL or len(writers) != 1 or not blocked:
         return None
-    if len(nest.reduce) < 2:
+    # Of several groups a part of each one's channels would be needed, which do not lie together.
+    grouped = any(nest.vector.var in free_vars(i) for i in nest.broad.indices)
+    if len(nest.reduce) < 2 or grouped:
         return None
     return None if analysis.is_reduction(writers[0]) else writers[0].name
 

@@ -55,7 +55,7 @@ def apply(s: Schedule) -> None:
             if _cheap(s.block(n)[0]):
                 s.inline(n)
         row = _row_loops(s, last) or _group_loops(s, last)
-    if row is None:
+    if row is None or _side_by_side(s):
         elementwise.apply(s)
         return
     names = [b.name for b in analysis.blocks(s.func)]
@@ -72,6 +72,18 @@ def apply(s: Schedule) -> None:
         s.mark(top, PARALLEL)
     _fetch_ahead(s, top)
     streaming.apply(s)
+
+
+def _side_by_side(s: Schedule) -> bool:
+    """True where rows lie in vectors: what is reduced has blocks of an axis that is not."""
+    for block in analysis.blocks(s.func):
+        summed = {i.var for i in block.iters if i.reduce}
+        for load in analysis.operand_loads(block):
+            if summed and load.buffer.layout is not None:
+                axis, _, modulus = load.buffer.layout.splits()[-1]
+                if modulus > 0 and not free_vars(load.indices[axis]) & summed:
+                    return True
+    return False
 
 
 def _fetch_ahead(s: Schedule, top: str) -> None:

@@ -140,6 +140,8 @@ class _Partition:
             shape = _shapes(self.nodes[n])
             if any(_shapes(self.nodes[k]) != shape for k in (*self.between(n, sink), sink)):
                 return "the contraction's result would be repeated by a broadcast"
+            if layout_of(self.nodes[n]) not in (None, layout_of(self.nodes[sink])):
+                return "the contraction's result would be stored in another layout"
             return self._path(n, sink, lambda k, _: k <= Kind.BROADCAST)
         if kind > Kind.BROADCAST:
             return ""

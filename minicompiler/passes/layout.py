@@ -2,13 +2,14 @@
 
     %0 = conv(%x, @w) : float32[1, 64, 56, 56]      ->  ... @(d0, d1//16, d2, d3, d1%16)
     %1 = relu(%0) : float32[1, 64, 56, 56]          ->  ... @(d0, d1//16, d2, d3, d1%16)
-Only results of nodes change their place in memory: operators see logical indices, and a kernel
-reads any layout through its index map, so no conversions are inserted. Inputs and results of the
-model stay row-major.
+Results of nodes change their place in memory: operators see logical indices, and a kernel reads any
+layout through its index map. Inputs and results of the model stay row-major; an identity beside a
+convolution copies them where both sides of it have blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..ir.expr import const_int
@@ -17,37 +18,61 @@ from ..ir.graph import (
     Function,
     Item,
     Value,
+    apply,
     layout_of,
     rebuild,
+    topological,
     type_of,
     with_args,
 )
 from ..ir.layout import IndexMap, axes
 from ..ir.op import Kind
 from ..ir.types import TensorType
-from ..ops import conv, pieces, pool
+from ..ops import conv, elementwise, pieces, pool, resize
 from ..target import Target
 from .kind import kind_of
 
 BLOCKS = (16, 24, 40, 8)
 _RANK = 4
+_CONVOLUTIONS = (conv.conv, conv.conv_transpose)
 # Operators that walk over windows of each channel: where blocked data pays and begins.
-_SPATIAL = (conv.conv, conv.conv_transpose, pool.max_pool, pool.avg_pool, pool.lp_pool)
+_SPATIAL = (*_CONVOLUTIONS, pool.max_pool, pool.avg_pool, pool.lp_pool)
+
+# A few empty lanes in the last block cost less than shorter blocks; where a convolution reads blocks,
+# even many cost less than vectors of pixels, which lie apart there.
+_FEW = (32,)
+_EMPTY = (32, 8, 3)
+
+Place = tuple[int, int]  # id of a node, number of its result
 
 
 def convert_layout(fn: Function, ctx: Any) -> Function:
-    """Gives convolutions, pools and the elementwise work behind them a blocked layout."""
+    """Gives convolutions, pools and what lies between them a blocked layout."""
     blocks = blocks_for(None if ctx is None else ctx.target)
-    results = {id(r.tuple if isinstance(r, Item) else r) for r in fn.results}
+    results = {_place(r) for r in fn.results}
+    wanted = _wanted(fn)
+    copies: dict[int, Value] = {}
 
     def change(v: Value, args: tuple[Value | None, ...]) -> Value | None:
-        if not isinstance(v, Apply) or isinstance(v.op, Function) or id(v) in results:
+        if not isinstance(v, Apply) or isinstance(v.op, Function):
             return None
-        wanted = _layout(v, args, blocks)
-        if wanted is None or wanted == v.layouts[0]:
+        if v.op in _CONVOLUTIONS:
+            args = (_copied(args[0], blocks, copies), *args[1:])
+        if isinstance(v.type, tuple):
+            each = [_block_layout(t, blocks) if (id(v), k) in wanted and (id(v), k) not in results
+                    else None for k, t in enumerate(v.type)]  # fmt: skip
+            layouts = tuple(old or new for old, new in zip(v.layouts, each, strict=True))
+        elif (id(v), 0) in results and v.op not in _CONVOLUTIONS:
+            layouts = v.layouts
+        else:
+            layouts = (_layout(v, args, blocks, (id(v), 0) in wanted) or v.layouts[0],)
+        if layouts == v.layouts and args == v.args:
             return None
         now = v if args == v.args else with_args(v, args)
-        return now.with_(layouts=(wanted,))
+        now = now.with_(layouts=layouts)
+        if (id(v), 0) in results and now.layouts[0] is not None:
+            return apply(elementwise.identity, now, locs=v.locs, name=v.name)
+        return now
 
     return rebuild(fn, change)
 
@@ -64,18 +89,73 @@ def blocks_for(target: Target | None) -> tuple[int, ...]:
     )
 
 
-def _layout(v: Apply, args: tuple[Value | None, ...], blocks: tuple[int, ...]) -> IndexMap | None:
+def _wanted(fn: Function) -> set[Place]:
+    """The values that convolutions and pools read, directly or through what keeps the channels."""
+    wanted: set[Place] = set()
+    for v in reversed(list(topological(fn.results))):
+        if not isinstance(v, Apply):
+            continue
+        for a in _passed_on(v) if (id(v), 0) in wanted else v.args[:1] if v.op in _SPATIAL else ():
+            if a is not None and type_of(a).rank == _RANK:
+                wanted.add(_place(a))
+    return wanted
+
+
+def _passed_on(v: Apply) -> Sequence[Value | None]:
+    """The arguments whose channels are those of the result."""
+    if v.op in _SPATIAL or v.op in (pieces.pad, resize.resize):
+        return v.args[:1]
+    if v.op is pieces.concat:
+        return v.args
+    return [a for a in v.args if a is not None and type_of(a).shape == type_of(v).shape]
+
+
+def _place(v: Value) -> Place:
+    return (id(v.tuple), v.index) if isinstance(v, Item) else (id(v), 0)
+
+
+def _block_layout(
+    t: TensorType, blocks: tuple[int, ...], empty: tuple[int, ...] = _FEW
+) -> IndexMap | None:
+    """The layout in blocks of channels, where the channels fill some. empty: the parts of the
+    channels (one in so many) that may be left empty in the last block, the best first."""
+    channels = const_int(t.shape[1]) if t.rank == _RANK else None
+    if channels is None:
+        return None
+    fits = (b for part in empty for b in blocks if -channels % b <= channels // part)
+    block = next(fits, None)
+    return None if block is None else IndexMap.blocked(_RANK, 1, block)
+
+
+def _copied(x: Value | None, blocks: tuple[int, ...], copies: dict[int, Value]) -> Value | None:
+    """What a convolution reads, in blocks of channels."""
+    assert x is not None
+    layout = _block_layout(type_of(x), blocks) if layout_of(x) is None else None
+    if layout is None:
+        return x
+    if id(x) not in copies:
+        copies[id(x)] = apply(elementwise.identity, x).with_(layouts=(layout,))
+    return copies[id(x)]
+
+
+def _layout(
+    v: Apply, args: tuple[Value | None, ...], blocks: tuple[int, ...], wanted: bool
+) -> IndexMap | None:
     t = v.type
     if not isinstance(t, TensorType) or t.rank != _RANK:
         return None
     if v.op in _SPATIAL:
-        channels = const_int(t.shape[1])
-        # A few lanes left empty in the last block cost less than shorter blocks.
-        fits = (b for b in blocks if channels is not None and -channels % b <= channels // 32)
-        block = next(fits, None)
-        return None if block is None else IndexMap.blocked(_RANK, 1, block)
-    if v.op is pieces.concat:
-        return _joined(v, args)
+        x = args[0]
+        dense = v.op in _CONVOLUTIONS and x is not None and layout_of(x) is not None
+        return _block_layout(t, blocks, _EMPTY if dense else _FEW)
+    follow = _joined(v, args) if v.op is pieces.concat else _followed(v, t, args)
+    if follow is None and wanted and kind_of(v) is not Kind.OPAQUE:
+        return _block_layout(t, blocks)
+    return follow
+
+
+def _followed(v: Apply, t: TensorType, args: tuple[Value | None, ...]) -> IndexMap | None:
+    """Elementwise work keeps the layout of an argument of its size."""
     follow = next(
         (
             layout_of(a)

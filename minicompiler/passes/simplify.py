@@ -30,7 +30,8 @@ from ..ir.graph import (
 )
 from ..ir.op import Op
 from ..ir.types import TensorType
-from ..ops import activations, elementwise, pieces, shape
+from ..ops import activations, conv, elementwise, pieces, pool, shape
+from . import borders
 
 Rule = Callable[[Apply], Value | None]
 
@@ -297,4 +298,7 @@ RULES: dict[Op, tuple[Rule, ...]] = {
     shape.squeeze: (_view,),
     shape.unsqueeze: (_view,),
     pieces.concat: (_one_part, _flat_concat, _joined_split),
+    conv.conv: (borders.padded_conv, borders.trimmed),
+    pool.max_pool: (borders.padded_max_pool, borders.trimmed),
+    pool.avg_pool: (borders.padded_avg_pool, borders.trimmed),
 }

@@ -17,7 +17,13 @@ from minicompiler.ops.evaluate import run_reference
 
 
 def network(
-    batch: int | Expr, channels: int, outputs: int, size: tuple[int, int], kernel: int, stride: int
+    batch: int | Expr,
+    channels: int,
+    outputs: int,
+    size: tuple[int, int],
+    kernel: int,
+    stride: int,
+    groups: int = 1,
 ) -> Function:
     """Such a convolution between two others, with which it shares the layout."""
     net = Builder("strided")
@@ -29,8 +35,8 @@ def network(
     first = net.relu(net.conv(net.input("x", (batch, 8, *size)), weight(channels, 8, 1, 1)))
     pads = (kernel // 2,) * 2
     second = net.conv(
-        first, weight(outputs, channels, kernel, kernel), weight(outputs, 1)[:, 0],
-        strides=(stride, stride), pads_begin=pads, pads_end=pads,
+        first, weight(outputs, channels // groups, kernel, kernel), weight(outputs, 1)[:, 0],
+        strides=(stride, stride), pads_begin=pads, pads_end=pads, groups=groups,
     )  # fmt: skip
     return net.function(y=net.conv(net.relu(second), weight(8, outputs, 1, 1)))
 
@@ -42,6 +48,14 @@ CASES = [
     (1, 40, 24, (33, 30), 5, 1),
     (1, 100, 64, (40, 56), 3, 3),
 ]
+
+
+def test_groups() -> None:
+    """Parts of the channels of several groups do not lie together: the input is padded whole."""
+    fn = network(1, 120, 120, (56, 56), 3, 2, 5)
+    x = np.random.default_rng(1).standard_normal((1, 8, 56, 56), np.float32)
+    (got,) = mc.compile(fn, target="cpu:avx2,cores=2", max_error=0.0)(x)
+    assert_close(got, run_reference(fn, [x])[0], 3 * 3 * 24)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
