@@ -33,9 +33,11 @@ from minicompiler.ir.tir import (
     statements,
     written_buffers,
 )
+from minicompiler.target import Target
 
 from .llvm_memory import Memory
 from .llvm_text import Lines, Operand
+from .llvm_values import TABLE_ALIGN
 from .repeats import Repeated, repeated
 
 STACK_LIMIT = 16384  # bytes; larger thread-local buffers come from the workspace
@@ -54,17 +56,19 @@ class Emitted:
     local: Expr
 
 
-def emit(func: PrimFunc) -> Emitted:
+def emit(func: PrimFunc, target: Target | None = None) -> Emitted:
     """The LLVM IR of a lowered function (no Blocks).
+
+    target: what it will run on, if that is known: code for any processor may be slower.
 
     Raises CodegenError for what it cannot express.
     """
-    return _Emitter(func).run()
+    return _Emitter(func, target).run()
 
 
 class _Emitter(Memory):
-    def __init__(self, func: PrimFunc) -> None:
-        super().__init__(func)
+    def __init__(self, func: PrimFunc, target: Target | None) -> None:
+        super().__init__(func, target)
         self.shared: Expr = ZERO
         self.local: Expr = ZERO
         self.kept: dict[For, tuple[Repeated, str]] = {}  # of a parallel loop, and its last step
@@ -93,11 +97,18 @@ class _Emitter(Memory):
             self.phase(phase)
         self.put("ret void")
         body = "\n".join(["  " + a for a in self.allocas] + self.scopes[0].lines)
-        text = f"define void @{f.name}({', '.join(args)}) #0 {{\nentry:\n{body}\n}}\n"
+        # Else registers that do not fit are kept 16 bytes off, across cache lines or even pages.
+        aligned = f" alignstack({ALIGN})" if self.tables else ""
+        text = f"define void @{f.name}({', '.join(args)}) #0{aligned} {{\nentry:\n{body}\n}}\n"
         declarations = "".join([f"declare {s}\n" for s in self.declared.values()])
         helpers = "".join(self.helpers.values())
         local = self.arith.simplify(ceildiv(self.local, ALIGN) * ALIGN)
-        return Emitted(declarations + helpers + text, self.shared, local)
+        tables = [
+            f"{name} = internal constant {ty} {value}, align {TABLE_ALIGN}\n"
+            for (value, ty), name in self.tables.items()
+        ]
+        text = "".join([declarations, helpers, *tables, text])
+        return Emitted(text, self.shared, local)
 
     def barrier(self) -> None:
         target = self.declare("mc_barrier", "void @mc_barrier(ptr, i32)")

@@ -351,20 +351,25 @@ def _at_most_one(x: Expr) -> Expr:
 
 # ---- erf ----------------------------------------------------------------------------------------
 def erf(x: Expr) -> Expr:
-    """A quotient of polynomials in x**2, times x. float64: the five intervals of fdlibm's s_erf.c
-    (Sun, 1993)."""
+    """A quotient of polynomials in x**2, times x; a constant factor of x goes into them. float64:
+    the five intervals of fdlibm's s_erf.c (Sun, 1993)."""
     if x.dtype is float64:
         return _erf64(x, absolute(x))
-    y = maximum(minimum(x, 3.93), -3.93)
-    z = y * y
-    p = horner(
-        z, 2.045721712e-06, 2.842385892e-04, 3.756175960e-03, 5.271883466e-02, 1.902431594e-01,
+    c = 1.0
+    if type(x) is Binary and x.op == "mul" and 0.1 < abs(x.b.value) < 10:  # type: ignore[attr-defined]
+        x, c = x.a, float(x.b.value)  # type: ignore[attr-defined]
+    # Beyond the limit the quotient stays as it is, so that the result grows and is cut off at 1.
+    z = minimum(x * x, 3.93**2 / (c * c))
+    p = (
+        2.045721712e-06, 2.842385892e-04, 3.756175960e-03, 5.271883466e-02, 1.902431594e-01,
         1.128379167,
     )  # fmt: skip
-    q = horner(
-        z, 3.801277665e-05, 1.159427652e-03, 1.495093338e-02, 1.140339105e-01, 5.019315392e-01, 1.0,
+    q = (
+        3.801277665e-05, 1.159427652e-03, 1.495093338e-02, 1.140339105e-01, 5.019315392e-01, 1.0,
     )  # fmt: skip
-    return _at_most_one(y * p / q)
+    powers = [c ** (10 - 2 * k) for k in range(6)]
+    top = horner(z, *[a * c * w for a, w in zip(p, powers, strict=True)])
+    return _at_most_one(x * top / horner(z, *[a * w for a, w in zip(q, powers, strict=True)]))
 
 
 def _erf64(x: Expr, a: Expr) -> Expr:

@@ -16,6 +16,7 @@ from minicompiler.ir.expr import FALSE, TRUE, ZERO, Binary, Const, Expr, Load, V
 from minicompiler.ir.polynomials import Poly
 from minicompiler.ir.tir import Buffer, Prefetch, PrimFunc, Scope, Store
 from minicompiler.ir.types import DType
+from minicompiler.target import Target
 
 from .llvm_text import Operand, mangle, memory_type, value_type, vector
 from .llvm_values import Values
@@ -28,8 +29,8 @@ NOWHERE = 64  # bytes of zeros, for loads that are not wanted
 class Memory(Values):
     """Access to the buffers of one function, whose addresses are in `pointers`."""
 
-    def __init__(self, func: PrimFunc) -> None:
-        super().__init__(func)
+    def __init__(self, func: PrimFunc, target: Target | None = None) -> None:
+        super().__init__(func, target)
         self.pointers: dict[Buffer, str] = {}
         self.offsets: dict[tuple[Buffer, Indices], Poly] = {}
         self.texts: dict[tuple[Expr, ...], str] = {}  # of the terms of offsets, to sort them by

@@ -8,6 +8,7 @@ stays scalar until it meets such a value.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 
 import numpy as np
 
@@ -26,9 +27,11 @@ from minicompiler.ir.expr import (
     free_vars,
     maximum,
     minimum,
+    walk,
 )
 from minicompiler.ir.tir import Buffer, PrimFunc, Scope
 from minicompiler.ir.types import DType, float32, float64, int64
+from minicompiler.target import Target
 
 from . import llvm_math
 from .llvm_index import Indices
@@ -46,6 +49,7 @@ _INTRINSICS = {
     "sqrt": "sqrt", "floor": "floor", "ceil": "ceil", "round": "roundeven", "trunc": "trunc",
     "abs": "fabs", "fma": "fmuladd", "copysign": "copysign",
 }  # fmt: skip
+TABLE_ALIGN = 64  # bytes
 JOINED = 8  # lanes that are compared at once: a register with AVX, two of shorter vectors
 _OUTSIDE = (Scope.PARAM, Scope.GLOBAL)
 
@@ -57,13 +61,17 @@ def _is_product(e: Expr) -> bool:
 class Values(Indices):
     """Expressions of one function, given the variables that are bound at this point."""
 
-    def __init__(self, func: PrimFunc) -> None:
+    def __init__(self, func: PrimFunc, target: Target | None = None) -> None:
         super().__init__(func)
+        # Whether multiply-adds read memory, and registers are too few for a polynomial's constants.
+        self.few_registers = target is not None and target.fma and target.registers <= 16
         self.vector: tuple[Expr, int] | None = None
         self.masks: list[Operand] = []
         self.first_lanes: dict[str, int] = {}  # masks of so many lanes, the first ones
         self.written: set[Buffer] = set()
         self.arguments: dict[Expr, Operand] = {}  # of the elementary function being emitted
+        self.stored: frozenset[Expr] = frozenset()  # the constants that it reads from memory
+        self.tables: dict[tuple[str, str], str] = {}  # literal and type of such a one -> its name
 
     # ---- any value ------------------------------------------------------------------------------
     def load(self, e: Load, mask: Operand | None) -> Operand:
@@ -416,6 +424,8 @@ class Values(Indices):
         lanes = max(a.lanes for a in args)
         scalar, ty = value_type(t), value_type(t, lanes)
         names = [self.splat(a, scalar, lanes).name for a in args]
+        if e.fn == "fma" and lanes > 1 and e.args[2] in self.stored:
+            names[2] = self.stored_constant(names[2], ty)
         if e.fn == "not":
             return self.negated(args[0])
         if e.fn == "isnan":
@@ -447,8 +457,8 @@ class Values(Indices):
             var = Var(f"argument{k}", a.dtype)
             if type(a) is Const:
                 shape.append(a)
-            elif type(a) is Binary and a.op == "min" and type(a.b) is Const:
-                shape.append(Binary("min", var, a.b))
+            elif type(a) is Binary and a.op in ("min", "mul") and type(a.b) is Const:
+                shape.append(Binary(a.op, var, a.b))
                 outside.append((var, a.a))
             else:
                 shape.append(var)
@@ -458,12 +468,30 @@ class Values(Indices):
         if expression is None:
             return None
         bound = {v: self.value(a, mask) for v, a in outside}
-        outer, self.arguments = self.arguments, bound
+        outer = self.arguments, self.stored
+        self.arguments = bound
+        self.stored = _used_once(expression) if self.few_registers else frozenset()
         result = self.value(expression)
-        self.arguments = outer
+        self.arguments, self.stored = outer
         return result
+
+    def stored_constant(self, literal: str, ty: str) -> str:
+        """A constant that an instruction takes from memory. One register for all its lanes would be
+        loaded again in each iteration where a polynomial has more constants than there are
+        registers, and a store in flight waits for each."""
+        found = self.tables.get((literal, ty))
+        if found is None:
+            found = self.tables[literal, ty] = f"@{self.func.name}_constant_{len(self.tables)}"
+        return self.op(f"load {ty}, ptr {found}, align {TABLE_ALIGN}")
 
 
 @functools.cache
 def _expanded(e: Call | Binary) -> Expr | None:
     return llvm_math.expand(e)
+
+
+@functools.cache
+def _used_once(e: Expr) -> frozenset[Expr]:
+    """The constants that occur at one place of an expression."""
+    count = Counter(x for parent in walk(e) for x in parent.children() if type(x) is Const)
+    return frozenset([x for x, n in count.items() if n == 1])

@@ -215,7 +215,7 @@ def write_kernel(
     target = ctx.target
     assert target is not None
     checked = ctx.options.checked
-    write = ctx.options.extensions.emit or emit
+    write = ctx.options.extensions.emit or partial(emit, target=target)
     facts = [fact for fact, _ in (*run_time_guards(fn), *ctx.guards)]
 
     def lower() -> PrimFunc:

@@ -164,7 +164,7 @@ def run_in_memory(
 ) -> list[Array]:
     """The same on memory as it is, padding included."""
     func = plain(func)
-    emitted = emit(func)
+    emitted = emit(func, target)
     code = compile_object(emitted.text, target)
     made = []
     for b in func.params[len(tensors) :]:

@@ -164,10 +164,11 @@ shrink = unary(
 
 
 def _gelu_formula(e: Expr, a: GeluAttrs) -> Expr:
-    if a.approximate == "tanh":
-        inner = (e + e * e * e * 0.044715) * math.sqrt(2 / math.pi)
-        return e * 0.5 * (Call("tanh", (inner,)) + 1.0)
-    return e * 0.5 * (Call("erf", (e * math.sqrt(0.5),)) + 1.0)
+    if a.approximate == "tanh":  # (1 + tanh(y)) / 2 is sigmoid(2 * y)
+        c = math.sqrt(8 / math.pi)
+        return e * Call("sigmoid", (e * (e * e * (0.044715 * c) + c),))
+    half = e * 0.5
+    return half * Call("erf", (e * math.sqrt(0.5),)) + half
 
 
 def _gelu_reference(x: Array, a: GeluAttrs) -> Any:

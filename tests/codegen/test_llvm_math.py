@@ -47,7 +47,7 @@ class Kernel:
         func = s.func
         for step in (lower_blocks, hoist_conditions, unswitch):
             func = step(func)
-        self.text = emit(func).text
+        self.text = emit(func, HOST).text
         self.library = Library(compile_object(self.text, HOST), ["f"])
         kinds = [ctypes.c_int32, ctypes.c_int32, *[ctypes.c_void_p] * (args + 3)]
         self.call = ctypes.CFUNCTYPE(None, *kinds)(self.library.address("f"))
@@ -183,6 +183,19 @@ def test_exponentials_of_differences() -> None:
             print(f"above {low}: {error:.3f} ulp")
             assert error <= bound, f"{x[~(x < low)][at]!r}: {error} ulp"
     assert np.all(got[x == 0] == 1)
+
+
+@needs_fma
+@pytest.mark.parametrize("factor", [0.70710678, -0.70710678, 3.0, 1e30, 0.0])
+def test_erf_of_a_product(factor: float) -> None:
+    """A constant factor goes into the polynomials."""
+    x, c = sample32(8191), float(np.float32(factor))
+    got = Kernel(lambda e: Call("erf", (e * factor,)), float32)(x)
+    with np.errstate(all="ignore"):
+        error, at = largest_error(got, erf_by_math(x.astype(np.float64) * c))
+    # A product that is below the normal numbers is not formed, so it loses nothing there.
+    print(f"erf(x * {c}): {error:.3f} ulp")
+    assert error <= 6.0, f"erf({x[at]!r} * {c}) = {got[at]!r}: {error} ulp"
 
 
 LONG = np.longdouble
