@@ -219,6 +219,8 @@ def test_bounds_are_tight_for_tiles() -> None:
     size = (N - 1) // M + 1
     arith = Arith({A: below((N + size - 1) // size), X: below(minimum(size, N - A * size))})
     assert arith.bound(A * size + X, (A, X), 1) is arith.simplify(N - 1)
+    row = ((A * size + X) * 6 + 5) // M
+    assert arith.bound(row, (A, X), 1) is arith.simplify((N * 6 - 1) // M)
 
 
 def test_facts_about_ranges_do_not_go_round_in_circles() -> None:

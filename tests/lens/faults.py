@@ -100,9 +100,9 @@ def wrong_identity(patch: Patch) -> None:
 def split_drops_the_tail(patch: Patch) -> None:
     real = loops.split
 
-    def wrong(s: Schedule, name: str, factor: int, tail: str) -> tuple[str, str]:
+    def wrong(s: Schedule, name: str, factor: int, tail: str, multiple: int = 1) -> tuple[str, str]:
         extent = s.loop(name)[0].extent
-        outer, inner = real(s, name, factor, tail)
+        outer, inner = real(s, name, factor, tail, multiple)
         loop, _ = s.loop(outer)
         tail_is_needed = isinstance(extent, Const) and extent.value % factor
         if tail_is_needed and extent.value > factor and not name.startswith("k"):
