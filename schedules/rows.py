@@ -25,7 +25,7 @@ from minicompiler.ir.expr import (
     substitute,
     walk,
 )
-from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Iter, Scope
+from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Iter, Scope
 
 from . import analysis, elementwise, hints, streaming
 from .schedule import Schedule
@@ -33,6 +33,7 @@ from .schedule import Schedule
 DEEP = 32  # rows that are added up: from here on it pays to keep partial sums in memory
 ROWS = 4  # of them are added to the sums at a time
 PART = 16384  # elements of a long reduction that are added up by themselves
+SIDE_BY_SIDE = 4  # rows: the lanes of one are combined while the next one is read
 CHEAP = 4  # operations on one element
 AHEAD = 8192  # bytes that are asked for before they are needed
 LINES = 16  # of them are asked for at a time, at most
@@ -59,12 +60,17 @@ def apply(s: Schedule) -> None:
         elementwise.apply(s)
         return
     names = [b.name for b in analysis.blocks(s.func)]
+    together = _rows_together(s, last, row)
+    if together > 1:
+        row = [*row[:-1], s.split(row[-1], together, "guard")[0]]
     top = s.fuse(*row) if len(row) > 1 else row[0]
     for n in reversed(names[:-1]):
         s.compute_at(n, top)
     for n in names:
         _one_row(s, n, top)
     _hold(s, names[:-1], top)
+    if together > 1:
+        _hold_several(s, names, top)
     work = 1
     for x in analysis.loops(s.func.phases[0]):
         work *= const_int(x.extent) or 64
@@ -195,6 +201,20 @@ def _group_loops(s: Schedule, last: str) -> list[str] | None:
     if extent is None or extent % divided:
         return None
     return [*names[:-1], s.split(names[-1], divided, "perfect")[0]]
+
+
+def _rows_together(s: Schedule, last: str, row: list[str]) -> int:
+    """How many rows an iteration works on: several short ones, where there are many."""
+    loops = analysis.loops_in(s.block(last)[1])
+    inside = [const_int(x.extent) for x in loops if x.var.name not in row]
+    rows = [const_int(x.extent) for x in loops if x.var.name in row]
+    if None in inside or rows[-1] == 1:
+        return 1
+    elements = math.prod(n or 1 for n in inside)
+    fit = s.target.caches[0] // 8 // (elements * s.block(last)[0].body.buffer.dtype.bytes)
+    few = None not in rows and math.prod(n or 1 for n in rows) < 16 * SIDE_BY_SIDE * s.target.cores
+    long = elements > elementwise.LONG_VECTORS * s.target.vector_bytes // 4
+    return min(SIDE_BY_SIDE, fit) if long and not few else 1
 
 
 def _one_row(s: Schedule, name: str, top: str) -> None:
@@ -469,7 +489,23 @@ def _hold(s: Schedule, names: list[str], top: str) -> None:
         if buffer in seen or buffer not in s.func.buffers:
             continue
         seen.add(buffer)
-        loop, _ = s.loop(top)
-        box = analysis.region(loop.body, buffer, analysis.arith_of(s.func))
-        single = all(const_int(x) == 1 for _, x in box)
-        s.stage(buffer.name, top, Scope.REGISTER if single else Scope.LOCAL)
+        s.stage(buffer.name, top, Scope.REGISTER if _single(s, buffer, top) else Scope.LOCAL)
+
+
+def _hold_several(s: Schedule, names: list[str], top: str) -> None:
+    """The same for what is one number per row, where an iteration has several rows: in cache, and
+    in a register while its row is worked on."""
+    for buffer in s.func.buffers:
+        s.stage(buffer.name, top, Scope.LOCAL)
+    for n in names:
+        loops = s.loops_of(n)
+        row = loops[loops.index(top) + 1]
+        for buffer in dict.fromkeys(x.buffer for x in analysis.operand_loads(s.block(n)[0])):
+            if buffer.scope is Scope.LOCAL and _single(s, buffer, row):
+                s.stage(buffer.name, row, Scope.REGISTER)
+
+
+def _single(s: Schedule, buffer: Buffer, loop: str) -> bool:
+    """True where an iteration of a loop touches one element of a buffer."""
+    box = analysis.region(s.loop(loop)[0].body, buffer, analysis.arith_of(s.func))
+    return all(const_int(x) == 1 for _, x in box)

@@ -121,6 +121,30 @@ def test_the_row_of_a_softmax_is_not_copied(columns: int) -> None:
     np.testing.assert_allclose(m(x)[0], e / e.sum(-1, keepdims=True), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(600, 128), (3, "n", 100)])
+def test_short_rows_are_worked_on_together(shape: tuple[int | str, ...]) -> None:
+    """Four of them, and what is left at the end; each has the bits that it has alone."""
+    net = Builder("norm")
+    x = net.input("x", shape)
+    ones = np.ones(shape[-1], np.float32)
+    y = net.layer_norm(x, ones, ones)
+    m = mc.compile(net.function(y=net.softmax(x), z=y), threads=2, checked=True)
+    assert any("in 4:" in s.text or "min(4, " in s.text for s in m.stages if s.name == "schedule")
+    size = [203 if n == "n" else n for n in shape]
+    v = np.random.default_rng(7).standard_normal(size, np.float32)
+    got, normed = m(v)
+    e = np.exp(v.astype(np.float64))
+    e /= e.sum(-1, keepdims=True)
+    np.testing.assert_allclose(got, e, rtol=1e-5)
+    e = v.astype(np.float64)
+    e = (e - e.mean(-1, keepdims=True)) / np.sqrt(e.var(-1, keepdims=True) + 1e-5) + 1
+    np.testing.assert_allclose(normed, e, rtol=1e-4, atol=1e-5)
+    if "n" in shape:
+        for n in (1, 2, 5):
+            for a, b in zip(m(v[:, -n:]), (got, normed), strict=True):
+                np.testing.assert_array_equal(a, b[:, -n:])
+
+
 def test_a_softmax_of_what_is_no_number() -> None:
     """NaN anywhere in a row makes all of it NaN, although the maximum ignores NaN."""
     x = np.random.default_rng(5).standard_normal((5, 1000), np.float32)
