@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py [GROUP or part of a case's name ...] [--threads 1,2] [--json FILE]
 
-Groups: gemm, conv, math (functions of numbers in the second-level cache), stream (results larger
+Groups: gemm, conv, math (functions of numbers that fit the caches), stream (results larger
 than the caches), rows (softmax, normalisations), reduce, move (transposes, gather, concat, split),
 pool. Bytes are those of the operands and results, once each. `copy`: fraction of the copy bandwidth
 of the same turns; `el/ns`: elements of the result per nanosecond; x numpy and x ort: how many times
@@ -206,6 +206,8 @@ def cases() -> Iterator[Case]:
         yield unary("math", name, cached, f)
     yield unary("math", "Gelu", cached, None)
     yield unary("math", "Gelu", cached, None, approximate="tanh")
+    for name, size in (("Exp", 1 << 15), ("Exp", 1 << 16), ("Gelu", 1 << 15)):
+        yield unary("math", name, (size,), np.exp if name == "Exp" else None)
     yield unary("stream", "Relu", large, lambda x, out: np.maximum(x, 0, out=out))
     yield unary("stream", "Exp", large, np.exp)
     yield unary("stream", "Sigmoid", large, None)

@@ -324,10 +324,11 @@ def log1p(x: Expr) -> Expr:
 
 # ---- sigmoid, tanh ------------------------------------------------------------------------------
 def sigmoid(x: Expr) -> Expr:
-    """1 / (1 + e**-x) = e**x / (1 + e**x), whichever has the negative exponent."""
+    """1 / (1 + e**-x) = e**x / (1 + e**x), whichever has the negative exponent. (The bits of x are
+    compared, as a choice by the sign bit is one instruction; at -0.0 both are the same.)"""
     one = const(1.0, x.dtype)
     e = exp_nonpositive(with_sign(x, const(-1.0, x.dtype)))
-    return select(x < 0.0, e, one) / (e + one)
+    return select(bits(x, int64 if x.dtype is float64 else int32) < 0, e, one) / (e + one)
 
 
 def tanh(x: Expr) -> Expr:
