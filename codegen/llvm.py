@@ -13,7 +13,23 @@ from __future__ import annotations
 import dataclasses
 
 from minicompiler.errors import CodegenError
-from minicompiler.ir.expr import FALSE, ZERO, Const, Expr, Var, ceildiv, const_int, wrap
+from minicompiler.ir.expr import (
+    FALSE,
+    ONE,
+    ZERO,
+    Binary,
+    Const,
+    Dim,
+    Expr,
+    Load,
+    Var,
+    ceildiv,
+    const_int,
+    free_vars,
+    maximum,
+    walk,
+    wrap,
+)
 from minicompiler.ir.tir import (
     PARALLEL,
     SCAN,
@@ -40,6 +56,7 @@ from .llvm_text import Lines, Operand
 from .llvm_values import TABLE_ALIGN
 from .repeats import Repeated, repeated
 
+WORTH_SHARING = 1024  # stores of one element: about as long as another thread needs to join in
 STACK_LIMIT = 16384  # bytes; larger thread-local buffers come from the workspace
 ALIGN = 64
 
@@ -190,6 +207,7 @@ class _Emitter(Memory):
             high = self.op(f"sdiv i64 {b}, {count}")
             self.loop(s, low, high, certain=False)
             return
+        threads, extent = self.worth_sharing(s, extent)
         self.keep(s)
         self.count += 1
         head, work, done = (f"{x}{self.count}" for x in ("claim", "work", "claimed"))
@@ -203,7 +221,7 @@ class _Emitter(Memory):
         part, start, end, more = (self.fresh(x) for x in ("part", "start", "end", "more"))
         self.loop(s, start, end, certain=True)
         inner = self.scopes.pop()
-        taken = f"ptr %barrier, i32 %tid, i32 %nthreads, i64 {extent}, ptr {own}"
+        taken = f"ptr %barrier, i32 %tid, i32 {threads}, i64 {extent}, ptr {own}"
         outer.lines += [
             f"  br label %{head}",
             f"{head}:",
@@ -218,6 +236,19 @@ class _Emitter(Memory):
             f"{done}:",
         ]
         self.label = done
+
+    def worth_sharing(self, s: For, extent: str) -> tuple[str, str]:
+        """The threads among which a parallel loop is divided and its extent for this one: little
+        work is done by thread 0, in whose caches its results then are. Where all sizes are numbers
+        the schedule has decided."""
+        work = self.arith.simplify(_often(s))
+        if const_int(work) is not None:
+            return "%nthreads", extent
+        little = self.op(f"icmp slt i64 {self.index(work)}, {WORTH_SHARING}")
+        other = self.op("icmp ne i32 %tid, 0")
+        idle = self.op(f"and i1 {little}, {other}")
+        threads = self.op(f"select i1 {little}, i32 1, i32 %nthreads")
+        return threads, self.op(f"select i1 {idle}, i64 0, i64 {extent}")
 
     def keep(self, s: For) -> None:
         """Prepares for what iterations of a parallel loop need not do again."""
@@ -349,6 +380,28 @@ class _Emitter(Memory):
             name = self.op(f"mul i64 {tid}, {self.index(self.arith.simplify(total), 0)}", 0)
             found = self.scopes[0].values["thread base"] = Operand(name)
         return found.name
+
+
+def _often(s: Stmt) -> Expr:
+    """How often the statement that a nest repeats most runs, as far as sizes alone tell."""
+    if isinstance(s, For):
+        return _often(s.body) * _at_most(s.extent)
+    parts = s.stmts if isinstance(s, Seq) else (s.then,) if isinstance(s, If) else ()
+    most: Expr = ONE
+    for x in (s.body,) if isinstance(s, Alloc) else parts:
+        most = maximum(most, _often(x))
+    return most
+
+
+def _at_most(extent: Expr) -> Expr:
+    """What an extent is at most, in sizes alone: one side of a minimum; 1 where nothing tells."""
+    sides = (extent.a, extent.b) if type(extent) is Binary and extent.op == "min" else ()
+    for e in (extent, *sides):
+        if all(isinstance(v, Dim) for v in free_vars(e)) and not any(
+            type(x) is Load for x in walk(e)
+        ):
+            return e
+    return ONE
 
 
 def _divided(s: Stmt) -> bool:

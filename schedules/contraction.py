@@ -232,7 +232,9 @@ def _tile(s: Schedule, nest: Nest) -> tuple[int, int, int, int | None]:
     if blocked > 1:
         width = _blocks_together(blocked, vector_extent, lanes) * blocked
     elif row_extent == 1:
-        width = 8 * lanes if vector_extent is None or vector_extent >= 8 * lanes else 2 * lanes
+        # Rows of a matrix that no panel holds are read side by side, in shorter pieces.
+        several = (8 if nest.wide.buffer.constant else 4) * lanes
+        width = several if vector_extent is None or vector_extent >= several else 2 * lanes
     elif vector_extent is not None and vector_extent <= lanes:
         width = lanes
     else:

@@ -643,8 +643,6 @@ class Arith:
                 remaining.remove(v)
                 bounded = self._bound_one(e, v, sign)
                 if bounded is None:
-                    bounded = self._bound_side(e, v, sign)
-                if bounded is None:
                     return None
                 e = self.simplify(bounded)
         return e
@@ -705,7 +703,7 @@ class Arith:
             total: Expr = ZERO
             for m, c in p.items():
                 if len(m) > 1 and any(v in free_vars(a) for a in m):
-                    return None
+                    return self._bound_side(e, v, sign)
                 term = m[0] if m else ONE
                 if len(m) > 1:
                     term = self.expr({m: 1})
