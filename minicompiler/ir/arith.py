@@ -681,8 +681,6 @@ class Arith:
                             return (high if sign > 0 else low) % e.b
                     return e.b - 1 if sign > 0 else ZERO
                 a = self._bound_one(e.a, v, sign)
-                if a is None and e.op == "floordiv":
-                    a = self._bound_side(e.a, v, sign)
                 b = self._bound_one(e.b, v, sign) if e.op in ("min", "max") else e.b
                 if a is None or b is None:
                     return None
