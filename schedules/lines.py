@@ -53,16 +53,16 @@ def lines_of_block(
     rows: of a register tile. blocks: of the outermost reduction loop. part_of: how the reduction is
     cut for a number of rows (see contraction.py).
     """
-    if len(nest.rows) < 2:
+    if len(nest.rows) != 2:  # of volumes, each plane would be prepared several times
         return None
-    *more, line_iter, pixel = nest.rows
+    line_iter, pixel = nest.rows
     extents = {i.var: const_int(i.extent) for i in (line_iter, pixel, *nest.reduce, nest.vector)}
     if None in extents.values():
         return None
     known: dict[Expr, int] = {v: n for v, n in extents.items() if n is not None}
     line, pixels = line_iter.var, known[pixel.var]
     high = known[line]
-    images = math.prod(const_int(i.extent) or 1 for i in (*nest.outer, *more))
+    images = math.prod(const_int(i.extent) or 1 for i in nest.outer)
     depth = math.prod(known[i.var] for i in nest.reduce)
     products = 2 * s.target.vector_bytes // 4  # in a cycle
 
