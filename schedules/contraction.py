@@ -275,9 +275,9 @@ def _schedule(s: Schedule, nest: Nest) -> None:
         blocks = shares.extent(s, depth[0], 1)
         count = lines.lines_of_block(s, nest, rows, blocks, part_of)
         if count is not None:
-            line, pixel = row_loops
+            *more, line, pixel = row_loops
             lines_o, line = s.split(line, count, "perfect")
-            row_loops = [line, pixel]
+            outer, row_loops = [*outer, *more], [line, pixel]
             row_extent = count * shares.extent(s, pixel, 1)
             part = part_of(row_extent)
     if row_loops:

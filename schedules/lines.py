@@ -19,7 +19,7 @@ from minicompiler.ir.expr import Expr, Var, const_int, free_vars
 from minicompiler.ir.tir import Scope
 
 from . import analysis, elementwise, shares
-from .panels import block_of
+from .panels import axis_of, block_of
 
 if TYPE_CHECKING:
     from .contraction import Nest
@@ -53,16 +53,18 @@ def lines_of_block(
     rows: of a register tile. blocks: of the outermost reduction loop. part_of: how the reduction is
     cut for a number of rows (see contraction.py).
     """
-    if len(nest.rows) != 2:  # of volumes, each plane would be prepared several times
+    if len(nest.rows) < 2:
         return None
-    line_iter, pixel = nest.rows
+    *more, line_iter, pixel = nest.rows
+    if any(axis_of(nest.broad, i) is None for i in more):
+        return None  # windows over planes: each would be prepared several times
     extents = {i.var: const_int(i.extent) for i in (line_iter, pixel, *nest.reduce, nest.vector)}
     if None in extents.values():
         return None
     known: dict[Expr, int] = {v: n for v, n in extents.items() if n is not None}
     line, pixels = line_iter.var, known[pixel.var]
     high = known[line]
-    images = math.prod(const_int(i.extent) or 1 for i in nest.outer)
+    images = math.prod(const_int(i.extent) or 1 for i in (*nest.outer, *more))
     depth = math.prod(known[i.var] for i in nest.reduce)
     products = 2 * s.target.vector_bytes // 4  # in a cycle
 
