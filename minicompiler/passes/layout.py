@@ -38,9 +38,9 @@ _CONVOLUTIONS = (conv.conv, conv.conv_transpose)
 # Operators that walk over windows of each channel: where blocked data pays and begins.
 _SPATIAL = (*_CONVOLUTIONS, pool.max_pool, pool.avg_pool, pool.lp_pool)
 
-# A few empty lanes in the last block cost less than shorter blocks. Where a convolution reads
-# blocks, even many cost less than vectors of pixels, which lie apart there.
-_FEW = (32,)
+# Some empty lanes in the last block cost less than shorter blocks, or than none. Where a convolution
+# reads blocks, even many cost less than vectors of pixels, which lie apart there.
+_FEW = (32, 8)
 _EMPTY = (32, 8, 3)
 
 Place = tuple[int, int]  # id of a node, number of its result
@@ -119,8 +119,8 @@ def _place(v: Value) -> Place:
 def _block_layout(
     t: TensorType, blocks: tuple[int, ...], empty: tuple[int, ...] = _FEW
 ) -> IndexMap | None:
-    """The layout in blocks of channels, where the channels fill some. empty: the parts of the
-    channels (one in so many) that may be left empty in the last block, the best first."""
+    """The layout in blocks of channels, where the channels fill some. empty: how many lanes of the
+    last block may be left, as parts (one in so many) of the channels, the best first."""
     channels = const_int(t.shape[1]) if t.rank in _RANKS else None
     if channels is None:
         return None
