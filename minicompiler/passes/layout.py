@@ -38,8 +38,8 @@ _CONVOLUTIONS = (conv.conv, conv.conv_transpose)
 # Operators that walk over windows of each channel: where blocked data pays and begins.
 _SPATIAL = (*_CONVOLUTIONS, pool.max_pool, pool.avg_pool, pool.lp_pool)
 
-# Some empty lanes in the last block cost less than shorter blocks, or than none. Where a convolution
-# reads blocks, even many cost less than vectors of pixels, which lie apart there.
+# Some empty lanes in the last block cost less than shorter blocks, or than none. Where a
+# convolution reads blocks, even many cost less than vectors of pixels, which lie apart there.
 _FEW = (32, 8)
 _EMPTY = (32, 8, 3)
 
