@@ -165,6 +165,8 @@ def apply(s: Schedule) -> None:
     shape = s.block(nest.scores)[0].body.buffer.shape
     height = 1 if nest.row is None else const_int(shape[nest.row])
     rows = contraction.tile_rows(height, width // lanes, s.target.registers)
+    if nest.loops[1] is not None and nest.loops[1][1]:  # a tile stays within its matrix
+        rows = max(n for n in range(1, rows + 1) if nest.loops[1][2] % n == 0)
     rows = s.choose("rows", tuple(range(1, 33)), rows)
 
     # ---- the last block: tiles of rows and of the vector axis -----------------------------------

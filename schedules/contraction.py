@@ -531,6 +531,11 @@ def _reduction_order(s: Schedule, nest: Nest) -> tuple[list[str], list[tuple[int
         axis = axis_of(nest.broad, i)
         size = block_of(layout, axis) if axis is not None else 1
         wide_axis = axis_of(nest.wide, i)
+        if axis is None:  # the channels of one group
+            around = [k for k, x in enumerate(nest.broad.indices) if i.var in free_vars(x)]
+            size = block_of(layout, around[0]) if len(around) == 1 else 1
+            whole = size > 1 and (const_int(i.extent) or 1) % size == 0
+            size = size if whole else 1
         if size > 1:
             o, inner = s.split(n, size, "guard")
             outer_names.append(o)

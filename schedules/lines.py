@@ -19,7 +19,7 @@ from minicompiler.ir.expr import Expr, Var, const_int, free_vars
 from minicompiler.ir.tir import Scope
 
 from . import analysis, elementwise, shares
-from .panels import block_of
+from .panels import axis_of, block_of
 
 if TYPE_CHECKING:
     from .contraction import Nest
@@ -56,6 +56,8 @@ def lines_of_block(
     if len(nest.rows) < 2:
         return None
     *more, line_iter, pixel = nest.rows
+    if any(axis_of(nest.broad, i) is None for i in more):
+        return None  # windows over planes: each would be prepared several times
     extents = {i.var: const_int(i.extent) for i in (line_iter, pixel, *nest.reduce, nest.vector)}
     if None in extents.values():
         return None

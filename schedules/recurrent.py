@@ -22,6 +22,7 @@ from . import analysis, contraction, elementwise, rows
 from .schedule import Schedule
 
 MOST_SIDES = 4  # gates that one register tile holds
+FEW_ROWS = 2  # of the state, which weights from beyond the first-level cache keep waiting anyway
 WORTH_A_BARRIER = 32768  # multiplications of a step below which its threads would mostly wait
 
 
@@ -152,8 +153,8 @@ def _tile(s: Schedule, p: _Product, followers: list[str], t: str, number: str) -
     lanes = s.target.vector_bytes // max(4, buffer.dtype.bytes)
     gates, count = _size(p.sides) or 1, _size(p.rows)
     # Few rows: all gates in one tile. More: a tile of rows for one gate after the other, and the
-    # sums of a block of units in cache.
-    apart = bool(p.sides) and (count is None or count > 2)
+    # sums of a block of units in cache. A number that is not known is often one.
+    apart = bool(p.sides) and count is not None and count > FEW_ROWS
     if apart:
         vectors = 2
     elif count == 1:
@@ -177,6 +178,8 @@ def _tile(s: Schedule, p: _Product, followers: list[str], t: str, number: str) -
         row = s.fuse(*(_loop(i) for i in p.rows)) if len(p.rows) > 1 else _loop(p.rows[0])
         wide = vectors if apart else gates * vectors
         fit = contraction.tile_rows(count, wide, s.target.registers)
+        if count is None:
+            fit = min(fit, FEW_ROWS)
         o, inner = s.split(row, s.choose(f"rows{number}", tuple(range(1, 17)), fit), "mask")
         row_o, tile = [o], [inner]
     v_o, v_i = s.split(_loop(p.vector), width, "mask")

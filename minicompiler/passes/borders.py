@@ -86,11 +86,11 @@ def trimmed(v: Apply) -> Value | None:
 
 def _windows(v: Apply) -> Windows:
     if v.op is not conv.conv:
-        return v.attrs.windows(v.op.name)  # type: ignore[union-attr, no-any-return]
+        return v.attrs.windows(v.op.name)
     weight = v.args[1]
     assert weight is not None
     sizes = [const_int(s) for s in type_of(weight).shape[_LEAD:]]
-    return v.attrs.windows("conv", tuple(s for s in sizes if s is not None))  # type: ignore[no-any-return]
+    return v.attrs.windows("conv", tuple(s for s in sizes if s is not None))
 
 
 def _border(v: Apply) -> Apply | None:

@@ -33,14 +33,14 @@ from ..target import Target
 from .kind import kind_of
 
 BLOCKS = (16, 24, 40, 8)
-_RANK = 4
+_RANKS = (3, 4, 5)  # lines, images, volumes
 _CONVOLUTIONS = (conv.conv, conv.conv_transpose)
 # Operators that walk over windows of each channel: where blocked data pays and begins.
 _SPATIAL = (*_CONVOLUTIONS, pool.max_pool, pool.avg_pool, pool.lp_pool)
 
-# A few empty lanes in the last block cost less than shorter blocks; where a convolution reads blocks,
-# even many cost less than vectors of pixels, which lie apart there.
-_FEW = (32,)
+# Some empty lanes in the last block cost less than shorter blocks, or than none. Where a
+# convolution reads blocks, even many cost less than vectors of pixels, which lie apart there.
+_FEW = (32, 8)
 _EMPTY = (32, 8, 3)
 
 Place = tuple[int, int]  # id of a node, number of its result
@@ -96,13 +96,15 @@ def _wanted(fn: Function) -> set[Place]:
         if not isinstance(v, Apply):
             continue
         for a in _passed_on(v) if (id(v), 0) in wanted else v.args[:1] if v.op in _SPATIAL else ():
-            if a is not None and type_of(a).rank == _RANK:
+            if a is not None and type_of(a).rank in _RANKS:
                 wanted.add(_place(a))
     return wanted
 
 
 def _passed_on(v: Apply) -> Sequence[Value | None]:
     """The arguments whose channels are those of the result."""
+    if isinstance(v.type, tuple):
+        return ()
     if v.op in _SPATIAL or v.op in (pieces.pad, resize.resize):
         return v.args[:1]
     if v.op is pieces.concat:
@@ -117,14 +119,14 @@ def _place(v: Value) -> Place:
 def _block_layout(
     t: TensorType, blocks: tuple[int, ...], empty: tuple[int, ...] = _FEW
 ) -> IndexMap | None:
-    """The layout in blocks of channels, where the channels fill some. empty: the parts of the
-    channels (one in so many) that may be left empty in the last block, the best first."""
-    channels = const_int(t.shape[1]) if t.rank == _RANK else None
+    """The layout in blocks of channels, where the channels fill some. empty: how many lanes of the
+    last block may be left, as parts (one in so many) of the channels, the best first."""
+    channels = const_int(t.shape[1]) if t.rank in _RANKS else None
     if channels is None:
         return None
     fits = (b for part in empty for b in blocks if -channels % b <= channels // part)
     block = next(fits, None)
-    return None if block is None else IndexMap.blocked(_RANK, 1, block)
+    return None if block is None else IndexMap.blocked(t.rank, 1, block)
 
 
 def _copied(x: Value | None, blocks: tuple[int, ...], copies: dict[int, Value]) -> Value | None:
@@ -142,7 +144,7 @@ def _layout(
     v: Apply, args: tuple[Value | None, ...], blocks: tuple[int, ...], wanted: bool
 ) -> IndexMap | None:
     t = v.type
-    if not isinstance(t, TensorType) or t.rank != _RANK:
+    if not isinstance(t, TensorType) or t.rank not in _RANKS:
         return None
     if v.op in _SPATIAL:
         x = args[0]

@@ -98,5 +98,5 @@ def _kernels(data: np.ndarray, strides: list[int], taps: list[int]) -> np.ndarra
     phase_axes = [_LEAD + 2 * k + 1 for k in range(rank)]
     tap_axes = [_LEAD + 2 * k for k in range(rank)]
     moved = cut.transpose(*phase_axes, 1, 0, *tap_axes)
-    flipped = moved[(..., *[slice(None, None, -1)] * rank)]
+    flipped = np.flip(moved, tuple(range(moved.ndim - rank, moved.ndim)))
     return np.ascontiguousarray(flipped).reshape(-1, data.shape[0], *taps)

@@ -11,13 +11,16 @@ from documented_kernels import attention
 from tir_samples import Sample, softmax_of, tensor
 from tolerance import assert_close
 
+import minicompiler as mc
 from minicompiler import te
 from minicompiler.errors import ScheduleError
+from minicompiler.frontend.builder import Builder
 from minicompiler.ir import interp
 from minicompiler.ir.equal import tir_equal
 from minicompiler.ir.tir import PrimFunc
 from minicompiler.ir.verify_tir import verify_tir
 from minicompiler.lower.to_tir import from_tensors
+from minicompiler.ops.evaluate import run_reference
 from minicompiler.schedules.cpu import schedule
 from minicompiler.schedules.schedule import Schedule, replay
 from minicompiler.target import Target
@@ -158,3 +161,16 @@ def test_attention_in_blocks_of_columns() -> None:
     verify_tir(s.func, finished=True)
     for got, want in zip(sample.run(s.func), sample.run(), strict=True):
         assert_close(got, want, 256, largest=1)
+
+
+def test_rows_of_several_matrices_side_by_side() -> None:
+    """Attention over channels: its rows lie along the last axis, head by head, and no tile of
+    them reaches into the next head."""
+    net = Builder("channels")
+    q, k, v = (net.input(n, (1, 3, 38, 32)) for n in "qkv")
+    weights = net.softmax(net.matmul(q, net.transpose(k, perm=(0, 1, 3, 2))), axis=-1)
+    heads = net.transpose(net.matmul(weights, v), perm=(0, 3, 1, 2))
+    fn = net.function(y=net.reshape(heads, shape=(1, 32, 114)))
+    rng = np.random.default_rng(0)
+    xs = [rng.standard_normal((1, 3, 38, 32), np.float32) / 4 for _ in range(3)]
+    assert_close(mc.compile(fn, target="cpu:avx2")(*xs)[0], run_reference(fn, xs)[0], 70)

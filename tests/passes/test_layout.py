@@ -1,0 +1,127 @@
+"""Blocks of channels: which values get them, where copies stand, and that the results stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tolerance import assert_close
+
+import minicompiler as mc
+from minicompiler.frontend.builder import Builder
+from minicompiler.ir.graph import Apply, Function, applies, layout_of
+from minicompiler.ir.layout import IndexMap
+from minicompiler.ops import conv, elementwise
+from minicompiler.ops.evaluate import run_reference
+from minicompiler.passes.layout import convert_layout
+
+RNG = np.random.default_rng(0)
+
+
+def weight(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape, np.float32) / np.float32(np.prod(shape[1:]) ** 0.5)
+
+
+def head() -> Function:
+    """Tokens become images of two sizes, which are joined and convolved."""
+    net = Builder("head")
+    small, large = net.input("a", (1, 16, 32)), net.input("b", (1, 64, 32))
+    images = [
+        net.reshape(net.transpose(x, perm=(0, 2, 1)), shape=(1, 32, n, n))
+        for x, n in ((small, 4), (large, 8))
+    ]
+    grown = net.resize(images[0], sizes=(1, 32, 8, 8), mode="linear")
+    joined = net.concat(grown, images[1], axis=1)
+    return net.function(y=net.relu(net.conv(joined, weight(32, 64, 1, 1))))
+
+
+def pieces() -> Function:
+    """Halves of the channels, one of them with a border of copies."""
+    net = Builder("pieces")
+    x = net.relu(net.conv(net.input("x", (2, 3, 12, 12)), weight(32, 3, 3, 3)))
+    left, right = net.split(x, axis=1, sizes=(16, 16))
+    wide = net.pad(left, begin=(0, 0, 1, 1), end=(0, 0, 1, 1), mode="edge")
+    return net.function(
+        a=net.conv(wide, weight(16, 16, 3, 3)), b=net.conv(right, weight(8, 16, 1, 1))
+    )
+
+
+def lines() -> Function:
+    net = Builder("lines")
+    x = net.conv(net.input("x", (2, 16, 50)), weight(32, 16, 5), strides=(2,))
+    return net.function(y=net.conv(net.gelu(x), weight(16, 32, 3), pads_begin=(1,), pads_end=(1,)))
+
+
+def volumes() -> Function:
+    net = Builder("volumes")
+    x = net.relu(net.conv(net.input("x", (1, 8, 6, 6, 6)), weight(16, 8, 3, 3, 3)))
+    x = net.max_pool(x, kernel=(2, 2, 2), strides=(2, 2, 2))
+    return net.function(
+        y=net.reduce_mean(net.conv(x, weight(16, 16, 1, 1, 1)), axes=(2, 3, 4), keepdims=False)
+    )
+
+
+NETWORKS = {f.__name__: f() for f in (head, pieces, lines, volumes)}
+
+
+def convolutions(fn: Function) -> list[Apply]:
+    return [v for v in applies(convert_layout(fn, None)) if v.op is conv.conv]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_results(name: str) -> None:
+    fn = NETWORKS[name]
+    xs = [
+        RNG.standard_normal([n.value for n in p.type.shape]).astype(np.float32)  # type: ignore[attr-defined]
+        for p in fn.params
+    ]
+    one, two = (mc.compile(fn, threads=n)(*xs) for n in (1, 2))
+    for a, b, want in zip(one, two, run_reference(fn, xs), strict=True):
+        assert a.tobytes() == b.tobytes()
+        assert_close(a, want, 1000)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_convolutions_read_blocks(name: str) -> None:
+    for v in convolutions(NETWORKS[name]):
+        x = v.args[0]
+        assert x is not None
+        few = x.type.shape[1].value < 8  # type: ignore[union-attr]
+        assert few == (layout_of(x) is None)
+
+
+def test_ends_are_copied_once() -> None:
+    net = Builder("ends")
+    x = net.input("x", (1, 16, 8, 8))
+    fn = net.function(a=net.conv(x, weight(16, 16, 1, 1)), b=net.conv(x, weight(32, 16, 3, 3)))
+    laid = convert_layout(fn, None)
+    copies = [v for v in applies(laid) if v.op is elementwise.identity]
+    assert [v.layouts[0] for v in copies].count(IndexMap.blocked(4, 1, 16)) == 1  # of x
+    assert [layout_of(r) for r in laid.results] == [None, None]
+    again = convert_layout(laid, None)
+    assert len(list(applies(again))) == len(list(applies(laid)))
+
+
+def test_what_becomes_row_major_is_a_kernel_of_its_own() -> None:
+    net = Builder("last")
+    y = net.relu(net.conv(net.input("x", (1, 16, 8, 8)), weight(16, 16, 1, 1)))
+    module = mc.compile(net.function(y=y))
+    assert {"fused_conv", "fused_relu"} <= {s.subject for s in module.stages}
+
+
+def test_workspace_and_sums_follow_the_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINICOMPILER_CACHE", str(tmp_path))
+    net = Builder("grown")
+    tokens = net.transpose(net.input("x", (1, 64, 32)), perm=(0, 2, 1))
+    image = net.reshape(tokens, shape=(1, 32, 8, 8))
+    large = net.resize(image, sizes=(1, 32, 32, 32), mode="linear")
+    y = net.reduce_mean(net.conv(large, weight(16, 32, 1, 1)), axes=(2, 3), keepdims=False)
+    stages = mc.compile(net.function(y=y), target="cpu:avx2").stages
+    texts = {s.subject: s.text for s in stages if s.name == "schedule"}
+    (resized,) = [t for n, t in texts.items() if n.endswith("resize")]
+    (workspace,) = [x for x in resized.splitlines() if x.strip().startswith("resize: float32")]
+    assert workspace.endswith("(d0, d1//16, d2, d3, d1%16)")
+    assert "sum_rf" not in texts["fused_reduce_mean"]  # sums of 16 channels side by side
