@@ -71,7 +71,7 @@ def rows_in_cache(
     # Blocks of equal size, and equal shares, for the threads' sake.
     others, cores = math.prod(extent(s, n, 1) for n in around), s.target.cores
     if row_extent is None:
-        return s.split(row_o, fit, "even", even(others, range(1, cores + 1), cores))
+        return _even_blocks(s, row_o, fit, even(others, range(1, cores + 1), cores))
     tiles = -(-row_extent // rows)
     least = -(-tiles // fit)
     options = [n for n in range(least, 2 * least + cores) if tiles >= n * _FEW_TILES]
@@ -89,7 +89,14 @@ def rows_for_threads(s: Schedule, row_o: str, around: list[str]) -> tuple[str | 
     each = _TILES_PER_PACKING
     if tiles is not None:
         each = max(each, -(-tiles // -(-wanted // shares)))
-    return s.split(row_o, each, "even")
+    return _even_blocks(s, row_o, each)
+
+
+def _even_blocks(s: Schedule, loop: str, most: int, multiple: int = 1) -> tuple[str, str]:
+    """Blocks of equal size, unless the loop may have no iterations at all: sizes of which that is
+    not known are beyond what can be proved of a quotient of them."""
+    some = analysis.arith_of(s.func).prove(s.loop(loop)[0].extent > 0) is True
+    return s.split(loop, most, "even", multiple) if some else s.split(loop, most, "guard")
 
 
 def planes_together(s: Schedule, nest: Nest, depth: list[str]) -> int | None:
