@@ -241,7 +241,8 @@ def _tile(s: Schedule, nest: Nest) -> tuple[int, int, int, int | None]:
         width = 2 * lanes
     counts = (1, 2, 3, 4) if blocked > 1 else (1, 2, 4, 8)
     width = s.choose("width", tuple(n * (blocked if blocked > 1 else lanes) for n in counts), width)
-    vectors = max(1, width // lanes)
+    # A block shorter than a vector of the machine takes a register for itself.
+    vectors = max(1, width // (min(blocked, lanes) if blocked > 1 else lanes))
     # A depthwise tile loads a vector per row instead of broadcasting one, and may keep no operand.
     rows = tile_rows(row_extent, vectors, t.registers)
     if depthwise:

@@ -38,12 +38,13 @@ _CONVOLUTIONS = (conv.conv, conv.conv_transpose)
 # Operators that walk over windows of each channel: where blocked data pays and begins.
 _SPATIAL = (*_CONVOLUTIONS, pool.max_pool, pool.avg_pool, pool.lp_pool)
 
-# Some empty lanes in the last block cost less than shorter blocks, or than none. Where a
-# convolution reads blocks, even many cost less than vectors of pixels, which lie apart there.
-_FEW = (32, 8)
-_EMPTY = (32, 8, 3)
+# How many lanes of the last block may be left empty, as parts (one in so many) of the channels: a
+# few cost less than shorter blocks, some less than none. Where a convolution reads blocks, even
+# many cost less than vectors of pixels, which lie apart there.
+_FEW, _SOME, _MANY = 32, 8, 3
 
 Place = tuple[int, int]  # id of a node, number of its result
+Blocks = tuple[tuple[int, int], ...]  # how many lanes may be empty (as above), size of a block
 
 
 def convert_layout(fn: Function, ctx: Any) -> Function:
@@ -77,16 +78,18 @@ def convert_layout(fn: Function, ctx: Any) -> Function:
     return rebuild(fn, change)
 
 
-def blocks_for(target: Target | None) -> tuple[int, ...]:
+def blocks_for(target: Target | None) -> Blocks:
     """The sizes of blocks of channels, the best ones first. One of several vectors, but no power of
-    two, makes full tiles of channels that 16 does not divide; a tile needs two rows at least."""
+    two, makes full tiles of channels that 16 does not divide; a tile needs two rows at least. One
+    shorter than a vector leaves lanes of its own empty."""
     lanes = 0 if target is None else target.vector_bytes // 4
-    return tuple(
+    sizes = [
         b
         for b in BLOCKS
         if not b & (b - 1)
         or (target is not None and b % lanes == 0 and target.registers > 3 * (b // lanes))
-    )
+    ]
+    return tuple((n, b) for n in (_FEW, _SOME, _MANY) for b in sizes if n == _FEW or b >= lanes)
 
 
 def _wanted(fn: Function) -> set[Place]:
@@ -116,20 +119,17 @@ def _place(v: Value) -> Place:
     return (id(v.tuple), v.index) if isinstance(v, Item) else (id(v), 0)
 
 
-def _block_layout(
-    t: TensorType, blocks: tuple[int, ...], empty: tuple[int, ...] = _FEW
-) -> IndexMap | None:
-    """The layout in blocks of channels, where the channels fill some. empty: how many lanes of the
-    last block may be left, as parts (one in so many) of the channels, the best first."""
+def _block_layout(t: TensorType, blocks: Blocks, empty: int = _SOME) -> IndexMap | None:
+    """The layout in blocks of channels, where the channels fill some but for one in `empty`."""
     channels = const_int(t.shape[1]) if t.rank in _RANKS else None
     if channels is None:
         return None
-    fits = (b for part in empty for b in blocks if -channels % b <= channels // part)
+    fits = (b for part, b in blocks if part >= empty and -channels % b <= channels // part)
     block = next(fits, None)
     return None if block is None else IndexMap.blocked(t.rank, 1, block)
 
 
-def _copied(x: Value | None, blocks: tuple[int, ...], copies: dict[int, Value]) -> Value | None:
+def _copied(x: Value | None, blocks: Blocks, copies: dict[int, Value]) -> Value | None:
     """What a convolution reads, in blocks of channels."""
     assert x is not None
     layout = _block_layout(type_of(x), blocks) if layout_of(x) is None else None
@@ -141,7 +141,7 @@ def _copied(x: Value | None, blocks: tuple[int, ...], copies: dict[int, Value]) 
 
 
 def _layout(
-    v: Apply, args: tuple[Value | None, ...], blocks: tuple[int, ...], wanted: bool
+    v: Apply, args: tuple[Value | None, ...], blocks: Blocks, wanted: bool
 ) -> IndexMap | None:
     t = v.type
     if not isinstance(t, TensorType) or t.rank not in _RANKS:
@@ -149,7 +149,7 @@ def _layout(
     if v.op in _SPATIAL:
         x = args[0]
         dense = v.op in _CONVOLUTIONS and x is not None and layout_of(x) is not None
-        return _block_layout(t, blocks, _EMPTY if dense else _FEW)
+        return _block_layout(t, blocks, _MANY if dense else _SOME)
     follow = _joined(v, args) if v.op is pieces.concat else _followed(v, t, args)
     if follow is None and wanted and kind_of(v) is not Kind.OPAQUE:
         return _block_layout(t, blocks)
