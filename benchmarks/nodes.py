@@ -32,6 +32,8 @@ from minicompiler.runtime.plan import evaluate
 from minicompiler.runtime.profile import profile
 from minicompiler.target import Target
 
+ACTIVATIONS = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid")
+
 
 def node_times(
     model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], threads: int
@@ -77,8 +79,13 @@ def compare(
         for name, found in node_times(model, feeds, threads).items():
             theirs[name] += found
     groups = [v for v in topological(fn.results) if isinstance(v, Apply)]
-    # A convolution in a blocked layout is named after its result there.
+    # A convolution in a blocked layout is named after its result there, or that of the activation
+    # that it is fused with.
     outputs = {n.name: [f"{o}_nchwc" for o in n.output] for n in model.graph.node}
+    fused = {
+        n.input[0]: f"{n.output[0]}_nchwc" for n in model.graph.node if n.op_type in ACTIVATIONS
+    }
+    behind = {n.name: [fused[o] for o in n.output if o in fused] for n in model.graph.node}
     rows = []
     for k, (group, call) in enumerate(zip(groups, built.calls, strict=True)):
         assert not isinstance(group.op, str)
@@ -86,6 +93,7 @@ def compare(
         if operator not in names.values():
             continue
         known = [n for name in names for n in (name, *outputs[name]) if n in theirs]
+        known = known or [n for name in names for n in behind[name] if n in theirs]
         if not known:
             continue
         kernel = built.kernels[call.kernel]

@@ -109,9 +109,12 @@ def planes_together(s: Schedule, nest: Nest, depth: list[str]) -> int | None:
     at = tuple(substitute(i, values) for i in nest.broad.indices)
     arith = analysis.arith_of(s.func)
     apart = elementwise.strides(nest.broad.buffer, at, s.loop(depth[0])[0].var, arith)
-    if len(depth) == 1 or apart is None or 4 * apart < PAGE:
+    if len(depth) == 1 or apart is None:
         return None
-    if 4 * apart % PAGE == 0:
+    apart *= nest.broad.buffer.dtype.bytes
+    if apart < PAGE:
+        return None
+    if apart % PAGE == 0:
         return _PLANES // 2
     return _PLANES if (const_int(nest.reduce[0].extent) or 1024) > 2 * _PLANES else None
 
