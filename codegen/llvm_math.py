@@ -144,10 +144,10 @@ def horner(x: Expr, *coefficients: float) -> Expr:
 
 
 def rarely_above(limit: float, x: Expr) -> Expr:
-    """A condition for `select(rarely_above(..), a, b)`: a branch that takes `b` if no lane of x,
-    which is never negative, is above the limit or NaN, else `a` for all lanes. Within the limit
-    both must give the same bits, so that no lane depends on its neighbours."""
-    return Call("rarely", (binary("lt", const(limit, x.dtype), x),))
+    """A condition for `select(rarely_above(..), a, b)`: a branch that takes `b` if no lane of |x|
+    is above the limit or NaN, else `a` for all lanes. Within the limit both must give the same
+    bits, so that no lane depends on its neighbours. The square of the limit must be finite."""
+    return Call("rarely", (binary("lt", const(limit, x.dtype), absolute(x)),))
 
 
 def exact_product(a: Expr, b: Expr) -> tuple[Expr, Expr]:
@@ -183,7 +183,7 @@ def exp(x: Expr) -> Expr:
     p, i = horner(r, *EXP), bits(t, DType("uint32"))
     half = binary("shr", i, 1)
     far = p * bits(binary("shl", half, 23), float32) * bits(binary("shl", i - half, 23), float32)
-    return select(rarely_above(87.0, absolute(x)), far, near)
+    return select(rarely_above(87.0, x), far, near)
 
 
 def exp_nonpositive(x: Expr) -> Expr:

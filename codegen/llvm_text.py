@@ -138,11 +138,24 @@ class Writer:
         then: Callable[[], None],
         orelse: Callable[[], None] | None = None,
         rarely: bool = False,
+        confirm: Callable[[], str] | None = None,
     ) -> None:
-        """if cond: then() else: orelse(). rarely: `cond` almost never holds."""
+        """if cond: then() else: orelse(). rarely: `cond` almost never holds. confirm: a second
+        condition for then(), computed where `cond` holds."""
         self.count += 1
         yes, no, done = f"then{self.count}", f"else{self.count}", f"end{self.count}"
         outer = self.scopes[-1]
+        hint = ", !prof !1" if rarely else ""
+        other = no if orelse else done
+        if confirm:
+            sure = f"confirm{self.count}"
+            outer.lines.append(f"  br i1 {cond}, label %{sure}, label %{other}{hint}")
+            outer.lines.append(f"{sure}:")
+            self.scopes.append(Lines([]))
+            self.label = sure
+            cond = confirm()
+            outer.lines += self.scopes.pop().lines
+        outer.lines.append(f"  br i1 {cond}, label %{yes}, label %{other}{hint}")
         parts = []
         for label, body in ((yes, then), (no, orelse)):
             if body is None:
@@ -151,9 +164,6 @@ class Writer:
             self.label = label
             body()
             parts.append((label, self.scopes.pop().lines))
-        hint = ", !prof !1" if rarely else ""
-        other = no if orelse else done
-        outer.lines.append(f"  br i1 {cond}, label %{yes}, label %{other}{hint}")
         for label, lines in parts:
             outer.lines.append(f"{label}:")
             outer.lines += lines

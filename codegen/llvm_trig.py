@@ -172,7 +172,7 @@ def _wave32(x: Expr, turn: int) -> Expr:
     far = select(ne(binary("and", n, 2), 0), zero - value, value)
     far = select(absolute(x) < math.inf, far, const(math.nan, float64))
     either = select(binary("le", absolute(x), _LARGE), near, far)
-    return cast(select(rarely_above(_LARGE, absolute(x)), either, near), float32)
+    return cast(select(rarely_above(_LARGE, x), either, near), float32)
 
 
 def tan(x: Expr) -> Expr:

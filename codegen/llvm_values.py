@@ -336,7 +336,7 @@ class Values(Indices):
 
     # ---- select, functions ----------------------------------------------------------------------
     def select(self, e: Select, mask: Operand | None) -> Operand:
-        if type(e.cond) is Call and e.cond.fn == "rarely":
+        if _is_branch(e):
             return self.rare(e, mask)
         cond = self.value(e.cond, mask)
         if cond.name == "true":
@@ -366,34 +366,60 @@ class Values(Indices):
             return self.value(e.a, mask)
         compared = e.cond.args[0]
         assert type(compared) is Binary and compared.op == "lt"
-        self.scopes.append(Lines([]))  # either side computes for itself what it needs
-        flag = self.any_above(self.value(compared.b, mask), compared.a)
-        self.scopes[-2].lines += self.scopes.pop().lines
+        limit, x = compared.a, compared.b
+        assert type(limit) is Const and type(x) is Call and x.fn == "abs"
         parts: list[tuple[Operand, str]] = []
 
         def side(x: Expr) -> None:
             parts.append((self.value(x, mask), self.label))
 
-        self.branch(flag, lambda: side(e.a), lambda: side(e.b), rarely=True)
+        def any_above() -> str:
+            return self.any_above(self.value(x, mask), limit)
+
+        self.scopes.append(Lines([]))  # either side computes for itself what it needs
+        plain = self.value(x.args[0], mask)
+        joined = plain.lanes > JOINED and plain.lanes % JOINED == 0
+        flag = self.squares_above(plain, limit) if joined else any_above()
+        self.scopes[-2].lines += self.scopes.pop().lines
+        confirm = any_above if joined else None
+        self.branch(flag, lambda: side(e.a), lambda: side(e.b), rarely=True, confirm=confirm)
         lanes = max([v.lanes for v, _ in parts])
         values = ", ".join([f"[ {v.name}, %{label} ]" for v, label in parts])
         return Operand(self.op(f"phi {value_type(e.dtype, lanes)} {values}"), lanes)
 
-    def any_above(self, v: Operand, limit: Expr) -> str:
+    def squares_above(self, v: Operand, limit: Const) -> str:
+        """Whether the squares of some lanes add up to more than that of a limit, or NaN: one
+        multiply-add for each register instead of two operations, and false only where no lane is
+        above the limit."""
+        scalar = value_type(limit.dtype)
+        ty = vector(scalar, JOINED)
+        first, *others = self.registers(v, scalar)
+        total = self.op(f"fmul {ty} {first}, {first}")
+        for x in others:
+            total = self.intrinsic("fmuladd", ty, x, x, total)
+        square = literal(const(limit.value * limit.value, limit.dtype))
+        flags = self.op(f"fcmp ugt {ty} {total}, {everywhere(scalar, square, JOINED)}")
+        return self.any_lane(Operand(flags, JOINED))
+
+    def registers(self, v: Operand, scalar: str) -> list[str]:
+        """The parts of a vector that fill a register each."""
+        whole, parts = vector(scalar, v.lanes), []
+        for k in range(0, v.lanes, JOINED):
+            some = ", ".join([f"i32 {k + j}" for j in range(JOINED)])
+            text = f"shufflevector {whole} {v.name}, {whole} poison, <{JOINED} x i32> <{some}>"
+            parts.append(self.op(text))
+        return parts
+
+    def any_above(self, v: Operand, limit: Const) -> str:
         """Whether any lane of a number that is not negative is above a limit, or NaN. Registers are
         joined first, by maxima of the bits, among which those of NaN are the largest."""
-        assert type(limit) is Const
         wide = limit.dtype is float64
         scalar, lanes = "i64" if wide else "i32", v.lanes
         floats, ty = vector(value_type(limit.dtype), lanes), vector(scalar, lanes)
         most = self.op(f"bitcast {floats} {v.name} to {ty}")
         if lanes > JOINED and lanes % JOINED == 0:
-            whole, ty, lanes = ty, vector(scalar, JOINED), JOINED
-            parts = []
-            for k in range(0, v.lanes, JOINED):
-                some = ", ".join([f"i32 {k + j}" for j in range(JOINED)])
-                text = f"shufflevector {whole} {most}, {whole} poison, <{JOINED} x i32> <{some}>"
-                parts.append(self.op(text))
+            parts = self.registers(Operand(most, lanes), scalar)
+            ty, lanes = vector(scalar, JOINED), JOINED
             most = functools.reduce(lambda x, y: self.intrinsic("smax", ty, x, y), parts)
         bits = int(np.asarray(limit.value, limit.dtype.numpy).view(np.int64 if wide else np.int32))
         flags = self.op(f"icmp sgt {ty} {most}, {everywhere(scalar, str(bits), lanes)}")
@@ -492,6 +518,14 @@ def _expanded(e: Call | Binary) -> Expr | None:
 
 @functools.cache
 def _used_once(e: Expr) -> frozenset[Expr]:
-    """The constants that occur at one place of an expression."""
-    count = Counter(x for parent in walk(e) for x in parent.children() if type(x) is Const)
+    """The constants that occur at one place of an expression, whichever way its branch goes."""
+    branches = [x for x in walk(e) if type(x) is Select and _is_branch(x)]
+    sides = [x for select in branches for x in (select.a, select.b)] or [e]
+    count: Counter[Expr] = Counter()
+    for side in sides:
+        count |= Counter(x for parent in walk(side) for x in parent.children() if type(x) is Const)
     return frozenset([x for x, n in count.items() if n == 1])
+
+
+def _is_branch(e: Select) -> bool:
+    return type(e.cond) is Call and e.cond.fn == "rarely"

@@ -37,12 +37,14 @@ needs_fma = pytest.mark.skipif(not HOST.fma, reason="the bounds hold where fma i
 class Kernel:
     """An elementwise function of CHUNK numbers at a time, compiled."""
 
-    def __init__(self, f: Callable[..., Expr], dtype: DType, args: int = 1) -> None:
+    def __init__(
+        self, f: Callable[..., Expr], dtype: DType, args: int = 1, vectors: int = 1
+    ) -> None:
         xs = [te.placeholder(f"x{k}", (CHUNK,), dtype) for k in range(args)]
         y = te.map_elements(f, *xs, name="y")
         s = Schedule(from_tensors("f", xs, [y]), HOST)
         (loop,) = s.loops_of("y")
-        _, inner = s.split(loop, HOST.vector_bytes // dtype.bytes, "perfect")
+        _, inner = s.split(loop, HOST.vector_bytes // dtype.bytes * vectors, "perfect")
         s.mark(inner, VECTOR)
         func = s.func
         for step in (lower_blocks, hoist_conditions, unswitch):
@@ -277,6 +279,26 @@ def test_float_remainders_are_exact(dtype: DType) -> None:
     got = Kernel(lambda x, y: binary("mod", x, y), dtype, 2)(a, b)
     with np.errstate(all="ignore"):
         np.testing.assert_array_equal(got, np.remainder(a, b))
+
+
+@pytest.mark.parametrize(("name", "limit"), [("exp", 87.0), ("sin", 2.0**40), ("cos", 2.0**40)])
+def test_lanes_do_not_depend_on_their_neighbours(name: str, limit: float) -> None:
+    """Whether lanes are within a limit is asked for many at once; all ways give the same bits."""
+    rng = np.random.default_rng(11)
+    groups = [
+        np.full(32, limit / 2),  # only the sum of squares is above the limit's
+        np.full(32, limit * 0.9999),
+        rng.uniform(-limit, limit, 32),
+        np.concatenate([rng.uniform(-1, 1, 31), [limit * 1.01]]),
+        np.concatenate([rng.uniform(-1, 1, 31), [-math.inf]]),
+        np.concatenate([rng.uniform(-1, 1, 31), [math.nan]]),
+    ]
+    x = np.concatenate(groups).astype(np.float32)
+    kernel = Kernel(fn(name), float32, vectors=4)
+    mixed = kernel(x)
+    for value in np.unique(x):
+        alone = kernel(np.full(32, value, np.float32))
+        np.testing.assert_array_equal(mixed[x == value], alone[: np.count_nonzero(x == value)])
 
 
 def test_generated_code_calls_nothing() -> None:
