@@ -4,7 +4,7 @@
 
 LLVM has no vector exp, tanh, erf, and we call no C library. Largest errors in ulp (units in the
 last place; float32: of all inputs, tests/codegen/test_llvm_math.py), on processors with fma:
-    float32: exp 0.90, log 0.83, rsqrt 1.5, sigmoid 4.8, tanh 4.9, erf 6.0, all others 0.51
+    float32: exp 0.90, log 0.83, rsqrt 1.5, tanh 4.9, sigmoid, erf 6.0, all others 0.51
     float64: exp, log 1, log1p, expm1, erf 2, sigmoid, tanh 3, rsqrt, power 1.5; see llvm_trig.py
 Method: Cody-Waite range reduction (Software Manual for the Elementary Functions, 1980).
 """
@@ -201,12 +201,12 @@ def exp_nonpositive(x: Expr) -> Expr:
 
 
 _SMALLER = 30  # 2**-30 e**r times 2**(n + 30) is rounded once and reaches the subnormal numbers
+_SHIFT = 12582912.0  # 1.5 * 2**23: adding it rounds to an integer, then the low end of the bits
 
 
 def _exp_turns(x: Expr, bias: int) -> tuple[Expr, Expr]:
     """n for x = n*ln2 + r: a number with n + bias in its low bits, and n itself."""
-    # Adding 1.5 * 2**23 rounds to an integer that then is the low end of the bits.
-    shift = 12582912.0 + bias
+    shift = _SHIFT + bias
     t = fma(x, const(1.4426950408889634, float32), shift)
     return t, t - shift
 
@@ -324,11 +324,20 @@ def log1p(x: Expr) -> Expr:
 
 # ---- sigmoid, tanh ------------------------------------------------------------------------------
 def sigmoid(x: Expr) -> Expr:
-    """1 / (1 + e**-x) = e**x / (1 + e**x), whichever has the negative exponent. (The bits of x are
-    compared, as a choice by the sign bit is one instruction; at -0.0 both are the same.)"""
+    """1 / (1 + e**-x), in float32 with numerator and denominator times 2**-64: then e**-x is a
+    normal number wherever it counts. Float64: e**x / (1 + e**x) below 0."""
     one = const(1.0, x.dtype)
-    e = exp_nonpositive(with_sign(x, const(-1.0, x.dtype)))
-    return select(bits(x, int64 if x.dtype is float64 else int32) < 0, e, one) / (e + one)
+    if x.dtype is float64:
+        e = exp_nonpositive(with_sign(x, const(-1.0, float64)))
+        return select(bits(x, int64) < 0, e, one) / (e + one)
+    small = 2.0**-64
+    y = maximum(minimum(x, 40.0), -104.0)
+    shift = _SHIFT + 63  # the bias of 2**-64
+    t = fma(y, const(-1.4426950408889634, float32), shift)
+    r = fma(t - shift, const(LN2_HIGH, float32), y)
+    p = horner(r, *[c * (-1) ** (5 - k) for k, c in enumerate(SHORT_EXP)])
+    e = p * bits(binary("shl", bits(t, DType("uint32")), 23), float32)
+    return const(small, float32) / (e + small)
 
 
 def tanh(x: Expr) -> Expr:

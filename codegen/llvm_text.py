@@ -147,15 +147,15 @@ class Writer:
         outer = self.scopes[-1]
         hint = ", !prof !1" if rarely else ""
         other = no if orelse else done
+        asked: list[str] = []
+        first = yes
         if confirm:
-            sure = f"confirm{self.count}"
-            outer.lines.append(f"  br i1 {cond}, label %{sure}, label %{other}{hint}")
-            outer.lines.append(f"{sure}:")
+            first = f"confirm{self.count}"
             self.scopes.append(Lines([]))
-            self.label = sure
-            cond = confirm()
-            outer.lines += self.scopes.pop().lines
-        outer.lines.append(f"  br i1 {cond}, label %{yes}, label %{other}{hint}")
+            self.label = first
+            sure = confirm()
+            jump = f"  br i1 {sure}, label %{yes}, label %{other}{hint}"
+            asked = [f"{first}:", *self.scopes.pop().lines, jump]
         parts = []
         for label, body in ((yes, then), (no, orelse)):
             if body is None:
@@ -164,6 +164,9 @@ class Writer:
             self.label = label
             body()
             parts.append((label, self.scopes.pop().lines))
+        # Only now: a body may put what does not depend on it in front.
+        outer.lines.append(f"  br i1 {cond}, label %{first}, label %{other}{hint}")
+        outer.lines += asked
         for label, lines in parts:
             outer.lines.append(f"{label}:")
             outer.lines += lines

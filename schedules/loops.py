@@ -41,9 +41,11 @@ from minicompiler.ir.tir import (
     Stmt,
     Store,
     map_statements,
+    read_buffers,
     seq,
     statements,
     substitute_stmt,
+    written_buffers,
 )
 
 from . import analysis
@@ -253,6 +255,43 @@ def reorder(s: Schedule, names: list[str]) -> None:
     for x in reversed(order):
         body = x.with_(body=body)
     s.swap(outermost, body)
+
+
+def compute_with(s: Schedule, name: str, other: str) -> None:
+    """Iteration i of loop `name` runs right after iteration i of the loop `other` before it:
+
+    (for k: E[k] = ..; for k: sum += E[k])   ->   for k: (E[k] = ..; sum += E[k])
+    """
+    (second, path), (first, _) = s.loop(name), s.loop(other)
+    around = path[-1] if path else None
+    stmts = list(around.stmts) if isinstance(around, Seq) else []
+    at = {id(x): k for k, x in enumerate(stmts)}
+    start, end = at.get(id(first), -1), at.get(id(second), -1)
+    if start < 0 or start >= end:
+        s.refuse(f"loop {other} does not stand before {name} in one sequence", second)
+    if first.kind is not SERIAL or second.kind is not SERIAL:
+        s.refuse("only serial loops can run together", second)
+    arith = analysis.arith_of(s.func)
+    if arith.simplify(first.extent - second.extent) is not Const(0):
+        s.refuse(f"loops {other} and {name} have different extents", second)
+    body = substitute_stmt(second.body, {second.var: first.var})
+    between = seq(stmts[start + 1 : end])
+    made, read = written_buffers(first), read_buffers(first)
+    for x in (between, body):
+        if written_buffers(x) & (made | read):
+            s.refuse(f"what {other} reads or writes is written again up to {name}", second)
+    if made & read_buffers(between):
+        s.refuse(f"what {other} writes is read before {name}", second)
+    for buffer in sorted(made & read_buffers(body), key=lambda b: b.name):
+        stores = [a for a in analysis.accesses(first.body, arith, buffer) if a.is_store]
+        box = analysis.region(first.body, buffer, arith, stores)
+        moved = [arith.simplify(substitute(x, {first.var: first.var + 1}) - x) for x, _ in box]
+        apart = [arith.prove(m >= n) is True for m, (_, n) in zip(moved, box, strict=True)]
+        if analysis.region(body, buffer, arith) != box or not any(apart):
+            s.refuse(f"iterations of {name} do not read what the same of {other} writes", second)
+    joined = first.with_(body=seq([first.body, body]))
+    assert around is not None
+    s.swap(around, seq([*stmts[:start], *stmts[start + 1 : end], joined, *stmts[end + 1 :]]))
 
 
 def separate(s: Schedule, name: str) -> None:

@@ -25,7 +25,7 @@ from minicompiler.ir.expr import (
     substitute,
     walk,
 )
-from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Iter, Scope
+from minicompiler.ir.tir import PARALLEL, SERIAL, UNROLL, VECTOR, Block, Buffer, Iter, Scope
 
 from . import analysis, elementwise, hints, streaming
 from .schedule import Schedule
@@ -71,6 +71,8 @@ def apply(s: Schedule) -> None:
     _hold(s, names[:-1], top)
     if together > 1:
         _hold_several(s, names, top)
+    else:
+        _sum_at_once(s, top)
     work = 1
     for x in analysis.loops(s.func.phases[0]):
         work *= const_int(x.extent) or 64
@@ -78,6 +80,29 @@ def apply(s: Schedule) -> None:
         s.mark(top, PARALLEL)
     _fetch_ahead(s, top)
     streaming.apply(s)
+
+
+def _sum_at_once(s: Schedule, top: str) -> None:
+    """What one pass over a row makes is added up in that pass and not in one of its own."""
+    for block in list(analysis.blocks(s.loop(top)[0])):
+        for load in analysis.operand_loads(block):
+            makers = analysis.writers(s.func, load.buffer)
+            if not analysis.is_reduction(block) or len(makers) != 1 or block.init is not None:
+                continue
+            own, other = [_below(s, b.name, top) for b in (block, makers[0])]
+            while own and other and _like(s, own[0], other[0]):
+                s.compute_with(own[0], other[0])
+                own, other = own[1:], other[1:]
+
+
+def _below(s: Schedule, name: str, top: str) -> list[str]:
+    names = s.loops_of(name)
+    return names[names.index(top) + 1 :]
+
+
+def _like(s: Schedule, name: str, other: str) -> bool:
+    (a, around), (b, path) = s.loop(name), s.loop(other)
+    return around[-1] is path[-1] and a.extent is b.extent and a.kind is b.kind is SERIAL
 
 
 def _side_by_side(s: Schedule) -> bool:

@@ -215,6 +215,12 @@ class Schedule:
         """The root statement that holds a block begins a phase of its own."""
         self._apply("separate", lambda: loops.separate(self, block), block=block)
 
+    def compute_with(self, loop: str, other: str) -> None:
+        """Each iteration of `loop` runs right after the same one of `other`, a loop before it."""
+        self._apply(
+            "compute_with", lambda: loops.compute_with(self, loop, other), loop=loop, other=other
+        )
+
     def relayout(self, buffer: str, layout: IndexMap | Sequence[Sequence[int]]) -> None:
         """A workspace buffer is kept in memory in another order."""
         imap = layout if isinstance(layout, IndexMap) else layout_from(layout)

@@ -5,11 +5,12 @@ done = step(s, pick)      pick(options) chooses; True when the step was accepted
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from minicompiler.errors import ScheduleError
-from minicompiler.ir.tir import For, script, statements
+from minicompiler.ir.tir import For, Seq, script, statements
 from minicompiler.schedules import analysis
 from minicompiler.schedules.loops import TAILS
 from minicompiler.schedules.schedule import Schedule
@@ -72,6 +73,16 @@ def compute_at(s: Schedule, pick: Pick) -> None:
     s.compute_at(pick(block_names(s)), pick(loop_names(s)), once)
 
 
+def compute_with(s: Schedule, pick: Pick) -> None:
+    pairs = [
+        (b.var.name, a.var.name)
+        for x in statements(s.func)
+        if isinstance(x, Seq)
+        for a, b in itertools.combinations([y for y in x.stmts if isinstance(y, For)], 2)
+    ]
+    s.compute_with(*pick(pairs or [(loop_names(s)[0], loop_names(s)[-1])]))
+
+
 def decompose_reduction(s: Schedule, pick: Pick) -> None:
     block = pick(block_names(s))
     s.decompose_reduction(block, pick(s.loops_of(block) or loop_names(s)))
@@ -132,6 +143,7 @@ def prefetch_next(s: Schedule, pick: Pick) -> None:
 
 STEPS = (
     split, split, split, fuse, reorder, reorder, mark, inline, compute_at, compute_at,
+    compute_with, compute_with,
     decompose_reduction, decompose_reduction, stage, stage, stage, relayout, rfactor, rolling,
     prefetch, prefetch, prefetch_next, skip,
 )  # fmt: skip

@@ -134,6 +134,13 @@ def softmax_row(s: Schedule) -> None:
         s.compute_at(b, "i0_4")
 
 
+def added_at_once(s: Schedule) -> None:
+    softmax_row(s)
+    made, summed = (s.loops_of(b)[-1] for b in ("exp", "sum"))
+    s.decompose_reduction("sum", summed)
+    s.compute_with(summed, made)
+
+
 def partial_sums(s: Schedule) -> None:
     s.split("k0", 3, "mask")
     s.rfactor("sum", "k0_i")
@@ -167,6 +174,7 @@ PRIMITIVES: dict[str, tuple[str, Callable[[Schedule], Any]]] = {
     "compute_at_last_iteration": ("matmul", lambda s: s.compute_at("relu", "k0")),
     "compute_at_row": ("softmax", softmax_row),
     "compute_at_once": ("matmul", packed_once),
+    "compute_with": ("softmax", added_at_once),
     "decompose_reduction": ("matmul", lambda s: s.decompose_reduction("matmul", "i1")),
     "stage_register": ("matmul", lambda s: s.stage("matmul", "i1")),
     "stage_local": ("conv", lambda s: s.stage("pad", "i2_2", "local")),
@@ -231,6 +239,8 @@ WRONG: dict[str, Callable[[Schedule], Any]] = {
     "compute_at_itself": lambda s: s.compute_at("matmul", "i0"),
     "compute_at_stranger": lambda s: s.compute_at("nothing", "i0"),
     "compute_at_once_for_a_consumer": lambda s: s.compute_at("relu", "i0", "i0"),
+    "compute_with_a_loop_inside": lambda s: s.compute_with("k0_o", "i0"),
+    "compute_with_the_next": lambda s: s.compute_with("i0", "i0_2"),
     "stage_untouched": lambda s: s.stage("p2", "i1"),
     "stage_what_is_written": lambda s: s.stage("r0", None, "global"),
     "stage_global_in_a_loop": lambda s: s.stage("p0", "i0", "global"),
@@ -270,6 +280,9 @@ ILLEGAL: dict[str, tuple[list[tuple[str, tuple[Any, ...]]], tuple[str, tuple[Any
         ("decompose_reduction", ("matmul", "k0")),
     ),
     "a mixed loop": ([("fuse", ("i1", "k0"))], ("compute_at", ("relu", "i1_k0"))),
+    "a sum run before it is whole": (
+        [("compute_at", ("relu", "i0"))], ("compute_with", ("i1_2", "i1")),
+    ),
     "an init twice": (
         [("decompose_reduction", ("matmul", "k0"))], ("decompose_reduction", ("matmul", "i0")),
     ),
