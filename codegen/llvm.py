@@ -49,14 +49,13 @@ from minicompiler.ir.tir import (
     statements,
     written_buffers,
 )
-from minicompiler.target import Target
+from minicompiler.target import WORTH_SHARING, Target
 
 from .llvm_memory import Memory
 from .llvm_text import Lines, Operand
 from .llvm_values import TABLE_ALIGN
 from .repeats import Repeated, repeated
 
-WORTH_SHARING = 1024  # stores of one element: about as long as another thread needs to join in
 STACK_LIMIT = 16384  # bytes; larger thread-local buffers come from the workspace
 ALIGN = 64
 

@@ -49,6 +49,9 @@ _NAMED: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "neon": ("aarch64", "generic", ("fp-armv8", "neon")),
 }
 _NAMED_CORES = 8
+# What a thread that is awake needs to join in, and fetches from another's caches, takes about as
+# long as storing so many elements.
+WORTH_SHARING = 1024
 _DEFAULT_CACHES = (32 << 10, 1 << 20, 32 << 20)
 _SYS_CPU = Path("/sys/devices/system/cpu")
 _CGROUP = Path("/sys/fs/cgroup")

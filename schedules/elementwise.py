@@ -26,6 +26,7 @@ from minicompiler.ir.expr import (
     walk,
 )
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, For, Scope
+from minicompiler.target import WORTH_SHARING
 
 from . import analysis, streaming, transposed
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 LONG_VECTORS = 4  # side by side they hide the latency of a polynomial
 MOST_PIECES = 8  # of a concatenation that are written out
 WORTH_A_THREAD = 16384  # elements below which waking another thread costs more than it saves
-_WORTH_SHARING = 1024  # elements below which a thread that is awake takes no part
 _UNKNOWN = 64  # iterations of a loop whose extent is known at run time only
 
 
@@ -247,7 +247,7 @@ def threads_over(s: Schedule, outer: list[str], block: str) -> None:
         return
     # An outermost size that is not known is often that of a batch of one, which may have work for
     # all threads.
-    one = const_int(s.loop(outer[0])[0].extent) is None and work >= _UNKNOWN * _WORTH_SHARING
+    one = const_int(s.loop(outer[0])[0].extent) is None and work >= _UNKNOWN * WORTH_SHARING
     # Only as many loops as it takes to share the work evenly: the inner ones keep plain indices.
     count, take = 1, 0
     for name in outer:
