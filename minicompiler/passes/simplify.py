@@ -29,7 +29,7 @@ from ..ir.graph import (
     with_args,
 )
 from ..ir.op import Op
-from ..ir.types import TensorType
+from ..ir.types import TensorType, float32
 from ..ops import activations, conv, elementwise, pieces, pool, shape
 from . import borders
 
@@ -128,6 +128,30 @@ def _small_power(v: Apply) -> Value | None:
         return None
     square = _again(v, elementwise.mul, x, x)
     return square if number == 2 else _again(v, elementwise.mul, square, x)
+
+
+def _half_of_tanh(v: Apply) -> Value | None:
+    """0.5 * (1 + tanh(y)) = sigmoid(2 * y), and the same times x, as exporters write GELU. Rounding
+    differs by that of the sum, which cancels below 0."""
+    if type_of(v).dtype is not float32:
+        return None
+    for k in (0, 1):
+        total, other = _operand(v, k, elementwise.add), v.args[1 - k]
+        for j in (0, 1):
+            wave = None if total is None else _operand(total, j, elementwise.tanh)
+            if total is None or wave is None or _filled(total.args[1 - j]) != 1:
+                continue
+            two = Constant(np.full((), 2, np.float32), "2", locs=v.locs)
+            half = _again(
+                wave, elementwise.sigmoid, _again(wave, elementwise.mul, wave.args[0], two)
+            )
+            if _filled(other) == 0.5:
+                return half
+            scaled = _operand(v, 1 - k, elementwise.mul)
+            for x, factor in (scaled.args, scaled.args[::-1]) if scaled is not None else ():
+                if _filled(factor) == 0.5:
+                    return _again(v, elementwise.mul, x, half)
+    return None
 
 
 def _twice(op: Op) -> Rule:
@@ -275,7 +299,7 @@ def _joined_split(v: Apply) -> Value | None:
 RULES: dict[Op, tuple[Rule, ...]] = {
     elementwise.add: (_neutral(0),),
     elementwise.sub: (_neutral(0, right_only=True),),
-    elementwise.mul: (_neutral(1),),
+    elementwise.mul: (_neutral(1), _half_of_tanh),
     elementwise.div: (_neutral(1, right_only=True), _divide_exactly),
     elementwise.power: (_small_power,),
     elementwise.neg: (_twice(elementwise.neg),),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,31 @@ def test_the_nan_guard_of_softmax_stays() -> None:
 def test_powers_become_products() -> None:
     assert ops(apply(el.power, X, c(2))) == ["mul"]
     assert ops(apply(el.power, X, c(3))) == ["mul", "mul"]
+
+
+@pytest.mark.parametrize(
+    "form", ["x * 0.5 * (1 + t)", "(t + 1) * (0.5 * x)", "x * (0.5 * (1 + t))"]
+)
+def test_gelu_as_exporters_write_it_is_a_sigmoid(form: str) -> None:
+    names = {"x": X, "t": apply(el.tanh, apply(el.exp, X))}
+
+    def build(e: ast.expr) -> Value:
+        if isinstance(e, ast.BinOp):
+            return apply(
+                el.mul if isinstance(e.op, ast.Mult) else el.add, *map(build, (e.left, e.right))
+            )
+        return names[e.id] if isinstance(e, ast.Name) else c(ast.literal_eval(e))
+
+    whole = build(ast.parse(form, mode="eval").body)
+    assert ops(whole) == ["exp", "mul", "sigmoid", "mul"]
+
+
+def test_what_is_no_half_of_tanh_stays() -> None:
+    t = apply(el.tanh, X)
+    for one, half in ((2, 0.5), (1, 0.25)):
+        whole = apply(el.mul, apply(el.mul, X, c(half)), apply(el.add, t, c(one)))
+        assert "tanh" in ops(whole)
+    assert "tanh" in ops(apply(el.mul, apply(el.mul, X, c(0.5)), apply(el.add, X, t)))
 
 
 def test_division_by_a_power_of_two_is_a_product() -> None:
