@@ -104,7 +104,7 @@ def fn(name: str) -> Callable[..., Expr]:
 BOUNDS: dict[str, tuple[Callable[..., Any], float, float]] = {
     "exp": (np.exp, 0.9, 1.0),
     "log": (np.log, 0.83, 1.0),
-    "sigmoid": (_sigmoid, 6.0, 3.0),
+    "sigmoid": (_sigmoid, 6.2, 3.0),
     "tanh": (np.tanh, 4.9, 3.0),
     "erf": (erf_by_math, 6.0, 2.0),
     "rsqrt": (lambda x: 1 / np.sqrt(x), 1.5, 1.5),
