@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from minicompiler.ir.expr import Binary, Expr, Load, Var, const_int, free_vars, walk
+from minicompiler.ir.expr import ZERO, Binary, Expr, Load, Var, const_int, free_vars, walk
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, SERIAL, UNROLL, VECTOR, Block, Buffer, Iter, Scope
 
@@ -414,7 +414,8 @@ def _pack(s: Schedule, name: str, lane: Expr, width: int, at: str | None, rows: 
     if elementwise.strides(buffer, load.indices, lane, arith) == 1 and rows < WORTH_A_COPY:
         return None
     (axis,) = axes
-    if at is None and load.indices[axis] is not lane:
+    start = arith.simplify(load.indices[axis] - lane)
+    if at is None and arith.simplify(start % width) is not ZERO:
         return None  # panels of the whole operand might not begin where its parts do
     others = [k for k in range(len(load.indices)) if k != axis and k not in depth]
     parts = [

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
+from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import (
     TRUE,
     Binary,
@@ -285,13 +286,23 @@ def compute_with(s: Schedule, name: str, other: str) -> None:
     for buffer in sorted(made & read_buffers(body), key=lambda b: b.name):
         stores = [a for a in analysis.accesses(first.body, arith, buffer) if a.is_store]
         box = analysis.region(first.body, buffer, arith, stores)
-        moved = [arith.simplify(substitute(x, {first.var: first.var + 1}) - x) for x, _ in box]
-        apart = [arith.prove(m >= n) is True for m, (_, n) in zip(moved, box, strict=True)]
-        if analysis.region(body, buffer, arith) != box or not any(apart):
+        wanted = analysis.region(body, buffer, arith)
+        if not any(
+            _apart(made, used, first.var, arith) for made, used in zip(box, wanted, strict=True)
+        ):
             s.refuse(f"iterations of {name} do not read what the same of {other} writes", second)
     joined = first.with_(body=seq([first.body, body]))
     assert around is not None
     s.swap(around, seq([*stmts[:start], *stmts[start + 1 : end], joined, *stmts[end + 1 :]]))
+
+
+def _apart(made: tuple[Expr, Expr], used: tuple[Expr, Expr], var: Var, arith: Arith) -> bool:
+    """True when iterations of a loop write apart from each other along an axis, where (lowest,
+    extent) of one is `made`, and what is used lies within that."""
+    (low, size), (start, count) = made, used
+    step = arith.simplify(substitute(low, {var: var + 1}) - low)
+    conditions = (step >= size, start >= low, start + count <= low + size)
+    return all(arith.prove(arith.simplify(c)) is True for c in conditions)
 
 
 def separate(s: Schedule, name: str) -> None:
