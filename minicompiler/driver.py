@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,6 +59,8 @@ from .runtime.pages import collapse
 from .runtime.plan import Size
 from .runtime.pool import available_threads
 from .target import Target
+
+_TURN_SECONDS = 1e-4  # after which a thread that compiles lets others have the interpreter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +210,7 @@ def build_kernels(fn: Function, ctx: Context) -> Built:
         Preparation(available_threads()) as preparation,
         ThreadPoolExecutor(1, "minicompiler-llvm") as worker,
         _dropping(worker),
+        _taking_turns(),
     ):
         for v, _ in nodes:
             assert isinstance(v.op, Function)
@@ -244,6 +248,21 @@ def _dropping(worker: ThreadPoolExecutor) -> Iterator[None]:
     except BaseException:
         worker.shutdown(wait=False, cancel_futures=True)
         raise
+
+
+@contextlib.contextmanager
+def _taking_turns() -> Iterator[None]:
+    """Between its calls into LLVM the worker needs the interpreter for microseconds, and would wait
+    for it five milliseconds each time: as long as LLVM works on a small kernel."""
+    usual = sys.getswitchinterval()
+    if usual <= _TURN_SECONDS:  # another compilation goes on, and sets it back
+        yield
+        return
+    sys.setswitchinterval(_TURN_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def assemble(fn: Function, built: Built, ctx: Context) -> Module:

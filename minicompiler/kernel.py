@@ -43,6 +43,7 @@ from .ir.verify_tir import verify_tir
 from .lower.blocks import lower_blocks
 from .lower.cost import flops, moved, points
 from .lower.guards import guard_accesses, run_time_guards
+from .lower.join_axes import join_axes
 from .lower.lift_constants import lift_constants
 from .lower.memory import to_size
 from .lower.to_tir import lower_function
@@ -192,7 +193,8 @@ def lower_kernel(fn: Function, constant: tuple[bool, ...], ctx: Context) -> Prim
     the function itself may change its code, which other models use as well.
     """
     facts = [fact for fact, _ in run_time_guards(fn)]
-    return guard_accesses(lower_function(fn, constant, ctx.options.max_error), facts)
+    lowered = join_axes(lower_function(fn, constant, ctx.options.max_error))
+    return guard_accesses(lowered, facts)
 
 
 def rules_of(ctx: Context) -> tuple[Rule, ...]:

@@ -31,6 +31,7 @@ from minicompiler.ir.tir import (
 )
 from minicompiler.ir.types import Loc
 from minicompiler.lower.cost import flops, traffic
+from minicompiler.lower.join_axes import join_axes
 from minicompiler.lower.lift_constants import lift_constants
 from minicompiler.lower.to_tir import lower_function
 from minicompiler.schedules.cpu import schedule
@@ -129,7 +130,7 @@ def read_nest(
 ) -> Nest:
     """The nests of a fused function. `constant`: which of its arguments are constants. They are
     made again, because what the disk cache holds is machine code."""
-    lowered = lower_function(fused, constant, max_error)
+    lowered = join_axes(lower_function(fused, constant, max_error))
     s = schedule(lowered, target)
     scheduled, _ = lift_constants(s.func)
     meaning = lower_function(fused, constant)

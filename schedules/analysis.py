@@ -6,6 +6,7 @@ region(func, loop.body, buffer)     [(lowest index, extent) per dimension] touch
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -96,8 +97,11 @@ def loops_in(path: Path) -> list[For]:
     return [s for s in path if isinstance(s, For)]
 
 
+@functools.lru_cache(maxsize=8)
 def arith_of(func: PrimFunc) -> Arith:
-    """An Arith that knows the range of every loop variable and block iterator of the function."""
+    """An Arith that knows the range of every loop variable and block iterator of the function. Who
+    asks again about the same function gets the same one, with all that it has found out: it must
+    not be told more."""
     ranges: dict[Expr, tuple[Expr, Expr]] = {}
     for s in statements(func):
         if isinstance(s, For):

@@ -306,7 +306,7 @@ def _schedule(s: Schedule, nest: Nest) -> None:
     packed = None
     if way is panels.Way.NEAR:
         assert row_o is not None
-        group = panels.group_of(
+        group = shares.group_of(
             s, nest, width, math.prod(shares.extent(s, n, limit) for n in depth)
         )
         v_g, v_o = s.split(v_o, group, "guard")

@@ -165,9 +165,10 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
     flat = below is None and _same_everywhere(s, name)
     if flat and len(order) > 1:
         order = [s.fuse(*order)]
-    elif below is None and transposed.schedule(s, name, order):
-        return
     elif below is None:
+        order = transposed.split_blocks(s, name, order)
+        if transposed.schedule(s, name, order):
+            return
         order = _in_pieces(s, name, order)
     inner = order[-1]
     loop, _ = s.loop(inner)

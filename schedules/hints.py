@@ -26,7 +26,18 @@ from minicompiler.ir.expr import (
     substitute,
     walk,
 )
-from minicompiler.ir.tir import VECTOR, Buffer, For, Prefetch, Scope, Seq, Stmt, seq
+from minicompiler.ir.tir import (
+    VECTOR,
+    Buffer,
+    For,
+    Prefetch,
+    PrimFunc,
+    Scope,
+    Seq,
+    Stmt,
+    seq,
+    statements,
+)
 
 from . import analysis, elementwise
 
@@ -154,9 +165,13 @@ def _lines_between(s: Schedule, place: Load, loop: For, arith: Arith) -> int:
     return -(-stride * place.buffer.dtype.bytes // LINE_BYTES)
 
 
-def mend(s: Schedule) -> None:
+def mend(s: Schedule, before: PrimFunc) -> None:
     """After a step: removes the hints whose buffer is gone or no longer read, and keeps the others
-    inside of their buffers where loops have got masked iterations."""
+    inside of their buffers where loops have got masked iterations. Phases that are as they were
+    before the step have nothing to mend."""
+    changed = [p for p in s.func.phases if p not in before.phases]
+    if not any(isinstance(x, Prefetch) for p in changed for x in statements(p)):
+        return
     read = {ld.buffer for b in analysis.blocks(s.func) for ld in analysis.operand_loads(b)}
     arith = analysis.arith_of(s.func)
 

@@ -148,25 +148,6 @@ def from_near(s: Schedule, nest: Nest) -> bool:
     return nest.wide.buffer.dtype.bytes * math.prod(extents) * 2 <= 3 * s.target.caches[1]
 
 
-def group_of(s: Schedule, nest: Nest, width: int, depth: int) -> int:
-    """How many panels of a depth are packed together, at least a group for each thread. Every group
-    is one pass over the rows. Where these come from far, that costs more than panels which stay in
-    the last cache only: a panel is read from end to end, which hardware foresees."""
-    _, second, last = s.target.caches
-    size = nest.wide.buffer.dtype.bytes
-    rows = size * math.prod(const_int(r.extent) or 64 for r in nest.rows) * depth
-    columns = const_int(nest.vector.extent)
-    near = columns is None or from_near(s, nest) or 2 * rows <= second
-    share = second // 4 if near else max(second // 4, last // (4 * s.target.cores))
-    most = max(1, share // (size * width * depth))
-    if columns is None:
-        return most
-    panels = -(-columns // width)
-    shares = math.prod(const_int(x.extent) or 1 for x in nest.outer)
-    groups = max(-(-panels // most), min(panels, -(-2 * s.target.cores // shares)))
-    return -(-panels // groups)
-
-
 def stage_near(s: Schedule, nest: Nest, at: str, width: int) -> str:
     """The part of the wide operand that an iteration of loop `at` reads gets a copy, as panels.
     Returns the name of the copy."""

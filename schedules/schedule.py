@@ -175,8 +175,8 @@ class Schedule:
                 f"{primitive}({shown}): {e.message}", e.locs, e.excerpt, e.hint
             ) from None
         self._names = None
-        if any(step.primitive.startswith("prefetch") for step in self.steps):
-            hints.mend(self)
+        if primitive != "mark" and any(x.primitive.startswith("prefetch") for x in self.steps):
+            hints.mend(self, before)
         names_made = made if isinstance(made, tuple) else (made,) if isinstance(made, str) else ()
         self.steps.append(Step(primitive, args, names_made))
         if self._after is not None:

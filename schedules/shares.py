@@ -1,5 +1,5 @@
-"""How the rows of a contraction are divided: into blocks that stay in a cache, and so that threads
-get equal shares.
+"""How the rows and panels of a contraction are divided: into blocks that stay in a cache, and so
+that threads get equal shares.
 
     row_o = 784 tiles of rows  ->  rows_outer = 8 blocks of row_o = 98 tiles
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from minicompiler.ir.expr import Expr, const_int, substitute
 
 from . import analysis, elementwise
-from .panels import axis_of, block_of
+from .panels import axis_of, block_of, from_near
 
 if TYPE_CHECKING:
     from .contraction import Nest
@@ -90,6 +90,36 @@ def rows_for_threads(s: Schedule, row_o: str, around: list[str]) -> tuple[str | 
     if tiles is not None:
         each = max(each, -(-tiles // -(-wanted // shares)))
     return _even_blocks(s, row_o, each)
+
+
+def group_of(s: Schedule, nest: Nest, width: int, depth: int) -> int:
+    """How many panels of a depth are packed together, at least a group for each thread. Every group
+    is one pass over the rows. Where these come from far, that costs more than panels which stay in
+    the last cache only: a panel is read from end to end, which hardware foresees. Groups of another
+    size are taken where they make equal shares."""
+    _, second, last = s.target.caches
+    size = nest.wide.buffer.dtype.bytes
+    rows = size * math.prod(const_int(r.extent) or 64 for r in nest.rows) * depth
+    columns = const_int(nest.vector.extent)
+    near = columns is None or from_near(s, nest) or 2 * rows <= second
+    share = second // 4 if near else max(second // 4, last // (4 * s.target.cores))
+    panel = size * width * depth
+    most = max(1, share // panel)
+    if columns is None:
+        return most
+    panels, threads = -(-columns // width), s.target.cores
+    around = math.prod(const_int(x.extent) or 1 for x in nest.outer)
+    groups = max(-(-panels // most), min(panels, -(-2 * threads // around)))
+    group = -(-panels // groups)
+
+    def waits(n: int) -> float:
+        """How much longer than an equal share the thread with the most to do takes."""
+        of_one = -(-(-(-panels // n) * around) // threads) * n
+        return of_one * threads / (panels * around) - 1
+
+    least = max(1, min(group // 2 + 1, second // 3 // panel))
+    options = sorted(range(least, group * 5 // 4 + 1), key=lambda n: abs(n - group))
+    return next((n for n in options if waits(n) <= MOST_IDLE), min(options, key=waits))
 
 
 def _even_blocks(s: Schedule, loop: str, most: int, multiple: int = 1) -> tuple[str, str]:

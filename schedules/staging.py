@@ -493,6 +493,7 @@ def _copy(
 ) -> Stmt:
     """The block that fills the staged buffer, or writes it back."""
     name = s.fresh(f"{new.name}_{'in' if into else 'out'}")
+    arith = Arith(arith.ranges)  # of its own: it learns of new loops
     iters: list[Iter] = []
     loops: list[tuple[Var, Expr]] = []
     inside: list[Expr] = []

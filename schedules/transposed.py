@@ -14,7 +14,7 @@ import math
 from typing import TYPE_CHECKING
 
 from minicompiler.ir.expr import Load, Select, Var, const_int, walk
-from minicompiler.ir.tir import UNROLL, VECTOR, Scope
+from minicompiler.ir.tir import UNROLL, VECTOR, Block, Scope
 
 from . import analysis, elementwise
 
@@ -30,7 +30,8 @@ def schedule(s: Schedule, name: str, order: list[str]) -> bool:
     found = _crossing(s, name, order)
     if found is None:
         return False
-    load, groups, k = found
+    loads, groups, k = found
+    load = loads[0]
     fused = [s.fuse(*g) if len(g) > 1 else g[0] for g in groups]
     along, across = fused[k], fused[-1]
     lanes = s.target.vector_bytes // max(4, load.buffer.dtype.bytes)
@@ -47,17 +48,41 @@ def schedule(s: Schedule, name: str, order: list[str]) -> bool:
         outer.append(panel)
     outer.append(across_o)
     s.reorder(*outer, along_o, across_i, along_i)
-    tile = s.stage(load.buffer.name, along_o, Scope.REGISTER)
+    tiles = [s.stage(x.buffer.name, along_o, Scope.REGISTER) for x in loads]
     s.reorder(along_i, across_i)
     s.mark(along_i, UNROLL)
     s.mark(across_i, VECTOR)
-    elementwise.vector_tile(s, f"{tile}_in", along_o)
+    for tile in tiles:
+        elementwise.vector_tile(s, f"{tile}_in", along_o)
     elementwise.threads_over(s, outer, name)
     return True
 
 
-def _crossing(s: Schedule, name: str, order: list[str]) -> tuple[Load, list[list[str]], int] | None:
-    """The operand that is read across the innermost loop; the loops in groups of those that every
+def split_blocks(s: Schedule, name: str, order: list[str]) -> list[str]:
+    """Splits the loops along axes that an operand has in blocks and the result has not: what lies
+    in a block lies side by side. Returns the new order."""
+    block, _ = s.block(name)
+    if block.body.buffer.layout is not None or _conditional(block):
+        return order
+    for load in analysis.operand_loads(block):
+        for axis, _, size in () if load.buffer.layout is None else load.buffer.layout.splits():
+            it = next((i for i in block.iters if i.var is load.indices[axis]), None)
+            loop = None if it is None or not isinstance(it.value, Var) else it.value.name
+            if size and loop in order:
+                assert loop is not None
+                at = order.index(loop)
+                order = [*order[:at], *s.split(loop, size, "mask"), *order[at + 1 :]]
+    return order
+
+
+def _conditional(block: Block) -> bool:
+    return any(type(e) is Select for e in walk(block.body.value))
+
+
+def _crossing(
+    s: Schedule, name: str, order: list[str]
+) -> tuple[list[Load], list[list[str]], int] | None:
+    """The operands that are read across the innermost loop; the loops in groups of those that every
     access steps through as if they were one; which group runs along the operand's memory."""
     block, _ = s.block(name)
     loads = analysis.operand_loads(block)
@@ -67,7 +92,7 @@ def _crossing(s: Schedule, name: str, order: list[str]) -> tuple[Load, list[list
     sizes = [const_int(s.loop(n)[0].extent) for n in order]
     steps = [elementwise.steps(s, name, s.loop(n)[0].var) for n in order]
     # Elements that may not exist can only be loaded as a box, and a tile of fused axes is none.
-    conditional = any(type(e) is Select for e in walk(block.body.value))
+    conditional = _conditional(block)
     groups: list[list[int]] = []
     for k, inner in enumerate(steps):
         size = sizes[k]
@@ -78,11 +103,15 @@ def _crossing(s: Schedule, name: str, order: list[str]) -> tuple[Load, list[list
                 continue
         groups.append([k])
     extents = [math.prod(sizes[k] or lanes for k in g) for g in groups]
+    crossing: dict[int, list[Load]] = {}
     for j, load in enumerate(loads, 1):
         along = [k for k, g in enumerate(groups[:-1]) if steps[g[-1]][j] == 1]
         plain = all(isinstance(i, Var) or const_int(i) is not None for i in load.indices)
         if steps[-1][j] in (None, 0, 1) or len(along) != 1 or not plain:
             continue
-        if min(extents[along[0]], extents[-1]) >= lanes and load.buffer.layout is None:
-            return load, [[order[k] for k in g] for g in groups], along[0]
-    return None
+        if min(extents[along[0]], extents[-1]) >= lanes:
+            crossing.setdefault(along[0], []).append(load)
+    if not crossing:
+        return None
+    k, found = max(crossing.items(), key=lambda c: len(c[1]))
+    return found, [[order[k] for k in g] for g in groups], k

@@ -12,6 +12,7 @@ or a sum of such terms. The content of padding is unspecified: nothing may depen
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 from .arith import Arith
@@ -57,7 +58,8 @@ class IndexMap:
         mapping: dict[Expr, Expr] = dict(zip(axes(self.rank), indices, strict=True))
         return tuple(substitute(e, mapping) for e in self.exprs)
 
-    def physical_shape(self, shape: Sequence[Expr | int]) -> tuple[Expr, ...]:
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 (layouts are few, and small)
+    def physical_shape(self, shape: tuple[Expr | int, ...]) -> tuple[Expr, ...]:
         """Extents in memory, padding included."""
         arith = _arith(shape)
         over = axes(self.rank)
@@ -72,7 +74,8 @@ class IndexMap:
             result.append(arith.simplify(top + 1))
         return tuple(result)
 
-    def padded_shape(self, shape: Sequence[Expr | int]) -> tuple[Expr, ...]:
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
+    def padded_shape(self, shape: tuple[Expr | int, ...]) -> tuple[Expr, ...]:
         """Logical extents rounded up to what the memory holds."""
         arith = _arith(shape)
         result = []
@@ -91,6 +94,7 @@ class IndexMap:
         ]
         return max(sizes, default=1)
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
     def splits(self) -> tuple[tuple[int, int, int], ...]:
         """Per physical dimension: (logical axis, divisor, modulus or 0), as in axis // divisor %
         modulus. Raises ValueError for a dimension that mixes axes."""

@@ -218,6 +218,7 @@ class KernelCase:
     def wrong(self, got: Sequence[Array]) -> bool:
         """Whether some result is wrong, and not by rounding."""
         for k, (g, w) in enumerate(zip(got, self.want, strict=True)):
+            g = g.reshape(w.shape)  # loops may see the same memory in another shape
             exact, spread = self.exact.results[k], partial(self.exact.result_spread, k)
             if deviation(g, w, exact, self.length, self.extra, spread).verdict == WRONG:
                 return True

@@ -112,13 +112,17 @@ def joined(lowered: PrimFunc, func: PrimFunc, prepared: Sequence[Prepared]) -> P
 def run(
     func: PrimFunc, inputs: Sequence[Array], dims: Mapping[str, int], target: Target
 ) -> list[Array]:
-    """The results of a state: interpreted where that is quick, else compiled as plain loops.
+    """The results of a state: interpreted where that is quick, else compiled as plain loops. Arrays
+    may have other shapes than the loops give the same memory (lower/join_axes.py).
 
     Plain loops are serial, scalar and keep everything in memory, so that code generation has the
     least to do wrong.
     """
     if is_small(func, dims):
-        return interp.run(func, inputs, dims)
+        shaped = [
+            a.reshape(sizes(b.shape, dims)) for a, b in zip(inputs, func.params, strict=False)
+        ]
+        return interp.run(func, shaped, dims)
     return run_plain(func, inputs, dims, target)
 
 

@@ -20,7 +20,7 @@ POISON = 0xFF  # as bytes: NaN in every float type, -1 in integers
 
 def physical_shape(shape: Sequence[int], layout: IndexMap | None) -> tuple[int, ...]:
     """Extents in memory, padding included."""
-    return tuple(shape) if layout is None else tuple(sizes(layout.physical_shape(shape), {}))
+    return tuple(shape) if layout is None else tuple(sizes(layout.physical_shape(tuple(shape)), {}))
 
 
 def poisoned(shape: Sequence[int], dtype: np.dtype) -> Array:

@@ -4,7 +4,8 @@
     %1 = relu(%0) : float32[1, 64, 56, 56]          ->  ... @(d0, d1//16, d2, d3, d1%16)
 Results of nodes change their place in memory: operators see logical indices, and a kernel reads any
 layout through its index map. Inputs and results of the model stay row-major; an identity beside a
-convolution copies them where both sides of it have blocks.
+convolution copies them where both sides of it have blocks. Where all there is between them are
+convolutions of one tap, nothing is copied: these are products of matrices, and stay in rows.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..ir.expr import const_int
+from ..ir.expr import const_int, product
 from ..ir.graph import (
     Apply,
+    Constant,
     Function,
+    Input,
     Item,
     Value,
     apply,
@@ -43,6 +46,8 @@ _SPATIAL = (*_CONVOLUTIONS, pool.max_pool, pool.avg_pool, pool.lp_pool)
 # many cost less than vectors of pixels, which lie apart there.
 _FEW, _SOME, _MANY = 32, 8, 3
 
+_PIXELS = 32  # one in so many may be missing in the last vectors of a product
+
 Place = tuple[int, int]  # id of a node, number of its result
 Blocks = tuple[tuple[int, int], ...]  # how many lanes may be empty (as above), size of a block
 
@@ -51,19 +56,21 @@ def convert_layout(fn: Function, ctx: Any) -> Function:
     """Gives convolutions, pools and what lies between them a blocked layout."""
     blocks = blocks_for(None if ctx is None else ctx.target)
     results = {_place(r) for r in fn.results}
-    wanted = _wanted(fn)
+    products = _products(fn)
+    wanted = _wanted(fn, products)
     copies: dict[int, Value] = {}
 
     def change(v: Value, args: tuple[Value | None, ...]) -> Value | None:
         if not isinstance(v, Apply) or isinstance(v.op, Function):
             return None
-        if v.op in _CONVOLUTIONS:
+        rows = id(v) in products and (id(v), 0) not in wanted and _layouts(args)[0] is None
+        if v.op in _CONVOLUTIONS and not rows:
             args = (_copied(args[0], blocks, copies), *args[1:])
         if isinstance(v.type, tuple):
             each = [_block_layout(t, blocks) if (id(v), k) in wanted and (id(v), k) not in results
                     else None for k, t in enumerate(v.type)]  # fmt: skip
             layouts = tuple(old or new for old, new in zip(v.layouts, each, strict=True))
-        elif (id(v), 0) in results and v.op not in _CONVOLUTIONS:
+        elif rows or ((id(v), 0) in results and v.op not in _CONVOLUTIONS):
             layouts = v.layouts
         else:
             layouts = (_layout(v, args, blocks, (id(v), 0) in wanted) or v.layouts[0],)
@@ -92,16 +99,47 @@ def blocks_for(target: Target | None) -> Blocks:
     return tuple((n, b) for n in (_FEW, _SOME, _MANY) for b in sizes if n == _FEW or b >= lanes)
 
 
-def _wanted(fn: Function) -> set[Place]:
+def _wanted(fn: Function, products: set[int]) -> set[Place]:
     """The values that convolutions and pools read, directly or through what keeps the channels."""
     wanted: set[Place] = set()
     for v in reversed(list(topological(fn.results))):
         if not isinstance(v, Apply):
             continue
-        for a in _passed_on(v) if (id(v), 0) in wanted else v.args[:1] if v.op in _SPATIAL else ():
+        asks = v.op in _SPATIAL and id(v) not in products
+        for a in _passed_on(v) if (id(v), 0) in wanted else v.args[:1] if asks else ():
             if a is not None and type_of(a).rank in _RANKS:
                 wanted.add(_place(a))
     return wanted
+
+
+def _products(fn: Function) -> set[int]:
+    """The convolutions that are products of matrices, channels by pixels, and read what lies in
+    rows anyway: inputs of the model, with elementwise work and other products on the way."""
+    rows: dict[int, bool] = {}
+    found = set()
+    for v in topological(fn.results):
+        if not isinstance(v, Apply) or isinstance(v.op, Function):
+            rows[id(v)] = isinstance(v, Input | Constant)
+        elif v.op is conv.conv:
+            x = v.args[0]
+            assert x is not None
+            rows[id(v)] = rows[id(x)] and _is_product(v)
+            found.update([id(v)] if rows[id(v)] else [])
+        else:
+            same = [rows[id(a)] for a in _passed_on(v) if a is not None]
+            rows[id(v)] = bool(same) and all(same) and kind_of(v) <= Kind.BROADCAST
+    return found
+
+
+def _is_product(v: Apply) -> bool:
+    """Whether a convolution has one tap at each pixel, and the pixels fill vectors."""
+    x, w = v.args[:2]
+    assert x is not None and w is not None
+    shape, taps = type_of(x).shape, const_int(product(type_of(w).shape[2:]))
+    pixels = const_int(product(shape[2:]))
+    if pixels is None or taps != 1 or v.attrs.groups > 1 or type_of(v).shape[2:] != shape[2:]:
+        return False
+    return -pixels % BLOCKS[0] <= pixels // _PIXELS
 
 
 def _passed_on(v: Apply) -> Sequence[Value | None]:
@@ -113,6 +151,10 @@ def _passed_on(v: Apply) -> Sequence[Value | None]:
     if v.op is pieces.concat:
         return v.args
     return [a for a in v.args if a is not None and type_of(a).shape == type_of(v).shape]
+
+
+def _layouts(args: Sequence[Value | None]) -> list[IndexMap | None]:
+    return [layout_of(a) for a in args if a is not None]
 
 
 def _place(v: Value) -> Place:
@@ -171,7 +213,7 @@ def _followed(v: Apply, t: TensorType, args: tuple[Value | None, ...]) -> IndexM
 
 def _joined(v: Apply, args: tuple[Value | None, ...]) -> IndexMap | None:
     """Blocked parts concatenate block by block, when the seams lie between blocks."""
-    layouts = [layout_of(a) for a in args if a is not None]
+    layouts = _layouts(args)
     first = layouts[0]
     if first is None or any(m != first for m in layouts):
         return None

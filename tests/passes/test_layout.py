@@ -103,9 +103,22 @@ def test_ends_are_copied_once() -> None:
     assert len(list(applies(again))) == len(list(applies(laid)))
 
 
+def test_products_between_rows_need_no_blocks() -> None:
+    def layouts(size: int, taps: int) -> list[IndexMap | None]:
+        net = Builder("alone")
+        x = net.add(net.input("x", (1, 16, size, size)), np.float32(1))
+        y = net.conv(net.relu(net.conv(x, weight(32, 16, 1, 1))), weight(16, 32, taps, taps))
+        return [v.layouts[0] for v in convolutions(net.function(y=y))]
+
+    blocked = IndexMap.blocked(4, 1, 16)
+    assert layouts(8, 1) == [None, None]
+    assert layouts(8, 3) == [blocked, blocked]  # a window reads what the first one makes
+    assert layouts(7, 1) == [blocked, blocked]  # 49 pixels leave a quarter of 4 vectors empty
+
+
 def test_what_becomes_row_major_is_a_kernel_of_its_own() -> None:
     net = Builder("last")
-    y = net.relu(net.conv(net.input("x", (1, 16, 8, 8)), weight(16, 16, 1, 1)))
+    y = net.relu(net.conv(net.input("x", (1, 16, 8, 8)), weight(16, 16, 3, 3)))
     module = mc.compile(net.function(y=y))
     assert {"fused_conv", "fused_relu"} <= {s.subject for s in module.stages}
 

@@ -15,7 +15,9 @@ from minicompiler import te
 from minicompiler.codegen.llvm import emit
 from minicompiler.errors import ScheduleError
 from minicompiler.frontend.builder import Builder
+from minicompiler.ir import interp
 from minicompiler.ir.expr import FALSE, TRUE, Dim, select
+from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, For, PrimFunc, statements, stores
 from minicompiler.ir.types import float32
 from minicompiler.ir.verify_tir import verify_tir
@@ -69,6 +71,23 @@ def test_a_transpose_reads_and_writes_vectors() -> None:
     loops = [s for s in statements(f) if isinstance(s, For)]
     assert sum(s.kind is VECTOR for s in loops) == 2  # into the tile, and out of it
     assert sum(s.kind is UNROLL for s in loops) == 2
+
+
+@pytest.mark.parametrize("channels", [32, 24, 58])
+@pytest.mark.parametrize("size", [8, 13])
+def test_blocks_of_channels_become_rows(channels: int, size: int) -> None:
+    """With the sum of two images: both are read in vectors of channels, written in pixels."""
+    x, y = (te.placeholder(n, (2, channels, size, size), float32) for n in "xy")
+    total = te.compute(x.shape, lambda *i: x[i] + y[i], "total")
+    blocked = IndexMap.blocked(4, 1, 24 if channels == 24 else 16)
+    f = from_tensors("f", [x, y], [total], layouts={x: blocked, y: blocked})
+    made = schedule(f, AVX2).func
+    verify_tir(made)
+    loops = [s for s in statements(made) if isinstance(s, For)]
+    assert sum(s.kind is VECTOR for s in loops) == 3  # into two tiles, and out of them
+    rng = np.random.default_rng(2)
+    a, b = (rng.standard_normal((2, channels, size, size), np.float32) for _ in range(2))
+    np.testing.assert_array_equal(interp.run(made, [a, b])[0], a + b)
 
 
 @pytest.mark.parametrize("op", ["reduce_sum", "reduce_max", "reduce_mean"])
