@@ -52,7 +52,8 @@ Box = list[tuple[Expr, Expr]]  # (lowest index, extent) per dimension
 class Access:
     """One load or store of a buffer inside a block, its indices in terms of loop variables.
 
-    chosen: conditions `a < b` of the selects around a load; it is wanted only where they hold."""
+    chosen: conditions `a < b` and `a <= b` of the selects around a load; it is wanted only where
+    they hold."""
 
     block: Block
     buffer: Buffer
@@ -142,7 +143,8 @@ def accesses(s: Stmt | PrimFunc, arith: Arith, buffer: Buffer | None = None) -> 
 
 
 def _chosen_loads(e: Expr) -> list[tuple[Load, tuple[Expr, ...]]]:
-    """Every load in an expression, with the conditions `a < b` of the selects that choose it."""
+    """Every load in an expression, with the comparisons `a < b` and `a <= b` of the selects that
+    choose it."""
     found = []
     stack: list[tuple[Expr, tuple[Expr, ...]]] = [(e, ())]
     seen: set[tuple[Expr, tuple[Expr, ...]]] = set()
@@ -155,7 +157,7 @@ def _chosen_loads(e: Expr) -> list[tuple[Load, tuple[Expr, ...]]]:
         if type(x) is Load:
             found.append((x, conditions))
         if type(x) is Select:
-            limits = [c for c in conjuncts(x.cond) if type(c) is Binary and c.op == "lt"]
+            limits = [c for c in conjuncts(x.cond) if type(c) is Binary and c.op in ("lt", "le")]
             stack += [(x.cond, conditions), (x.b, conditions), (x.a, (*conditions, *limits))]
         else:
             stack += [(c, conditions) for c in x.children()]
@@ -180,6 +182,9 @@ def region(body: Stmt, buffer: Buffer, arith: Arith, found: Sequence[Access] | N
             limit = _limit(a, d, inner)
             if limit is not None and (hi is None or arith.prove(limit <= hi) is True):
                 hi = _same_size(arith, lo, hi, limit)
+            least = _least(a, d, inner, arith)
+            if lo is not None and least is not None and arith.prove(lo <= least) is True:
+                lo = least
             if lo is None or hi is None or any(type(x) is Load for e in (lo, hi) for x in walk(e)):
                 low, high = ZERO, extent - 1
                 break
@@ -203,8 +208,20 @@ def _limit(access: Access, d: int, inner: Sequence[Expr]) -> Expr | None:
     for c in access.chosen:
         if not isinstance(c, Binary):
             continue  # it always holds
-        if c.a is access.indices[d] and free_vars(c.b).isdisjoint(inner):
+        if c.op == "lt" and c.a is access.indices[d] and free_vars(c.b).isdisjoint(inner):
             return c.b - 1
+    return None
+
+
+def _least(access: Access, d: int, inner: Sequence[Expr], arith: Arith) -> Expr | None:
+    """The lowest index along axis d where a select says it: select(0 <= i + k - 1, C[i + k - 1],
+    0)."""
+    for c in access.chosen:
+        if not isinstance(c, Binary) or c.op != "le":
+            continue
+        between = arith.simplify(access.indices[d] - c.b)
+        if free_vars(between).isdisjoint(inner) and free_vars(c.a).isdisjoint(inner):
+            return arith.simplify(c.a + between)
     return None
 
 

@@ -15,12 +15,13 @@ Small filters are transformed while compiling instead.
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from minicompiler.ir.expr import Binary, Const, Expr, Load, const_int, walk
+from minicompiler.ir.expr import Binary, Const, Expr, Load, const_int, free_vars, walk
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Scope
 
-from . import analysis, contraction, elementwise, shares
+from . import analysis, contraction, elementwise, reductions, shares
 from .schedule import Schedule
 
 MOST_TILES = 64  # of a block: their products for one vector block stay in the second-level cache
@@ -31,19 +32,33 @@ NEAR = 8  # what takes at most this part of the last-level cache stays there: 1/
 def applies(s: Schedule) -> bool:
     """One sum of products that the result reads tile by tile (at i // m and i % m of its index).
     The number of images may be symbolic."""
-    found = [b for b in analysis.blocks(s.func) if contraction.product_loads(b)]
+    found = [b for b in analysis.blocks(s.func) if _operands(b)]
     if len(found) != 1:
         return False
+    (main,) = found
     last = list(analysis.blocks(s.func))[-1]
     windows = _windows(last)
+    known = {*windows, *_channel(main, last), *_planes(main, last)}
     varying = {i.var for i in last.iters if const_int(i.extent) is None}
     return (
-        found[0].body.buffer in s.func.buffers
-        and len(windows) == 2
+        main.body.buffer in s.func.buffers
+        and len(windows) > 0
         and last.body.buffer in s.func.params
-        and varying.isdisjoint({*windows, *_channel(found[0], last)})
-        and all(const_int(i.extent) is not None for i in found[0].iters if i.reduce)
+        and varying.isdisjoint(known)
+        and all(const_int(i.extent) is not None for i in main.iters if i.reduce)
     )
+
+
+def _operands(block: Block) -> tuple[Load, Load] | None:
+    """The operands of a sum of products, some of which may be left out (at borders)."""
+    if not analysis.is_reduction(block):
+        return None
+    _, term = reductions.needed_terms(block)
+    update = analysis.update_operand(block)
+    if update is None or update[0] != "add" or type(term) is not Binary or term.op != "mul":
+        return None
+    loads = term.a, term.b
+    return loads if all(type(x) is Load for x in loads) else None  # type: ignore[return-value]
 
 
 def _windows(block: Block) -> dict[Expr, int]:
@@ -65,8 +80,26 @@ def _windows(block: Block) -> dict[Expr, int]:
 
 def _channel(main: Block, final: Block) -> set[Expr]:
     """The iterators of the result that stand, as they are, where the product has its last axis."""
-    axis = len(main.body.indices) - 1
-    return {x.indices[axis] for x in analysis.operand_loads(final) if len(x.indices) == axis + 1}
+    return _at_axis(main, final, len(main.body.indices) - 1)
+
+
+def _at_axis(main: Block, final: Block, axis: int) -> set[Expr]:
+    """What the result has where the product has one of its axes."""
+    rank = len(main.body.indices)
+    return {x.indices[axis] for x in analysis.operand_loads(final) if len(x.indices) == rank}
+
+
+def _planes(main: Block, final: Block) -> list[Expr]:
+    """The iterators of the result along which the product sums up taps of the windows."""
+    reduced = {i.var for i in main.iters if i.reduce}
+    found: list[Expr] = []
+    for load in _operands(main) or ():
+        for index in load.indices[:-1]:
+            own = free_vars(index) - reduced
+            if own and free_vars(index) & reduced:
+                place = next(k for k, i in enumerate(main.body.indices) if i in own)
+                found += _at_axis(main, final, place)
+    return found
 
 
 def _chain(s: Schedule, load: Load) -> list[str]:
@@ -108,8 +141,8 @@ def _tile_rows(tiles: int, vectors: int, registers: int, alone: bool) -> int:
 
 
 def apply(s: Schedule) -> None:
-    main = next(b for b in analysis.blocks(s.func) if contraction.product_loads(b))
-    loads = contraction.product_loads(main)
+    main = next(b for b in analysis.blocks(s.func) if _operands(b))
+    loads = _operands(main)
     assert loads is not None
     final = list(analysis.blocks(s.func))[-1]
     windows = _windows(final)
@@ -124,10 +157,10 @@ def apply(s: Schedule) -> None:
     loop_of: dict[Expr, str] = {
         i.var: str(i.value) for i in final.iters
     }  # each is a loop's variable
-    high, wide_loop = (loop_of[v] for v in windows)
-    m = next(iter(windows.values()))
+    planes = [loop_of[v] for v in _planes(main, final)]
+    sizes = {loop_of[v]: m for v, m in windows.items()}
     order = elementwise.memory_order(s, final.name)
-    if order[-1] in (high, wide_loop):
+    if order[-1] in loop_of.values():
         # A result in row-major order (of the whole model): vectors over the channels all the same,
         # whose lanes are then stored apart.
         (axis,) = [loop_of[i.var] for i in final.iters if i.var in _channel(main, final)]
@@ -135,11 +168,20 @@ def apply(s: Schedule) -> None:
         order = [outer if n == axis else n for n in order] + [inner]
     vector = order[-1]
     width = const_int(s.loop(vector)[0].extent) or lanes
-    blocks = [n for n in order if n not in (high, wide_loop, vector)]
-    batch, channels = blocks[:-1], blocks[-1]
-    th, mh = s.split(high, m, "mask")
-    tv, mv = s.split(wide_loop, m, "mask")
-    count_h, count_v = (const_int(s.loop(n)[0].extent) or 1 for n in (th, tv))
+    (channels,) = [n for n in order[:-1] if n not in loop_of.values()]
+    images, along = _tile_axes(main, final, loop_of, planes)
+    pixels: list[str] = []  # of a tile
+    tiles: list[str] = []
+    for n in along:
+        if n in sizes:
+            n, inside = s.split(n, sizes[n], "mask")
+            pixels.append(inside)
+        tiles.append(n)
+    *more, line = tiles[:-1] or tiles
+    row = tiles[len(more) + 1 :]
+    batch = [*images, *more]
+    count_h = const_int(s.loop(line)[0].extent) or 1
+    count_v = _extent(s, row)
     vectors = max(1, width // lanes)
     made = s.choose("filter", ("stored", "made"), _where(s, wide)) == "made"
     # A block transforms its filter (as much work as the products of 3.5 tiles), or reads it.
@@ -149,16 +191,16 @@ def apply(s: Schedule) -> None:
         tuple(d for d in range(1, count_h + 1) if count_h % d == 0),
         tile_rows_per_block(count_h, count_v, vectors, s.target.registers, each_block),
     )
-    t_o, t_i = s.split(th, lines)
-    together = _images_of_a_block(s, batch, count_h * count_v) if lines == count_h else []
+    t_o, t_i = s.split(line, lines)
+    planes = _planes_of_a_block(s, planes, lines * count_v)
+    held = _extent(s, planes[-1:]) * lines * count_v
+    together = _images_of_a_block(s, batch, held) if lines == count_h else []
     # One vector at a time: the transform of a tile takes all registers.
     each, vector = s.split(vector, lanes if width % lanes == 0 else width)
-    s.reorder(*batch, t_o, channels, *together, t_i, tv, each, mh, mv, vector)
-    images = 1
-    for n in batch:
-        images *= const_int(s.loop(n)[0].extent) or 1
+    s.reorder(*batch, t_o, channels, *planes, *together, t_i, *row, each, *pixels, vector)
+    number = _extent(s, batch)
     # Each thread transforms the input of its own blocks, if there are enough of them.
-    blocks = images * (count_h // lines)
+    blocks = number * (count_h // lines)
     own = blocks >= 2 * s.target.cores
     local = s.choose("local", (False, True), own)
     panels = const_int(s.loop(channels)[0].extent) or 1
@@ -167,23 +209,25 @@ def apply(s: Schedule) -> None:
     home = t_o
     if groups > 1:
         home, channels = s.split(channels, panels // groups)
-    alone = images == 1 if together else lines in (1, count_h)
+    alone = number == 1 if together else lines in (1, count_h)
 
     # ---- what is computed where -----------------------------------------------------------------
     for name in reversed(after):
         s.compute_at(name, each)
-    s.compute_at(main.name, channels)
+    at_products = planes[-2] if len(planes) > 1 else channels
+    s.compute_at(main.name, at_products)
     copies = [n for n in data if _copies(s, n)]
     data = [n for n in data if n not in copies]
     for name in copies:
         contraction.follow_reader_layout(s, name)
-    part = _part(s, main, PART if made else 4 * PART)
+    part = _part(s, main, broad, PART if made else 4 * PART)
     depth = len(broad.buffer.shape) - 1
     parts = [[depth, part, 0], *[[k, 1, 0] for k in range(depth)], [depth, 1, part]]
     s.relayout(broad.buffer.name, parts)
     if local:
         s.compute_at(data[-1], home)
-    _data_block(s, data, home if local else None, lanes)
+    rank = len(windows)  # of the transform
+    _data_block(s, data, rank, home if local else None, lanes)
     for name in reversed(copies):
         if local:
             s.compute_at(name, home)
@@ -194,22 +238,60 @@ def apply(s: Schedule) -> None:
     s.relayout(wide.buffer.name, _filter_layout(main, wide, width))
     for name in after:
         _hold(s, name, each)
-    at = _products(s, main.name, channels, vectors, part if made else None, alone)
-    for n, kind in ((mh, UNROLL), (mv, UNROLL), (vector, VECTOR)):
+    at = _products(s, main.name, at_products, rank, vectors, part if made else None, alone)
+    for n, kind in (*[(n, UNROLL) for n in pixels], (vector, VECTOR)):
         s.mark(n, kind)
     for name in after:
         elementwise.vector_tile(s, name, each)
     shared = [*batch, t_o, *([home] if groups > 1 else [] if local else [channels])]
     top = s.fuse(*shared) if len(shared) > 1 else shared[0]
     if made:
-        s.compute_at(filters[-1], at.transform)
-        s.mark(at.transform, UNROLL)
-    packed = _filter_block(s, filters, width, at.transform if made else None)
-    if packed is None:
+        s.compute_at(filters[-1], at.filters)
+        if at.filters not in at.part:
+            s.mark(at.filters, UNROLL)
+    packed = _filter_block(s, filters, rank, width, part, at.filters if made else None)
+    if packed is None and at.tiles != at.panel:
         contraction.fetch_ahead(s, main.name, wide.buffer.name, at.depth, at.tiles, at.panel)
-    elif const_int(s.loop(at.part[0])[0].extent) != 1:
-        s.prefetch_next(packed, at.depth, at.part[0])
+    elif packed is not None and const_int(s.loop(at.part[-1])[0].extent) != 1:
+        s.prefetch_next(packed, at.depth, at.part[-1])
     s.mark(top, PARALLEL)
+
+
+def _tile_axes(
+    main: Block, final: Block, loop_of: dict[Expr, str], planes: list[str]
+) -> tuple[list[str], list[str]]:
+    """The loops of the result over images, and over what is computed tile by tile: all its other
+    axes but channels and planes, in the order in which the product has them."""
+    rank = len(main.body.indices)
+    load = next(x for x in analysis.operand_loads(final) if len(x.indices) == rank)
+    images: list[str] = []
+    along: list[str] = []
+    windows = _windows(final)
+    first = len(windows)
+    for axis, index in enumerate(load.indices[first:-1]):
+        var = next((v for v in free_vars(index) if v in loop_of), None)
+        if var is not None and loop_of[var] not in planes:
+            (images if axis == 0 else along).append(loop_of[var])
+    return images, along
+
+
+def _extent(s: Schedule, loops: list[str]) -> int:
+    """Iterations of some loops together, those of unknown number counted as one."""
+    return math.prod(const_int(s.loop(n)[0].extent) or 1 for n in loops)
+
+
+def _planes_of_a_block(s: Schedule, planes: list[str], tiles: int) -> list[str]:
+    """Several planes make one block of tiles: (loops over these blocks .., planes of a block)."""
+    if not planes:
+        return []
+    number = _extent(s, planes[-1:])
+    most = max(1, MOST_TILES // tiles)
+    count = s.choose(
+        "planes",
+        tuple(d for d in range(1, number + 1) if number % d == 0),
+        max(d for d in range(1, most + 1) if number % d == 0),
+    )
+    return [*planes[:-1], *s.split(planes[-1], count)]
 
 
 def _images_of_a_block(s: Schedule, batch: list[str], tiles: int) -> list[str]:
@@ -242,9 +324,9 @@ def _is_near(s: Schedule, buffer: Buffer) -> bool:
     return size * NEAR <= s.target.caches[2]
 
 
-def _part(s: Schedule, main: Block, most: int) -> int:
+def _part(s: Schedule, main: Block, data: Load, most: int) -> int:
     """How many input channels lie together in the transformed input, tile beside tile."""
-    (channels,) = [const_int(i.extent) or 1 for i in main.iters if i.reduce]
+    (channels,) = [const_int(i.extent) or 1 for i in main.iters if i.var is data.indices[-1]]
     options = tuple(d for d in (8, 16, 32, 64, channels) if channels % d == 0)
     return s.choose("part", options, max([d for d in options if d <= most], default=channels))
 
@@ -276,14 +358,14 @@ def _copies(s: Schedule, name: str) -> bool:
     )
 
 
-def _data_block(s: Schedule, data: list[str], at: str | None, lanes: int) -> None:
+def _data_block(s: Schedule, data: list[str], rank: int, at: str | None, lanes: int) -> None:
     """The transformed input of some tiles: per tile and vector of channels, all transform rows at
     once."""
     name = data[-1]
     names = s.loops_of(name)
     inner = names[names.index(at) + 1 :] if at is not None else names
-    transform, (channel,) = inner[:2], inner[-1:]
-    tiles = inner[2:-1]
+    transform, (channel,) = inner[:rank], inner[-1:]
+    tiles = inner[rank:-1]
     c_o, c_i = s.split(channel, lanes)
     s.reorder(*tiles, c_o, *transform, c_i)
     for earlier in reversed(data[:-1]):
@@ -304,7 +386,9 @@ def _data_block(s: Schedule, data: list[str], at: str | None, lanes: int) -> Non
         s.mark(top, PARALLEL)
 
 
-def _filter_block(s: Schedule, filters: list[str], width: int, at: str | None) -> str | None:
+def _filter_block(
+    s: Schedule, filters: list[str], rank: int, width: int, part: int, at: str | None
+) -> str | None:
     """The transformed filter: per vector of outputs and input channel, all transform rows at once.
     What it reads is gathered into registers first, so that no element is fetched twice.
 
@@ -313,21 +397,26 @@ def _filter_block(s: Schedule, filters: list[str], width: int, at: str | None) -
     name = filters[-1]
     loops = s.loops_of(name)
     *transform, out, channel = loops if at is None else loops[loops.index(at) + 1 :]
+    made = rank if at is None else len(transform)  # the first axis of two may be outside
+    transform, taps = transform[:made], transform[made:]
     (source,) = {x.buffer for x in analysis.operand_loads(s.block(filters[0])[0])}
-    rank = len(source.shape)
+    axes = len(source.shape)
     packed = None
-    outer = []
+    outer = taps
     if at is None:
         out_o, out = s.split(out, width, "mask")
-        outer = [out_o]
+        outer = [out_o, *taps]
     else:
-        taps = [[k, 1, 0] for k in range(1, rank)]
-        packed = s.stage(source.name, None, Scope.GLOBAL, [[0, width, 0], *taps, [0, 1, width]])
+        kept = _kept_taps(s, filters[0], source, rank)
+        rest = [[k, 1, 0] for k in range(2, axes) if k not in kept]
+        depth = [[1, part, 0], *[[k, 1, 0] for k in kept], [1, 1, part]] if kept else [[1, 1, 0]]
+        layout = [[0, width, 0], *depth, *rest, [0, 1, width]]
+        packed = s.stage(source.name, None, Scope.GLOBAL, layout)
     each, vector = s.split(out, s.target.vector_bytes // 4, "mask")
     s.reorder(*outer, channel, each, *transform, vector)
     for earlier in reversed(filters[:-1]):
         s.compute_at(earlier, each)
-    layout = [*[[k, 1, 0] for k in range(1, rank)], [0, 1, 0]]
+    layout = [*[[k, 1, 0] for k in range(1, axes)], [0, 1, 0]]
     read = s.stage(packed or source.name, each, Scope.REGISTER, layout)
     for n in transform:
         s.mark(n, UNROLL)
@@ -349,6 +438,15 @@ def _filter_block(s: Schedule, filters: list[str], width: int, at: str | None) -
     return packed
 
 
+def _kept_taps(s: Schedule, name: str, source: Buffer, rank: int) -> list[int]:
+    """The axes of a filter whose taps are not transformed."""
+    block, _ = s.block(name)
+    kept = {i for i in block.body.indices[rank:] if const_int(i) is None}
+    (at,) = {tuple(i if i in kept else None for i in x.indices)
+             for x in analysis.operand_loads(block) if x.buffer is source}  # fmt: skip
+    return [k for k in range(2, len(at)) if at[k] is not None]
+
+
 def _hold(s: Schedule, name: str, at: str) -> None:
     """The result of a block lives in thread-local memory during one iteration of `at`."""
     buffer = s.block(name)[0].body.buffer
@@ -360,14 +458,14 @@ class _Loops:
     """Loops around the products, outermost first."""
 
     part: list[str]  # parts of the input channels
-    transform: str  # the first axis of the transform
-    panel: str  # the second
+    filters: str  # in whose iterations a part of a filter is transformed
+    panel: str  # the last axis of the transform
     tiles: str
     depth: str  # input channels of a part, several at a time
 
 
 def _products(
-    s: Schedule, name: str, at: str, vectors: int, size: int | None, alone: bool
+    s: Schedule, name: str, at: str, rank: int, vectors: int, size: int | None, alone: bool
 ) -> _Loops:
     """The products of one block of tiles and one vector block: register tiles of several tiles.
     size: input channels of a part, which come outermost; None: all. alone: see `_tile_rows`."""
@@ -375,29 +473,49 @@ def _products(
     names = s.loops_of(name)
     inner = names[names.index(at) + 1 :]
     block, path = s.block(name)
-    (depth,) = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
-    spatial = [n for n in inner if n != depth]
-    transform, tiles, vector = spatial[:2], spatial[2:-1], spatial[-1]
-    t = s.fuse(*tiles) if len(tiles) > 1 else tiles[0]
-    extent = const_int(s.loop(t)[0].extent)
-    rows = s.choose(
-        "rows",
-        tuple(range(1, 33)),
-        _tile_rows(extent or 1, vectors, s.target.registers, alone),
-    )
-    t_o, t_i = s.split(t, rows, "mask")
+    depth, *taps = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
+    spatial = [n for n in inner if n not in (depth, *taps)]
+    moving = _moving_with_taps(s, block)
+    transform, vector = spatial[:rank], spatial[-1]
+    planes = [n for n in spatial[rank:-1] if n in moving]
+    tiles = [n for n in spatial[rank:-1] if n not in moving]
+    if planes:
+        s.reorder(*transform, *planes, *tiles)
+    home, row = [*transform, *planes][-1], []
+    if tiles:
+        t = s.fuse(*tiles) if len(tiles) > 1 else tiles[0]
+        best = _tile_rows(_extent(s, [t]), vectors, s.target.registers, alone)
+        home, t_i = s.split(t, s.choose("rows", tuple(range(1, 33)), best), "mask")
+        planes, row = [*planes, home], [t_i]
     part = []
     if size is not None:
         k_o, depth = s.split(depth, size)
-        part = [k_o]
-    s.reorder(*part, *transform, t_o, depth, t_i, vector)
-    init = s.decompose_reduction(name, depth)
-    staged = s.stage(s.block(name)[0].body.buffer.name, t_o, Scope.REGISTER)
+        part, taps = [k_o, *taps], []
+    s.reorder(*part, *transform, *planes, *taps, depth, *row, vector)
+    init = s.decompose_reduction(name, taps[0] if taps else depth)
+    if reductions.needed_terms(s.block(name)[0])[0]:
+        s.skip(name)
+    staged = s.stage(s.block(name)[0].body.buffer.name, home, Scope.REGISTER)
     k_o, k = s.split(depth, 4)
-    for n, kind in ((k, UNROLL), (t_i, UNROLL), (vector, VECTOR)):
+    for n, kind in (*[(n, UNROLL) for n in (k, *row)], (vector, VECTOR)):
         s.mark(n, kind)
     alive = {b.name for b in analysis.blocks(s.func)}
     for b in (init, f"{staged}_in", f"{staged}_out"):
         if b in alive:
-            elementwise.vector_tile(s, b, t_o)
-    return _Loops(part, transform[0], transform[1], t_o, k_o)
+            elementwise.vector_tile(s, b, home)
+    filters = [*part, *transform][-2:][0]
+    return _Loops(part, filters, transform[-1], home, k_o)
+
+
+def _moving_with_taps(s: Schedule, block: Block) -> set[str]:
+    """The loops that choose an element of the product and, with taps, where it reads."""
+    reduced = {i.var for i in block.iters if i.reduce}
+    values = analysis.values_of(block)
+    found: set[str] = set()
+    for load in analysis.operand_loads(block):
+        for index in load.indices:
+            used = free_vars(index)
+            if used & reduced and used - reduced:
+                at = frozenset().union(*[free_vars(values.get(v, v)) for v in used - reduced])
+                found |= {v.name for v in at}  # type: ignore[attr-defined]
+    return found

@@ -1,6 +1,9 @@
-"""Winograd's minimal filtering as a named compute of 2-d convolution: 3x3, stride 1, one group.
+"""Winograd's minimal filtering as a named compute of convolution: 3 taps, stride 1, one group.
 
     F(m x m, 3 x 3): (m + 2)^2 products per m x m outputs and channel pair instead of 9 m^2.
+
+One or two axes of the windows are transformed; along the others (the depth of volumes) transformed
+inputs and filters are multiplied tap by tap, and the sum is transformed back once.
 
 A. Lavin, S. Gray, Fast Algorithms for Convolutional Neural Networks (2015); matrices by the
 Toom-Cook construction. For m = 4 the points 0, +-5/8, +-3/2, infinity give a third of the error of
@@ -9,7 +12,8 @@ Toom-Cook construction. For m = 4 the points 0, +-5/8, +-3/2, infinity give a th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache
 from typing import Any
@@ -18,6 +22,7 @@ from .. import te
 from ..ir.expr import Const, Expr, all_of, ceildiv, const, const_int, select
 from ..ir.types import TensorType, float32
 from .rules import inside, optional, simplified
+from .windows import Windows
 
 POINTS = {
     2: (Fraction(0), Fraction(1), Fraction(-1)),
@@ -125,21 +130,33 @@ def _is(row: Expr, value: int) -> Expr:
     return eq(row, Const(value))
 
 
+def transformed(windows: Windows) -> tuple[int, ...]:
+    """The spatial axes along which windows are transformed: up to two with 3 taps, side by side and
+    at every position, the innermost ones. Along the others the taps are summed up as they are."""
+    each = zip(windows.kernel, windows.strides, windows.dilations, strict=True)
+    return tuple(k for k, w in enumerate(each) if w == (3, 1, 1))[-2:]
+
+
+def _windows(w: TensorType, attrs: Any) -> Windows | None:
+    kernel = [const_int(s) for s in w.shape[2:]]
+    known = tuple(k for k in kernel if k is not None)
+    return attrs.windows("conv", known) if len(known) == len(kernel) else None
+
+
 def applies(types: list[TensorType | None], attrs: Any) -> bool:
-    """3x3, stride 1, no dilation, one group, float32, at least 16 channels, a spatial size that is
-    known."""
+    """Windows with an axis to transform, several tiles along it, one group, float32, at least 16
+    channels, spatial sizes that are known."""
     x, w = types[0], types[1]
-    if x is None or w is None or x.dtype is not float32 or x.rank != 4 or attrs.groups != 1:
+    if x is None or w is None or x.dtype is not float32 or attrs.groups != 1:
         return False
-    if [const_int(s) for s in w.shape[2:]] != [3, 3]:
-        return False
-    if any(s != 1 for s in (*attrs.strides, *attrs.dilations)):
-        return False
+    windows = _windows(w, attrs)
     channels = [const_int(w.shape[0]), const_int(w.shape[1])]
     sizes = [const_int(s) for s in x.shape[2:]]
-    return all(c is not None and c % 16 == 0 for c in channels) and all(
-        s is not None and s >= 6 for s in sizes
-    )
+    if windows is None or None in sizes or any(c is None or c % 16 for c in channels):
+        return False
+    axes = transformed(windows)
+    out = [const_int(n) or 1 for n in windows.output(x.shape[2:])]
+    return all((sizes[k] or 0) >= 6 for k in axes) and any(out[k] > max(POINTS) for k in axes)
 
 
 def cost(m: int, types: list[TensorType | None], attrs: Any) -> float:
@@ -148,71 +165,124 @@ def cost(m: int, types: list[TensorType | None], attrs: Any) -> float:
     memory is hidden; transforming it in place takes as long as the products of 3.5 tiles."""
     x, w = types[0], types[1]
     assert x is not None and w is not None
+    windows = _windows(w, attrs)
+    assert windows is not None
     o, c = const_int(w.shape[0]) or 1, const_int(w.shape[1]) or 1
-    h, v = (const_int(s) or 1 for s in x.shape[2:])
+    sizes = [const_int(s) or 1 for s in windows.output(x.shape[2:])]
     if m == 0:
-        return 2 * 9 * o * c * h * v / 93e3 + 4 * 9 * o * c / 15e3
-    a = m + 2
-    tiles = -(-h // m) * -(-v // m)
-    each_tile = 2 * a * a * o * c / 93e3
-    filters = min(4 * a * a * o * c / 15e3 / 2, 3.5 * each_tile)
-    return each_tile * tiles + filters + tiles * (c * 1.6 + o * 1.3) * a * a / 8e3
+        taps = math.prod(windows.kernel)
+        return 2 * taps * o * c * math.prod(sizes) / 93e3 + 4 * taps * o * c / 15e3
+    axes = transformed(windows)
+    points = (m + 2) ** len(axes)
+    taps = math.prod(k for axis, k in enumerate(windows.kernel) if axis not in axes)
+    tiles = math.prod(-(-n // m) if axis in axes else n for axis, n in enumerate(sizes))
+    each_tile = 2 * points * taps * o * c / 93e3
+    filters = min(4 * points * taps * o * c / 15e3 / 2, 3.5 * each_tile)
+    moved = (c * 1.6 + o * 1.3) * points * len(axes) / 2
+    return each_tile * tiles + filters + tiles * moved / 8e3
 
 
 def build(m: int) -> Any:
-    """The compute of F(m x m, 3 x 3)."""
+    """The compute of F(m, 3) along each axis that `transformed` names."""
     at, g, bt = matrices(m)
     a = m + 2
 
     def winograd(x: te.Tensor, w: te.Tensor, *rest: Any) -> te.Tensor:
         bias, attrs = optional(rest)
-        windows = attrs.windows("conv", (3, 3))
-        top, left = windows.begin
-        n, c, h, v = x.shape
-        o = w.shape[0]
-        out_h, out_v = windows.output((h, v))
-        th, tv = simplified(ceildiv(out_h, m)), simplified(ceildiv(out_v, m))
+        windows = attrs.windows("conv", tuple(const_int(s) for s in w.shape[2:]))
+        axes = transformed(windows)
+        n, c, *sizes = x.shape
+        o, depth, rank = w.shape[0], len(axes), len(sizes)
+        out = windows.output(sizes)
+        tiles = {k: simplified(ceildiv(out[k], m)) for k in axes}
+        others = [k for k in range(rank) if k not in axes]
+        border = [windows.begin[k] if k in axes else 0 for k in range(rank)]
 
-        def padded(b: Expr, k: Expr, i: Expr, j: Expr) -> Expr:
-            conds = [inside(i - top, h), inside(j - left, v)]
-            return select(all_of(conds), x[b, k, i - top, j - left], const(0, float32))
+        def padded(b: Expr, k: Expr, *spatial: Expr) -> Expr:
+            read = [i - border[axis] for axis, i in enumerate(spatial)]
+            conds = [inside(read[axis], sizes[axis]) for axis in axes]
+            return select(all_of(conds), x[(b, k, *read)], const(0, float32))
 
-        pad = te.compute((n, c, th * m + 2, tv * m + 2), padded, "pad")
-        rows = te.compute(
-            (a, a, n, th, tv, c),
-            lambda p, j, b, s, t, k: _combine(p, bt, lambda i: pad[b, k, s * m + i, t * m + j]),
-            "winograd_rows",
-        )
-        data = te.compute(
-            (a, a, n, th, tv, c),
-            lambda p, q, b, s, t, k: _combine(q, bt, lambda j: rows[p, j, b, s, t, k]),
-            "winograd_data",
-        )
-        filter_rows = te.compute(
-            (a, 3, o, c), lambda p, j, f, k: _combine(p, g, lambda i: w[f, k, i, j]), "filter_rows"
-        )
-        filters = te.compute(
-            (a, a, o, c),
-            lambda p, q, f, k: _combine(q, g, lambda j: filter_rows[p, j, f, k]),
-            "filters",
-        )
-        (k,) = te.reduce_vars(1)
-        product = te.compute(
-            (a, a, n, th, tv, o),
-            lambda p, q, b, s, t, f: data[p, q, b, s, t, k] * filters[p, q, f, k],
-            "products",
-            reduce=("sum", {k: c}),
-        )
-        half = te.compute(
-            (m, a, n, th, tv, o),
-            lambda i, q, b, s, t, f: _combine(i, at, lambda p: product[p, q, b, s, t, f]),
-            "winograd_half",
-        )
+        extents = [tiles[k] * m + 2 if k in axes else s for k, s in enumerate(sizes)]
+        pad = te.compute((n, c, *extents), padded, "pad")
 
-        def result(b: Expr, f: Expr, i: Expr, j: Expr) -> Expr:
-            total = _combine(j % m, at, lambda q: half[i % m, q, b, i // m, j // m, f])
+        def pixel(moved: tuple[Expr, ...], b: Expr, *at: Expr) -> Expr:
+            *spatial, k = at
+            for axis, i in zip(axes, moved, strict=True):
+                spatial[axis] = spatial[axis] * m + i
+            return pad[(b, k, *spatial)]
+
+        counts = tuple(tiles.get(k, s) for k, s in enumerate(sizes))
+        names = ("winograd_rows", "winograd_data")[-depth:]
+        data = _transform(bt, depth * (a,), (n, *counts, c), pixel, names)
+
+        def weight(moved: tuple[Expr, ...], *at: Expr) -> Expr:
+            *taps, f, k = at
+            place = {**dict(zip(axes, moved, strict=True)), **dict(zip(others, taps, strict=True))}
+            return w[(f, k, *[place[axis] for axis in range(rank)])]
+
+        kernel = tuple(w.shape[2 + k] for k in others)
+        names = ("filter_rows", "filters")[-depth:]
+        filters = _transform(g, depth * (3,), (*kernel, o, c), weight, names)
+        taps, over = windows.taps()
+        (channel,) = te.reduce_vars(1)
+
+        def products(*i: Expr) -> Expr:
+            points, (b, *spatial, f) = i[:depth], i[depth:]
+            conds = []
+            for k in others:
+                spatial[k] = windows.position(k, spatial[k], taps[k]) - windows.begin[k]
+                if windows.begin[k] or windows.end[k]:
+                    conds.append(inside(spatial[k], sizes[k]))
+            load = select(all_of(conds), data[(*points, b, *spatial, channel)], const(0, float32))
+            return load * filters[(*points, *[taps[k] for k in others], f, channel)]
+
+        summed = {channel: c, **{taps[k]: over[taps[k]] for k in others if taps[k] in over}}
+        made = (n, *[tiles.get(k, s) for k, s in enumerate(out)], o)
+        product = te.compute((*depth * (a,), *made), products, "products", reduce=("sum", summed))
+        half = product
+        if depth == 2:
+            half = te.compute(
+                (m, a, *made),
+                lambda i, q, *rest: _combine(i, at, lambda p: product[(p, q, *rest)]),
+                "winograd_half",
+            )
+
+        def result(b: Expr, f: Expr, *spatial: Expr) -> Expr:
+            tile = [i // m if k in axes else i for k, i in enumerate(spatial)]
+            *before, last = [spatial[k] % m for k in axes]
+            total = _combine(last, at, lambda q: half[(*before, q, b, *tile, f)])
             return total if bias is None else total + bias[f]
 
-        return te.compute((n, o, out_h, out_v), result, "conv")
+        return te.compute((n, o, *out), result, "conv")
 
     return winograd
+
+
+def _transform(
+    matrix: Matrix,
+    before: tuple[int, ...],
+    rest: tuple[Expr, ...],
+    read: Callable[..., Expr],
+    names: Sequence[str],
+) -> te.Tensor:
+    """sum over i, j, .. of matrix[p, i] * matrix[q, j] * .. * read((i, j, ..), *rest), one axis
+    after the other, which are stages of their own."""
+    done: list[int] = []
+    made = None
+    for k, name in enumerate(names):
+        earlier = made
+
+        def body(*at: Expr, k: int = k, earlier: te.Tensor | None = earlier) -> Expr:
+            points, others = at[: len(before)], at[len(before) :]
+
+            def term(i: int) -> Expr:
+                moved = (*points[:k], Const(i), *points[k + 1 :])
+                return read(moved, *others) if earlier is None else earlier[(*moved, *others)]
+
+            return _combine(points[k], matrix, term)
+
+        done.append(len(matrix))
+        made = te.compute((*done, *before[k + 1 :], *rest), body, name)
+    assert made is not None
+    return made

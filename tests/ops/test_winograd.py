@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import minicompiler as mc
 from minicompiler.ir.expr import Const, Dim, Expr
-from minicompiler.ir.graph import Constant, Function, Input, apply
+from minicompiler.ir.graph import Apply, Constant, Function, Input, apply
+from minicompiler.ir.op import Compute, Op
 from minicompiler.ir.types import TensorType, float32
+from minicompiler.lower import to_tir
 from minicompiler.ops import winograd
 from minicompiler.ops.activations import relu
-from minicompiler.ops.conv import conv
+from minicompiler.ops.conv import ConvAttrs, conv
 from minicompiler.ops.elementwise import add
 
 
@@ -28,43 +32,55 @@ def test_matrices_compute_a_correlation(m: int) -> None:
 
 
 def _block(
-    channels: int, size: tuple[int, int], batch: int, seed: int, number: Expr | None = None
-) -> tuple[Function, np.ndarray, np.ndarray]:
-    """relu(conv(x) + bias + y) and its inputs. number: of images, as the model says it."""
+    channels: int, size: tuple[int, ...], batch: int, seed: int, number: Expr | None = None,
+    kernel: tuple[int, ...] = (3, 3),
+) -> tuple[Function, np.ndarray, np.ndarray]:  # fmt: skip
+    """relu(conv(x) + bias + y) and its inputs, which have one size. number: of images, as the model
+    says it."""
     rng = np.random.default_rng(seed)
     shape = (batch, channels, *size)
     sizes = (Const(batch) if number is None else number, *map(Const, shape[1:]))
     x, y = (Input(n, TensorType(sizes, float32)) for n in "xy")
-    w = rng.standard_normal((channels, channels, 3, 3)).astype(np.float32)
+    w = rng.standard_normal((channels, channels, *kernel)).astype(np.float32)
     b = rng.standard_normal(channels).astype(np.float32)
-    attrs = conv.attrs(pads_begin=(1, 1), pads_end=(1, 1))
+    border = tuple(k // 2 for k in kernel)
+    attrs = conv.attrs(pads_begin=border, pads_end=border)
     z = apply(relu, apply(add, apply(conv, x, Constant(w, "w"), Constant(b, "b"), attrs=attrs), y))
     a, c = (rng.standard_normal(shape).astype(np.float32) for _ in "xy")
     return Function("block", (x, y), (z,), result_names=("z",)), a, c
 
 
 @pytest.mark.parametrize(
-    ("channels", "size", "batch"),
+    ("channels", "size", "batch", "kernel"),
     [
-        (64, (28, 28), 1),
-        (32, (27, 30), 2),
-        (64, (13, 9), 3),
-        (48, (8, 8), 1),
-        (512, (14, 14), 1),
-        (16, (36, 36), 1),  # three lines of nine tiles make a block
-        (16, (12, 12), 14),  # seven images of nine tiles make a block
+        (64, (28, 28), 1, (3, 3)),
+        (32, (27, 30), 2, (3, 3)),
+        (64, (13, 9), 3, (3, 3)),
+        (48, (8, 8), 1, (3, 3)),
+        (512, (14, 14), 1, (3, 3)),
+        (16, (36, 36), 1, (3, 3)),  # three lines of nine tiles make a block
+        (16, (12, 12), 14, (3, 3)),  # seven images of nine tiles make a block
+        (64, (4, 20, 20), 1, (3, 3, 3)),  # several planes make a block
+        (128, (3, 14, 14), 2, (3, 3, 3)),  # filters that are transformed by each call
+        (32, (5, 9, 9), 1, (1, 3, 3)),
+        (64, (9, 6, 7), 1, (3, 1, 1)),
+        (64, (11, 12), 2, (5, 3)),
+        (128, (17, 9), 1, (1, 3)),
+        (384, (8, 8), 1, (3, 1)),
+        (64, (40,), 2, (3,)),
     ],
 )
 def test_compiled_agrees_with_direct(
     channels: int,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     batch: int,
+    kernel: tuple[int, ...],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # What comes from the cache has no stages to look at.
     monkeypatch.setenv("MINICOMPILER_CACHE", str(tmp_path))
-    fn, x, y = _block(channels, size, batch, 1)
+    fn, x, y = _block(channels, size, batch, 1, kernel=kernel)
     fast, exact = mc.compile(fn, threads=2), mc.compile(fn, threads=1, max_error=0.0)
     (a,), (b,) = fast(x, y), exact(x, y)
     assert any("winograd" in s.text for s in fast.stages), (
@@ -76,16 +92,20 @@ def test_compiled_agrees_with_direct(
     assert error > 0, "the two algorithms should not round alike"
 
 
-@pytest.mark.parametrize(("channels", "size"), [(64, 28), (256, 14)])
-def test_same_bits_for_any_threads_and_batch(channels: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("channels", "size"), [(64, (28, 28)), (256, (14, 14)), (64, (3, 12, 12)), (64, (33,))]
+)
+def test_same_bits_for_any_threads_and_batch(channels: int, size: tuple[int, ...]) -> None:
     """With filters that are transformed while compiling, and with those that are not."""
-    fn, x, y = _block(channels, (size, size), 4, 2)
+    kernel = (3,) * len(size)
+    fn, x, y = _block(channels, size, 4, 2, kernel=kernel)
     one, two = mc.compile(fn, threads=1), mc.compile(fn, threads=2)
     together = one(x, y)[0]
     assert together.tobytes() == two(x, y)[0].tobytes()
     # The same seed gives the same weights; inputs come after them.
-    alone = mc.compile(_block(channels, (size, size), 1, 2)[0], threads=1)
-    any_number = mc.compile(_block(channels, (size, size), 1, 2, Dim("n", 1, 8))[0], threads=2)
+    alone = mc.compile(_block(channels, size, 1, 2, kernel=kernel)[0], threads=1)
+    dynamic, _, _ = _block(channels, size, 1, 2, Dim("n", 1, 8), kernel)
+    any_number = mc.compile(dynamic, threads=2)
     for k in range(len(x)):
         assert alone(x[k : k + 1], y[k : k + 1])[0].tobytes() == together[k].tobytes()
     for several in (x, y), (x[:3], y[:3]):
@@ -97,3 +117,46 @@ def test_large_filters_are_not_kept_transformed() -> None:
     module = mc.compile(_block(256, (14, 14), 1, 3)[0], threads=1)
     held = sum(a.nbytes for a in module._constants)
     assert weights < held < 1.01 * weights
+
+
+LARGE = st.integers(7, 11)  # two tiles without a border
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], ConvAttrs]:
+    """(sizes, kernel, attributes) of a convolution with one or two axes to transform."""
+    rank = draw(st.integers(1, 3))
+    moved = draw(st.sets(st.integers(0, rank - 1), min_size=1, max_size=2))
+    kernel = [3 if k in moved else draw(st.integers(1, 5)) for k in range(rank)]
+    strides = [1 if k in moved else draw(st.integers(1, 2)) for k in range(rank)]
+    sizes = [draw(LARGE) if k in moved or n > 2 else draw(st.integers(n, 4))
+             for k, n in enumerate(kernel)]  # fmt: skip
+    borders = [tuple(draw(st.integers(0, n // 2)) for n in kernel) for _ in "be"]
+    return tuple(sizes), tuple(kernel), ConvAttrs(tuple(strides), *borders)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(windows(), st.integers(1, 3), st.sampled_from([2, 4]), st.sampled_from([1, 2]))
+def test_any_windows(
+    case: tuple[tuple[int, ...], tuple[int, ...], ConvAttrs], batch: int, m: int, threads: int
+) -> None:
+    """Whatever the other axes of the windows are: the numbers of the direct sum."""
+    sizes, kernel, attrs = case
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch, 16, *sizes)).astype(np.float32)
+    w = rng.standard_normal((32, 16, *kernel)).astype(np.float32)
+    held = Input("x", TensorType(tuple(map(Const, x.shape)), float32))
+    z = apply(relu, apply(conv, held, Constant(w, "w"), attrs=attrs))
+    want = np.maximum(conv.reference(x, w, attrs), 0)
+    (wanted,) = [c for c in conv.computes if c.name == f"winograd{m}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_tir, "choose_compute", lambda v, *_: _only(v, wanted))
+        made = mc.compile(Function("f", (held,), (z,), result_names=("z",)), threads=threads,
+                          record=False)  # fmt: skip
+        (got,) = made(x)
+    assert np.abs(got - want).max() <= winograd.ERROR[m] * np.abs(want).max()
+
+
+def _only(v: Apply, compute: Compute) -> Compute:
+    assert isinstance(v.op, Op)
+    return compute if v.op is conv else v.op.computes[0]

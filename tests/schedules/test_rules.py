@@ -74,10 +74,13 @@ def conv(groups: int = 1, channels: int = 8, **kwargs: Any) -> PrimFunc:
     return operator("conv", shapes, ConvAttrs(groups=groups, **SAME), **kwargs)
 
 
-def winograd(m: int, size: int) -> PrimFunc:
-    shapes: list[tuple[int | Expr, ...]] = [(1, 8, size, size), (8, 8, 3, 3)]
-    blocked = {0: NCHW8C, -1: NCHW8C}
-    return operator("conv", shapes, ConvAttrs(**SAME), f"winograd{m}", blocked)
+def winograd(m: int, sizes: tuple[int, ...], kernel: tuple[int, ...]) -> PrimFunc:
+    """Of 8 channels; the border keeps the size."""
+    shapes: list[tuple[int | Expr, ...]] = [(1, 8, *sizes), (8, 8, *kernel)]
+    layout = IndexMap.blocked(2 + len(sizes), 1, 8)
+    border = tuple(k // 2 for k in kernel)
+    attrs = ConvAttrs(pads_begin=border, pads_end=border)
+    return operator("conv", shapes, attrs, f"winograd{m}", {0: layout, -1: layout})
 
 
 def recurrence(name: str, gates: int) -> PrimFunc:
@@ -111,8 +114,12 @@ BIG: dict[str, Callable[[], Sample]] = {
     "conv_plain": lambda: Sample(conv(channels=5)),
     "conv_blocked": lambda: Sample(conv(layouts={0: NCHW8C, -1: NCHW8C}, then_relu=True)),
     "conv_depthwise": lambda: Sample(conv(groups=8, layouts={0: NCHW8C, -1: NCHW8C})),
-    "winograd2": lambda: Sample(winograd(2, 4)),
-    "winograd4": lambda: Sample(winograd(4, 5)),
+    "winograd2": lambda: Sample(winograd(2, (4, 4), (3, 3))),
+    "winograd4": lambda: Sample(winograd(4, (5, 5), (3, 3))),
+    "winograd_volume": lambda: Sample(winograd(2, (3, 3, 4), (3, 3, 3))),
+    "winograd_planes": lambda: Sample(winograd(2, (3, 4, 4), (1, 3, 3))),
+    "winograd_column": lambda: Sample(winograd(4, (5, 3), (3, 1))),
+    "winograd_line": lambda: Sample(winograd(2, (9,), (3,))),
     "attention": lambda: Sample(attention(7, 21, 2, 8)),
     "attention_tails": lambda: Sample(attention(3, 35, 1, 12)),
     "attention_one_row": lambda: Sample(attention(1, 37, 3, 16)),
