@@ -164,8 +164,16 @@ def _row_loops(s: Schedule, last: str) -> list[str] | None:
         return None
     around = analysis.loops_in(path)
     reductions = [b for b in analysis.blocks(s.func) if analysis.is_reduction(b)]
-    # An output axis is a row axis when each reduction has it as a spatial axis of the same extent.
+    # An output axis is a row axis when each reduction has it as a spatial axis of the same extent,
+    # and each block reads from the others what lies at its own place along it: after a transpose
+    # of a square, another axis has the same extent.
     rank = len(block.body.indices)
+    passed = [
+        (b.body.indices, load.indices)
+        for b in analysis.blocks(s.func)
+        for load in analysis.operand_loads(b)
+        if load.buffer in s.func.buffers
+    ]
     rows: list[str] = []
     for axis in range(rank):
         it = next((i for i in block.iters if i.var is block.body.indices[axis]), None)
@@ -178,6 +186,8 @@ def _row_loops(s: Schedule, last: str) -> list[str] | None:
                 or r.body.buffer.shape[axis] is not block.body.buffer.shape[axis]
             ):
                 good = False
+        if any(len(at) == rank == len(of) and at[axis] is not of[axis] for at, of in passed):
+            good = False
         if not good or not isinstance(it.value, Var):
             break
         rows.append(it.value.name)

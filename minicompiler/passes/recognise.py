@@ -170,6 +170,9 @@ def match_of(output: Apply, readers: Readers, low: bool = False) -> Match | None
         kept = type_of(reader).shape  # a loop over rows side by side is split by a known number
         if any(type(n) is not Const and n not in kept for n in type_of(last).shape):
             break
+        if layout_of(reader) is not None:
+            tail = []  # one copy of rows into blocks, behind the rows that this kernel writes best
+            break
         tail.append(reader)
         last = reader
     return Match(x, path, normal, zeroed, output, tail)
@@ -325,7 +328,8 @@ def _call(m: Match, shared: dict[str, Function], new: dict[int, Value]) -> Apply
         shared[key] = fn.with_(name=name)
     nodes = (m.scores, *[n for n, _ in m.path], m.normal, m.output, *m.tail)
     locs = tuple(dict.fromkeys(loc for n in nodes for loc in n.locs))
-    return Apply(shared[key], tuple(args), None, type_of(m.end), locs, name=m.end.name)
+    made = Apply(shared[key], tuple(args), None, type_of(m.end), locs, name=m.end.name)
+    return made.with_(layouts=(layout_of(m.end),))
 
 
 def times(x: Value, factor: float) -> Value:

@@ -420,3 +420,18 @@ def test_a_mask_that_adds_a_batch_stays() -> None:
     p = net.softmax(net.add(net.matmul(q, k), mask))
     fn = net.function(y=net.matmul(p, v))
     assert recognise(fn, None) is fn
+
+
+def test_attention_in_front_of_a_convolution() -> None:
+    """Over the pixels of an image; the convolution asks for blocks of channels."""
+    net = Builder("visformer")
+    q, k, v = (net.input(x, (1, HEADS, 16, 36)) for x in "qkv")
+    p = net.softmax(net.matmul(net.transpose(q, perm=(0, 1, 3, 2)), k))
+    y = net.matmul(p, net.transpose(v, perm=(0, 1, 3, 2)))
+    image = net.reshape(net.transpose(y, perm=(0, 1, 3, 2)), shape=(1, 16 * HEADS, 6, 6))
+    weights = np.random.default_rng(0).standard_normal((32, 16 * HEADS, 1, 1), np.float32)
+    fn = net.function(y=net.conv(image, weights))
+    module = mc.compile(fn, threads=1)
+    assert sum(c.kernel.startswith("fused_attention") for c in module.plan.calls) == 1
+    values = [numbers(1, HEADS, 16, 36, seed=seed) for seed in range(3)]
+    assert_close(module(*values)[0], run_reference(fn, values)[0], 256, largest=8)

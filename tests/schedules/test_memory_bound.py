@@ -164,6 +164,19 @@ def test_short_rows_are_worked_on_together(shape: tuple[int | str, ...]) -> None
                 np.testing.assert_array_equal(a, b[:, -n:])
 
 
+@pytest.mark.parametrize("shape", [(1, 49, 49), (3, 20, 20), (24, 24)])
+def test_the_transpose_of_a_square_softmax(shape: tuple[int, ...]) -> None:
+    """Its rows are not those of the softmax, though there are as many."""
+    net = Builder("square")
+    x = net.input("x", shape)
+    *outer, a, b = range(len(shape))
+    m = mc.compile(net.function(y=net.transpose(net.softmax(x), perm=(*outer, b, a))), threads=1)
+    values = np.random.default_rng(0).standard_normal(shape, np.float32)
+    e = np.exp(values - values.max(-1, keepdims=True))
+    want = (e / e.sum(-1, keepdims=True)).swapaxes(-1, -2)
+    np.testing.assert_allclose(m(values)[0], want, rtol=1e-5)
+
+
 def test_a_softmax_of_what_is_no_number() -> None:
     """NaN anywhere in a row makes all of it NaN, although the maximum ignores NaN."""
     x = np.random.default_rng(5).standard_normal((5, 1000), np.float32)
