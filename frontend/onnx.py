@@ -21,6 +21,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from minicompiler.errors import ImportModelError, ShapeError, UnsupportedError
+from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import Const, Dim, Expr, free_vars, substitute
 from minicompiler.ir.graph import (
     Apply,
@@ -97,27 +98,42 @@ def load(
     while True:
         with assumptions() as needs:
             fn = _Importer(model, file, folder, bounds, weights, budget, known).run()
-        larger = _larger(function_dims(fn), needs)
-        if not larger:
+        known_better = _bounds_from(function_dims(fn), needs)
+        if not known_better:
             return fn
-        bounds.update(larger)
+        bounds.update(known_better)
         budget.used.update(used)  # paid for once
 
 
-def _larger(dims: Iterable[Dim], needs: Sequence[tuple[Expr, Expr]]) -> dict[str, Bounds]:
-    """Bounds of the dimensions that cannot be as small as they are said to be.
+def _bounds_from(dims: Iterable[Dim], needs: Sequence[tuple[Expr, Expr]]) -> dict[str, Bounds]:
+    """Bounds of the dimensions that cannot be as small as they are said to be, or must be 1.
 
     Where windows do not fit the smallest images, every call with such sizes would be refused, while
-    many a shape could not be simplified for their sake.
+    many a shape could not be simplified for their sake. And a model that was traced with one token
+    may call their number symbolic; as 1 it may be broadcast, where another size would be needed.
     """
     found: dict[str, Bounds] = {}
     for dim in dims:
+        if dim.lo <= 1 < (dim.hi or 2) and any(_is_one(n, dim) for n in needs):
+            found[dim.name] = (1, 1)
+            continue
         own = [n for n in needs if free_vars(n[0]) | free_vars(n[1]) == {dim}]
         sizes = range(dim.lo, min(dim.lo + _SMALL, dim.hi or _SMALL) + 1, dim.multiple_of)
         least = next((k for k in sizes if all(_holds(n, dim, k) for n in own)), dim.lo)
         if least > dim.lo:
             found[dim.name] = (least, dim.hi, dim.multiple_of)
     return found
+
+
+def _is_one(need: tuple[Expr, Expr], dim: Dim) -> bool:
+    """True when two sizes are equal only where `dim` is 1: b * 768 == b * dim * 768."""
+    difference = Arith({}).poly(need[0] - need[1])
+    if len(difference) != 2 or sum(difference.values()) != 0:
+        return False
+    plain, product = sorted(difference, key=len)
+    others = [x for x in product if x is not dim]
+    positive = all(type(x) is Dim and x.lo > 0 for x in plain)
+    return positive and product.count(dim) == 1 and tuple(others) == plain
 
 
 def _holds(need: tuple[Expr, Expr], dim: Dim, size: int) -> bool:

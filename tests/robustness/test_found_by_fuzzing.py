@@ -335,6 +335,23 @@ def test_sizes_that_become_negative_are_refused_at_the_call() -> None:
         m(numbers(1, 1, 1))
 
 
+def test_a_size_that_can_only_be_one_is_one() -> None:
+    """A decoder traced with one token: its reshape leaves no other number of tokens, and one is
+    broadcast where the compiler would have taken t to be 3."""
+    nodes = [
+        node("Shape", "x", "batch", end=1),
+        node("Concat", "batch heads", "s", axis=0),
+        node("Reshape", "x s", "r"),
+        node("Add", "r z", "y"),
+    ]
+    x, z = numbers(2, 1, 12), numbers(2, 1, 4)
+    shapes = {"x": ("b", "t", 12), "z": ("b", "t", 4)}
+    m = symbolic(nodes, {"x": x, "z": z}, shapes, {"heads": np.array([3, 4])})
+    np.testing.assert_array_equal(m(x, z)[0], x.reshape(2, 3, 4) + z)
+    with pytest.raises(RunError, match="axis 1 has size 3, expected 1"):
+        m(numbers(2, 3, 12), numbers(2, 3, 4))
+
+
 @pytest.mark.parametrize(
     ("nodes", "sizes", "good", "bad"),
     [
