@@ -68,6 +68,9 @@ def _concat_infer(*rest: Any) -> TensorType:
     return result((*first[:axis], total, *first[axis + 1 :]), same_dtype("concat", *xs))
 
 
+MANY_PARTS = 16  # of a concatenation: more make expressions too deep if asked for one by one
+
+
 def _concat_compute(*rest: Any) -> te.Tensor:
     *xs, a = rest
     axis = a.axis % len(xs[0].shape)
@@ -79,10 +82,14 @@ def _concat_compute(*rest: Any) -> te.Tensor:
         def of(k: int) -> Expr:
             return xs[k][(*i[:axis], i[axis] - starts[k], *i[axis + 1 :])]
 
-        value = of(len(xs) - 1)
-        for k in range(len(xs) - 2, -1, -1):
-            value = select(i[axis] < starts[k + 1], of(k), value)
-        return value
+        def among(low: int, high: int) -> Expr:
+            """The part of the given ones that has the element: one by one, or by halves."""
+            if high - low == 1:
+                return of(low)
+            cut = low + 1 if high - low <= MANY_PARTS else (low + high) // 2
+            return select(i[axis] < starts[cut], among(low, cut), among(cut, high))
+
+        return among(0, len(xs))
 
     shape = xs[0].shape
     return te.compute((*shape[:axis], starts[-1], *shape[axis + 1 :]), body, "concat")

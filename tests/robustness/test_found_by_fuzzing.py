@@ -335,6 +335,17 @@ def test_sizes_that_become_negative_are_refused_at_the_call() -> None:
         m(numbers(1, 1, 1))
 
 
+def test_a_concatenation_of_many_parts() -> None:
+    """An embedding bag is exported as a loop that joins its 256 results."""
+    x = numbers(300, 3)
+    starts = {f"s{k}": np.array([k]) for k in range(301)}
+    nodes = [node("Slice", f"x s{k} s{k + 1}", f"p{k}") for k in range(300)]
+    nodes += [node("Neg", f"p{k}", f"n{k}") for k in range(300)]
+    nodes += [node("Concat", " ".join(f"n{k}" for k in range(299, -1, -1)), "y", axis=0)]
+    m = symbolic(nodes, {"x": x}, {"x": (300, 3)}, starts)
+    np.testing.assert_array_equal(m(x)[0], -x[::-1])
+
+
 def test_a_size_that_can_only_be_one_is_one() -> None:
     """A decoder traced with one token: its reshape leaves no other number of tokens, and one is
     broadcast where the compiler would have taken t to be 3."""
