@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 import sys
 import time
@@ -61,6 +62,7 @@ from .runtime.pool import available_threads
 from .target import Target
 
 _TURN_SECONDS = 1e-4  # after which a thread that compiles lets others have the interpreter
+_NEW_OBJECTS = 50_000  # after which the garbage collector looks for cycles among them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +135,29 @@ def compile(
             extensions=extensions or Extensions(),
         ),
     )
-    fn = import_model(source, dims, ctx)
-    fn = optimise(fn, ctx)
-    return build_module(fn, ctx)
+    with _interpreter_for_compiling():
+        fn = import_model(source, dims, ctx)
+        fn = optimise(fn, ctx)
+        return build_module(fn, ctx)
+
+
+@contextlib.contextmanager
+def _interpreter_for_compiling() -> Iterator[None]:
+    """Python's own settings suit other programs. Between its calls into LLVM the worker needs the
+    interpreter for microseconds, and would wait for it five milliseconds each time: as long as LLVM
+    works on a small kernel. And the garbage collector would look through all there is again and
+    again for the few cycles among nodes and expressions."""
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    if interval <= _TURN_SECONDS:  # another compilation goes on, and sets them back
+        yield
+        return
+    sys.setswitchinterval(_TURN_SECONDS)
+    gc.set_threshold(_NEW_OBJECTS, *thresholds[1:])
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
 
 
 def import_model(
@@ -210,7 +232,6 @@ def build_kernels(fn: Function, ctx: Context) -> Built:
         Preparation(available_threads()) as preparation,
         ThreadPoolExecutor(1, "minicompiler-llvm") as worker,
         _dropping(worker),
-        _taking_turns(),
     ):
         for v, _ in nodes:
             assert isinstance(v.op, Function)
@@ -248,21 +269,6 @@ def _dropping(worker: ThreadPoolExecutor) -> Iterator[None]:
     except BaseException:
         worker.shutdown(wait=False, cancel_futures=True)
         raise
-
-
-@contextlib.contextmanager
-def _taking_turns() -> Iterator[None]:
-    """Between its calls into LLVM the worker needs the interpreter for microseconds, and would wait
-    for it five milliseconds each time: as long as LLVM works on a small kernel."""
-    usual = sys.getswitchinterval()
-    if usual <= _TURN_SECONDS:  # another compilation goes on, and sets it back
-        yield
-        return
-    sys.setswitchinterval(_TURN_SECONDS)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual)
 
 
 def assemble(fn: Function, built: Built, ctx: Context) -> Module:

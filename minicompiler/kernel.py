@@ -46,7 +46,7 @@ from .lower.guards import guard_accesses, run_time_guards
 from .lower.join_axes import join_axes
 from .lower.lift_constants import lift_constants
 from .lower.memory import to_size
-from .lower.to_tir import lower_function
+from .lower.to_tir import is_exact, lower_function
 from .runtime.diskcache import DiskCache
 from .runtime.plan import Size
 from .schedules.cpu import RULES, Rule, schedule
@@ -299,7 +299,8 @@ def write_kernel(
             )
         )
     # Counted on the exact computes, so that the rate of another algorithm compares with theirs.
-    meaning = lower_function(fn, constant)
+    exact = is_exact(fn, constant, ctx.options.max_error)
+    meaning = lowered if exact else lower_function(fn, constant)
     final = func.params
     params = tuple(("prepared", ready.index(b)) if b in ready else place(b, func) for b in final)
     kernel = Kernel(

@@ -78,7 +78,7 @@ def run(passes: Sequence[Pass[T]], subject: T, ctx: Context | None = None) -> T:
     for step in passes:
         if ctx is not None:
             ctx.budget.check_time(where=step.__name__)
-        start = time.perf_counter()
+        given, start = subject, time.perf_counter()
         subject = step(subject, ctx)
         seconds = time.perf_counter() - start
         if ctx is None:
@@ -86,7 +86,7 @@ def run(passes: Sequence[Pass[T]], subject: T, ctx: Context | None = None) -> T:
         if ctx.options.checked and isinstance(subject, Function):
             verify_function(subject)
         text = ""
-        if keeps_texts(ctx) and isinstance(subject, Function):
+        if keeps_texts(ctx) and isinstance(subject, Function) and subject is not given:
             now = function_text(subject)
             text, before = ("" if now == before else now), now
         details = decisions(subject) if step is fuse else {}

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from math import gcd
 
+from .bounds import bound
 from .expr import (
     COMPARE,
     FALSE,
-    ONE,
     TRUE,
     ZERO,
     Binary,
@@ -32,7 +32,6 @@ from .expr import (
     binary,
     const,
     fold,
-    free_vars,
     logical_not,
     select,
     walk,
@@ -49,13 +48,12 @@ from .polynomials import (
     mul,
     mul_bounds,
     plus,
+    subtract,
 )
+from .proofs import Prover, without_quotient
 from .types import index
 
 Ranges = Mapping[Expr, tuple[Expr, Expr]]
-
-_POINTS = 4  # sample points that refute what cannot be proved
-_PATIENCE = 1500  # steps of the search for a proof; of 65,000 that were found two took more
 
 
 class Arith:
@@ -69,12 +67,7 @@ class Arith:
         self._polys: dict[Expr, Poly] = {}
         self._intervals: dict[Expr, Interval] = {}
         self._told: dict[Expr, Interval] = {}  # of atoms that are no variables, by facts
-        self._with_fact = False
-        # (polynomial, _with_fact): the smallest depth at which no proof of >= 0 was found.
-        self._unproved: dict[tuple[frozenset[tuple[Monomial, int]], bool], int] = {}
-        self._steps = 0  # of the search for a proof that goes on
-        self._values: tuple[dict[Expr, int | None], ...] = tuple({} for _ in range(_POINTS))
-        self._valid: list[bool | None] = [None] * _POINTS  # whether a point satisfies all facts
+        self._prover = Prover()
         self.facts: list[Poly] = []  # each polynomial is known to be >= 0
         facts = tuple(facts)
         if facts:  # Bounds are understood before facts about them, or each would ask for the other.
@@ -88,16 +81,15 @@ class Arith:
             self._learn(fact.a)
             self._learn(fact.b)
         elif type(fact) is Binary and fact.op in ("lt", "le") and fact.a.dtype.is_int:
-            poly = self._sub(self.poly(fact.b), self.poly(fact.a))
+            poly = subtract(self.poly(fact.b), self.poly(fact.a))
             if fact.op == "lt":
                 poly = plus(poly, -1)
             known: Poly | None = poly
             while known is not None:
                 self.facts.append(known)
                 self._narrow(known)
-                self._valid = [None] * _POINTS
-                self._unproved.clear()
-                known = self._without_quotient(known)
+                self._prover.fact_added()
+                known = without_quotient(self, known)
 
     def _narrow(self, fact: Poly) -> None:
         """A fact about one atom is its range. A positive product of some that are not negative:
@@ -123,8 +115,7 @@ class Arith:
                 told = (None, most) if c < 0 else (-most, None)
                 self._told[atom] = both(self._told.get(atom, (None, None)), told)
         self._intervals.clear()
-        for values in self._values:
-            values.clear()
+        self._prover.range_changed()
 
     # ---- polynomials --------------------------------------------------------------------------
     def poly(self, e: Expr) -> Poly:
@@ -139,11 +130,11 @@ class Arith:
             return {(): e.value} if e.value else {}
         if type(e) is Binary:
             if e.op == "add":
-                return self._rejoin(add(self.poly(e.a), self.poly(e.b)))
+                return self.rejoin(add(self.poly(e.a), self.poly(e.b)))
             if e.op == "sub":
-                return self._rejoin(self._sub(self.poly(e.a), self.poly(e.b)))
+                return self.rejoin(subtract(self.poly(e.a), self.poly(e.b)))
             if e.op == "mul":
-                return self._rejoin(mul(self.poly(e.a), self.poly(e.b)))
+                return self.rejoin(mul(self.poly(e.a), self.poly(e.b)))
             if e.op in ("floordiv", "mod"):
                 return self._divmod(e.op, self.poly(e.a), self.poly(e.b))
             if e.op in ("min", "max"):
@@ -158,10 +149,7 @@ class Arith:
         simple = self.simplify(e)
         return {(simple,): 1} if simple is e or type(simple) is not Const else self.poly(simple)
 
-    def _sub(self, p: Poly, q: Poly) -> Poly:
-        return add(p, {m: -c for m, c in q.items()})
-
-    def _rejoin(self, p: Poly) -> Poly:
+    def rejoin(self, p: Poly) -> Poly:
         """x // d * d + x % d = x, with any common factor: what fusing two loops takes apart."""
         for m, c in p.items():
             for k, atom in enumerate(m):
@@ -173,7 +161,7 @@ class Arith:
                 # A quotient of several terms (or none) was taken apart already: nothing to join.
                 if len(want) == 1 and all(p.get(n) == d for n, d in want.items()):
                     rest = {n: d for n, d in p.items() if n != m and n not in want}
-                    return self._rejoin(add(rest, mul(self.poly(atom.a), {others: c})))
+                    return self.rejoin(add(rest, mul(self.poly(atom.a), {others: c})))
         return p
 
     def _divmod(self, op: str, p: Poly, q: Poly) -> Poly:
@@ -181,9 +169,9 @@ class Arith:
             return {}
         quotient, rest = divide(p, q)
         # Now p = q * quotient + rest; when 0 <= rest < q the answer is at hand.
-        if not rest or (self.nonneg(rest) and self.nonneg(plus(self._sub(q, rest), -1))):
+        if not rest or (self.nonneg(rest) and self.nonneg(plus(subtract(q, rest), -1))):
             return quotient if op == "floordiv" else rest
-        low = self._poly_interval(rest)
+        low = self.poly_interval(rest)
         if low[1] is not None and low[1] < 0 and self.nonneg(add(rest, q)):  # -q <= rest < 0
             return plus(quotient, -1) if op == "floordiv" else add(rest, q)
         if op == "floordiv" and len(rest) == 1:
@@ -201,7 +189,7 @@ class Arith:
                 small = {m: c for m, c in rest.items() if m and c % g}
                 if rest.get((), 0) % g:
                     small[()] = rest[()] % g
-                low = self._poly_interval(small)
+                low = self.poly_interval(small)
                 if low[0] is None or low[1] is None or low[0] < 0 or low[1] >= g:
                     continue
                 inner = clean({m: c // g for m, c in rest.items() if m not in small or not m})
@@ -213,7 +201,7 @@ class Arith:
         return add(quotient, {(atom,): 1}) if op == "floordiv" else {(atom,): 1}
 
     def _minmax(self, op: str, p: Poly, q: Poly) -> Poly:
-        diff = self._sub(q, p)
+        diff = subtract(q, p)
         if self.nonneg(diff):  # p <= q
             return p if op == "min" else q
         if self.nonneg({m: -c for m, c in diff.items()}):
@@ -296,7 +284,7 @@ class Arith:
         if decided is not None:
             return TRUE if decided else FALSE
         # Canonical: all terms moved to one side, then split back by sign so it reads naturally.
-        diff = self._sub(self.poly(e.b), self.poly(e.a))
+        diff = subtract(self.poly(e.b), self.poly(e.a))
         factor = 0
         for c in diff.values():
             factor = gcd(factor, c)
@@ -330,7 +318,7 @@ class Arith:
             return self.interval(lo_hi[0])[0], self.interval(lo_hi[1])[1]
         if type(e) is Binary and e.dtype.is_int:
             if e.op in ("add", "sub", "mul"):
-                return self._poly_interval(self.poly(e))
+                return self.poly_interval(self.poly(e))
             (al, ah), (bl, bh) = self.interval(e.a), self.interval(e.b)
             if e.op == "floordiv" and bl is not None and bl > 0:
                 return div_bounds((al, ah), (bl, bh))
@@ -351,7 +339,8 @@ class Arith:
             return low, (None if ah is None or bh is None else max(ah, bh))
         return None, None
 
-    def _poly_interval(self, p: Poly) -> Interval:
+    def poly_interval(self, p: Poly) -> Interval:
+        """Numbers that a polynomial lies between (None: not bounded on that side)."""
         factored: Interval = (None, None)
         if len(p) > 1 and () not in p:  # n*m - 2*n is n*(m - 2), which has a sign
             shared = next((a for a in next(iter(p)) if all(a in m for m in p)), None)
@@ -360,7 +349,7 @@ class Arith:
                 for m, c in p.items():
                     k = m.index(shared)
                     rest[m[:k] + m[k + 1 :]] = c
-                factored = mul_bounds(self.interval(shared), self._poly_interval(rest))
+                factored = mul_bounds(self.interval(shared), self.poly_interval(rest))
         low: int | None = 0
         high: int | None = 0
         for m, c in p.items():
@@ -377,342 +366,14 @@ class Arith:
             high = None if high is None or hi is None else high + hi
         return both((low, high), factored)
 
-    def nonneg(self, p: Poly, depth: int = 0) -> bool:
+    def nonneg(self, p: Poly) -> bool:
         """True when the polynomial is known to be >= 0."""
-        low = self._poly_interval(p)[0]
-        if low is not None and low >= 0:
-            return True
-        if all(not m for m in p) or depth > 6 or self._refuted(p):
-            return False
-        # Terms can be bounded in any order, and all orders of a subset end at the same polynomial.
-        key = frozenset(p.items()), self._with_fact
-        if depth >= self._unproved.get(key, 7) or self._steps > _PATIENCE:
-            return False
-        outermost = not self._steps
-        self._steps += 1
-        try:
-            if self._proved(p, depth):
-                return True
-        finally:
-            if outermost:
-                self._steps = 0
-        self._unproved[key] = depth
-        return False
-
-    def _proved(self, p: Poly, depth: int) -> bool:
-        """`nonneg` where numbers alone do not decide."""
-        # Eliminate the innermost variable by its symbolic bound (innermost: not in another's
-        # range).
-        for v in self._elimination_order(p):
-            r = self._eliminate(p, v)
-            if r is not None and r != p and self.nonneg(r, depth + 1):
-                return True
-        exact = self._without_quotient(p)
-        if exact is not None and self.nonneg(exact, depth + 1):
-            return True
-        # A quotient or remainder of loop variables by a Dim lies within its symbolic bounds.
-        for m, c in p.items():
-            for k, atom in enumerate(m):
-                if type(atom) is Binary and (
-                    atom.op == "floordiv" or (atom.op == "mod" and type(atom.b) is not Const)
-                ):
-                    over = [v for v in free_vars(atom) if v in self.ranges]
-                    others = {m[:k] + m[k + 1 :]: c}
-                    low, high = self._poly_interval(others)
-                    sign = (
-                        -1
-                        if low is not None and low >= 0
-                        else 1
-                        if high is not None and high <= 0
-                        else 0
-                    )
-                    if not sign:
-                        continue
-                    if atom.op == "mod":
-                        limit: Expr | None = ZERO if sign < 0 else atom.b - 1
-                    else:
-                        limit = self.bound(atom, over, sign) if over else None
-                    if limit is not None and limit is not atom:
-                        rest = {n: d for n, d in p.items() if n != m}
-                        if self.nonneg(add(rest, mul(others, self.poly(limit))), depth + 1):
-                            return True
-        # c * (x // d) with d dividing c lies between c/d * (x - d + 1) and c/d * x.
-        for m, c in p.items():
-            for k, atom in enumerate(m):
-                if type(atom) is Binary and atom.op == "floordiv" and type(atom.b) is Const:
-                    d = atom.b.value
-                    if d > 0 and c % d == 0:
-                        others = {m[:k] + m[k + 1 :]: 1}
-                        if self._poly_interval(others)[0] in (None, *range(-9, 0)):
-                            continue
-                        x = self.poly(atom.a)
-                        near = plus(x, 1 - d) if c > 0 else x
-                        rest = {n: k2 for n, k2 in p.items() if n != m}
-                        r = add(rest, mul({(): c // d}, mul(others, near)))
-                        if self.nonneg(r, depth + 1):
-                            return True
-                elif type(atom) is Binary and atom.op in ("min", "max"):
-                    # min(a, b) <= a and <= b; max(a, b) >= a and >= b: use where the sign allows,
-                    # otherwise both cases must hold.
-                    rest = {n: k2 for n, k2 in p.items() if n != m}
-                    others = mul({m[:k] + m[k + 1 :]: 1}, {(): c})
-                    if self._poly_interval({m[:k] + m[k + 1 :]: 1})[0] in (None, *range(-9, 0)):
-                        continue
-                    cases = [add(rest, mul(others, self.poly(side))) for side in (atom.a, atom.b)]
-                    easy = (atom.op == "max") == (c > 0)
-                    if (any if easy else all)(self.nonneg(q, depth + 1) for q in cases):
-                        return True
-                    # Twice the max is at least a + b: |x| = max(x, -x) >= 0.
-                    if easy and self.nonneg(add(cases[0], cases[1]), depth + 1):
-                        return True
-        return self._from_facts(p, depth)
-
-    def _refuted(self, p: Poly) -> bool:
-        """True when p < 0 at one of a few points inside the ranges: what is false needs no attempt
-        at a proof, and attempts that fail are the expensive ones."""
-        for k in range(_POINTS):
-            if self._valid[k] is None:
-                self._valid[k] = all((self._poly_at(f, k) or 0) >= 0 for f in self.facts)
-            if self._valid[k]:
-                value = self._poly_at(p, k)
-                if value is not None and value < 0:
-                    return True
-        return False
-
-    def _poly_at(self, p: Poly, k: int) -> int | None:
-        total = 0
-        for m, c in p.items():
-            for atom in m:
-                value = self._at(atom, k)
-                if value is None:
-                    return None
-                c *= value
-            total += c
-        return total
-
-    def _at(self, e: Expr, k: int) -> int | None:
-        """The value of an expression at sample point k; None when it has none (an empty range)."""
-        known = self._values[k]
-        if e in known:
-            return known[e]
-        known[e] = None  # cut cycles through ranges
-        value: int | None = None
-        if type(e) is Const:
-            value = e.value
-        elif isinstance(e, Dim):
-            value = e.lo + (0, 36, 5, 2)[k]
-            value -= value % e.multiple_of
-            value = max(e.lo, value if e.hi is None else min(value, e.hi))
-        elif isinstance(e, Var) and e in self.ranges:
-            low, high = (self._at(b, k) for b in self.ranges[e])
-            if low is not None and high is not None and low <= high:
-                value = (low, high, (low + high) // 2, high if len(e.name) % 2 else low)[k]
-        elif type(e) is Binary:
-            a, b = self._at(e.a, k), self._at(e.b, k)
-            if a is not None and b is not None:
-                value = fold(e.op, a, b, e.a.dtype)
-        elif type(e) is Select:
-            cond = self._at(e.cond, k)
-            value = None if cond is None else self._at(e.a if cond else e.b, k)
-        known[e] = value
-        return value
-
-    def _without_quotient(self, p: Poly) -> Poly | None:
-        """A polynomial that is >= 0 exactly when p is, with one quotient less; None when there is
-        none. g*(x // d) + r >= 0 is x + (r // g)*d >= 0, and r >= g*(x // d) is (r // g + 1)*d >
-        x. Quotients of loop variables go first: where x // w < (h + 1)//2, it is x that is
-        compared with the product of two sizes."""
-        quotients = [
-            (atom, c)
-            for (*others, atom), c in ((m, c) for m, c in p.items() if m)
-            if not others and type(atom) is Binary and atom.op == "floordiv"
-        ]
-        quotients.sort(key=lambda t: self.ranges.keys().isdisjoint(free_vars(t[0])))
-        for atom, c in quotients:
-            d = self.poly(atom.b)
-            low = self._poly_interval(d)[0]
-            rest = {n: k for n, k in p.items() if n != (atom,)}
-            g = abs(c)
-            if low is None or low <= 0 or any(k % g for n, k in rest.items() if n):
-                continue
-            rest = clean({n: k // g for n, k in rest.items()})
-            x = self.poly(atom.a)
-            if c > 0:
-                return self._rejoin(add(x, mul(rest, d)))
-            return self._rejoin(self._sub(plus(mul(plus(rest, 1), d), -1), x))
-        return None
-
-    def _from_facts(self, p: Poly, depth: int) -> bool:
-        """True when one fact and the ranges give p >= 0, or two facts add up to it."""
-        if p in self.facts:
-            return True
-        if not self.facts or self._with_fact or depth > 3:
-            return False
-        self._with_fact = True  # what is asked on the way must not ask for facts again
-        try:
-            for f in self.facts:
-                # As many times the fact as makes one of its terms vanish from p.
-                times = {p[m] // c for m, c in f.items() if m and m in p and p[m] % c == 0}
-                # ... or as often as a quotient in it divides by, so that x // d * d stands beside
-                # x.
-                times |= {
-                    a.b.value
-                    for m in f
-                    for a in m
-                    if type(a) is Binary and a.op == "floordiv" and type(a.b) is Const
-                }
-                for k in sorted(times):
-                    if k > 0 and self.nonneg(add(p, {m: -c * k for m, c in f.items()}), depth + 3):
-                        return True
-                # k*p > f - k gives p > -1, and p is an integer.
-                times = {c // p[m] for m, c in f.items() if m and m in p and c % p[m] == 0}
-                for k in sorted(times):
-                    scaled = {m: c * k for m, c in p.items()}
-                    if k > 1 and self.nonneg(plus(self._sub(scaled, f), k - 1), depth + 3):
-                        return True
-            return False
-        finally:
-            self._with_fact = False
-
-    def _elimination_order(self, p: Poly) -> list[Expr]:
-        names = {a for m in p for a in m if a in self.ranges}
-        inner = []
-        for v in names:
-            used = any(v in free_vars(b) for w in names if w is not v for b in self.ranges[w])
-            if not used:
-                inner.append(v)
-        return sorted(inner, key=str)
-
-    def _eliminate(self, p: Poly, v: Expr) -> Poly | None:
-        """`p` minimised over v, when v stands only as a plain factor with a sign-definite
-        coefficient."""
-        lo, hi = self.ranges[v]
-        plo, phi = self.poly(lo), self.poly(hi)
-        result: Poly = {}
-        coeff: Poly = {}
-        for m, c in p.items():
-            count = m.count(v)
-            if count == 0:
-                if any(v in free_vars(a) for a in m):
-                    return None
-                result[m] = c
-            elif count == 1:
-                rest = list(m)
-                rest.remove(v)
-                if any(v in free_vars(a) for a in rest):
-                    return None
-                coeff[tuple(rest)] = coeff.get(tuple(rest), 0) + c
-            else:
-                return None
-        low, high = self._poly_interval(coeff)
-        if low is not None and low >= 0:
-            return self._rejoin(add(result, mul(coeff, plo)))
-        if high is not None and high <= 0:
-            return self._rejoin(add(result, mul(coeff, phi)))
-        return None
+        return self._prover.nonneg(self, p)
 
     def bound(self, e: Expr, over: Iterable[Expr], sign: int) -> Expr | None:
         """The largest (sign=+1) or smallest (-1) value of `e` when the variables `over` run through
         their ranges: an expression of the others, tight for affine `e`; None when not bounded."""
-        over = frozenset(over)
-        e = self.simplify(e)
-        # Innermost first: a variable whose range mentions another in `over` goes before it. Only
-        # those that `e` reaches, through the ranges, take part.
-        reached: set[Expr] = set()
-        queue = [v for v in free_vars(e) if v in over]
-        while queue:
-            v = queue.pop()
-            if v not in reached:
-                reached.add(v)
-                queue.extend(w for b in self.ranges.get(v, ()) for w in free_vars(b) if w in over)
-        remaining = sorted(reached, key=str)
-        while not over.isdisjoint(free_vars(e)):
-            ready = [
-                v
-                for v in remaining
-                if not any(
-                    v in free_vars(b)
-                    for w in remaining
-                    if w is not v and w in self.ranges
-                    for b in self.ranges[w]
-                )
-            ]
-            if not ready:
-                return None
-            for v in ready:
-                remaining.remove(v)
-                bounded = self._bound_one(e, v, sign)
-                if bounded is None:
-                    return None
-                e = self.simplify(bounded)
-        return e
-
-    def _bound_side(self, e: Expr, v: Expr, sign: int) -> Expr | None:
-        """i*n + min(n, t - i*n) is at most t: a bound by way of one side of a minimum (or of a
-        maximum, for the smallest value)."""
-        p = self.poly(e)
-        for m, c in p.items():
-            (x,) = m if len(m) == 1 else (None,)
-            if type(x) is not Binary or x.op != ("min" if c * sign > 0 else "max"):
-                continue
-            if v not in free_vars(x):
-                continue
-            for side in (x.b, x.a):
-                rest = self.simplify(e + (side - x) * c)
-                bounded = self._bound_one(rest, v, sign)
-                if bounded is not None and v not in free_vars(bounded):
-                    return bounded
-        return None
-
-    def _bound_one(self, e: Expr, v: Expr, sign: int) -> Expr | None:
-        if v not in free_vars(e):
-            return e
-        if v not in self.ranges:
-            return None
-        if e is v:
-            return self.ranges[v][1 if sign > 0 else 0]
-        if type(e) is Binary and e.op in ("floordiv", "mod", "min", "max"):
-            if v not in free_vars(e.b) or e.op in ("min", "max"):
-                if e.op == "mod":
-                    low, high = self.bound(e.a, (v,), -1), self.bound(e.a, (v,), 1)
-                    if low is not None and high is not None and type(e.b) is Const:
-                        same = self.simplify(low // e.b - high // e.b)
-                        if same is ZERO:  # v never wraps around
-                            return (high if sign > 0 else low) % e.b
-                    return e.b - 1 if sign > 0 else ZERO
-                a = self._bound_one(e.a, v, sign)
-                b = self._bound_one(e.b, v, sign) if e.op in ("min", "max") else e.b
-                if a is None or b is None:
-                    return None
-                return binary(e.op, a, b)
-            return None
-        if type(e) is Select:
-            a, b = self._bound_one(e.a, v, sign), self._bound_one(e.b, v, sign)
-            if a is None or b is None:
-                return None
-            return binary("max" if sign > 0 else "min", a, b)
-        if type(e) is Binary and e.op in ("add", "sub", "mul"):
-            p = self.poly(e)
-            flipped = {m: -c for m, c in p.items()} if sign > 0 else p
-            r = self._eliminate(flipped, v)
-            if r is not None:
-                return self.expr({m: -c for m, c in r.items()} if sign > 0 else r)
-            # Not plainly affine in v: bound each term on its own (looser, still sound).
-            total: Expr = ZERO
-            for m, c in p.items():
-                if len(m) > 1 and any(v in free_vars(a) for a in m):
-                    return self._bound_side(e, v, sign)
-                term = m[0] if m else ONE
-                if len(m) > 1:
-                    term = self.expr({m: 1})
-                b = self._bound_one(term, v, sign if c > 0 else -sign)
-                if b is None:
-                    return None
-                total = total + b * c
-            return total
-        least, most = self.interval(e)
-        side = most if sign > 0 else least
-        return None if side is None else Const(side)
+        return bound(self, e, over, sign)
 
     # ---- prove ----------------------------------------------------------------------------------
     def prove(self, cond: Expr) -> bool | None:
@@ -733,7 +394,7 @@ class Arith:
             return True if True in (a, b) else False if a is False and b is False else None
         if not cond.a.dtype.is_int or cond.a.dtype.lanes > 1:
             return None
-        diff = self._sub(self.poly(cond.b), self.poly(cond.a))
+        diff = subtract(self.poly(cond.b), self.poly(cond.a))
         negated = {m: -c for m, c in diff.items()}
         if cond.op == "le":
             return True if self.nonneg(diff) else False if self.nonneg(plus(negated, -1)) else None

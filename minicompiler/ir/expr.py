@@ -80,7 +80,8 @@ class Expr:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._fields
 
-    def children(self) -> Iterator[Expr]:
+    def children(self) -> Iterable[Expr]:
+        """The expressions in this one's fields, in order."""
         for f in self._fields:
             if isinstance(f, Expr):
                 yield f
@@ -106,8 +107,6 @@ class Expr:
             fields.append(y)
         if same:
             return self
-        if type(self) is Binary:
-            return binary(fields[0], fields[1], fields[2])
         if type(self) is Select:
             return select(fields[0], fields[1], fields[2])
         if type(self) is Cast:
@@ -187,7 +186,19 @@ class Expr:
         return logical_not(self)
 
 
-class Const(Expr):
+class Leaf(Expr):
+    """An expression without others in it."""
+
+    __slots__ = ()
+
+    def children(self) -> Iterable[Expr]:
+        return ()
+
+    def map(self, f: Callable[[Expr], Expr]) -> Expr:
+        return self
+
+
+class Const(Leaf):
     """A literal. Floats are interned by their bits, so -0.0 and NaN are told apart."""
 
     __slots__ = ("value",)
@@ -209,7 +220,7 @@ class Const(Expr):
         self.value, self.dtype = fields
 
 
-class Var(Expr):
+class Var(Leaf):
     """A named scalar: a loop variable, a tensor-expression axis, a let-bound value."""
 
     __slots__ = ("name",)
@@ -223,7 +234,7 @@ class Var(Expr):
         self.name, self.dtype = fields
 
 
-class Dim(Expr):
+class Dim(Leaf):
     """A symbolic dimension, `lo <= name <= hi` (hi None: unbounded), a multiple of
     `multiple_of`."""
 
@@ -269,6 +280,14 @@ class Binary(Expr):
     def _init(self, *fields: Any) -> None:
         self.op, self.a, self.b = fields
         self.dtype = bool_.with_lanes(self.a.dtype.lanes) if self.op in COMPARE else self.a.dtype
+
+    # As in Expr, but most expressions are of this kind.
+    def children(self) -> Iterable[Expr]:
+        return self.a, self.b
+
+    def map(self, f: Callable[[Expr], Expr]) -> Expr:
+        a, b = f(self.a), f(self.b)
+        return self if a is self.a and b is self.b else binary(self.op, a, b)
 
 
 class Cast(Expr):

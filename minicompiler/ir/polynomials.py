@@ -18,6 +18,11 @@ def clean(p: Poly) -> Poly:
     return {m: c for m, c in p.items() if c}
 
 
+def subtract(p: Poly, q: Poly) -> Poly:
+    """p - q"""
+    return add(p, {m: -c for m, c in q.items()})
+
+
 def plus(p: Poly, value: int) -> Poly:
     q = dict(p)
     total = q.get((), 0) + value

@@ -372,24 +372,7 @@ class _Verifier:
         simply; where they do not, the iterators' values and `where` may. A clamp is simplest
         without the conditions, under which it is none."""
         low = high = False
-        attempts = [(i, conditions, ranges or self.ranges)]
-        if own:
-            values = tuple(substitute(c, own) for c in conditions)
-            attempts.append((substitute(i, own), values, self.ranges))
-        if conditions:
-            attempts.append((i, (), ranges or self.ranges))
-        rest = {
-            x: (Var(f"rest.{k}"), x.b)
-            for k, x in enumerate(dict.fromkeys(walk(i)))
-            if type(x) is Binary and x.op == "mod" and type(x.b) is Const and x.b.value > 0
-        }
-        if rest:  # i % 4 times a size: all that counts is that it is at most 3 times the size
-            known = {v: (ZERO, n - 1) for v, n in rest.values()}
-            names: dict[Expr, Expr] = {x: v for x, (v, _) in rest.items()}
-            attempts.append(
-                (rewrite(i, names.get), conditions, {**(ranges or self.ranges), **known})
-            )
-        for e, facts, known in attempts:
+        for e, facts, known in self.attempts(i, conditions, own, ranges or self.ranges):
             facts = (*p.facts, *facts)
             if self.equal:
                 e, room = self.same(e), self.same(room)
@@ -401,6 +384,30 @@ class _Verifier:
             if low and high:
                 return ""
         return f"below {room}" if low else ">= 0"
+
+    def attempts(
+        self,
+        i: Expr,
+        conditions: tuple[Expr, ...],
+        own: dict[Expr, Expr],
+        ranges: dict[Expr, tuple[Expr, Expr]],
+    ) -> Iterator[tuple[Expr, tuple[Expr, ...], dict[Expr, tuple[Expr, Expr]]]]:
+        """An index in several forms, each with what is known of it; usually the first will do."""
+        yield i, conditions, ranges
+        if own:
+            values = tuple(substitute(c, own) for c in conditions)
+            yield substitute(i, own), values, self.ranges
+        if conditions:
+            yield i, (), ranges
+        rest = {
+            x: (Var(f"rest.{k}"), x.b)
+            for k, x in enumerate(dict.fromkeys(walk(i)))
+            if type(x) is Binary and x.op == "mod" and type(x.b) is Const and x.b.value > 0
+        }
+        if rest:  # i % 4 times a size: all that counts is that it is at most 3 times the size
+            known = {v: (ZERO, n - 1) for v, n in rest.values()}
+            names: dict[Expr, Expr] = {x: v for x, (v, _) in rest.items()}
+            yield rewrite(i, names.get), conditions, {**ranges, **known}
 
     def same(self, e: Expr) -> Expr:
         """`e` with one name for dimensions that are equal."""

@@ -35,7 +35,16 @@ from minicompiler.ir.expr import (
     substitute,
     walk,
 )
-from minicompiler.ir.graph import Apply, Constant, Function, Item, layout_of, topological, type_of
+from minicompiler.ir.graph import (
+    Apply,
+    Constant,
+    Function,
+    Item,
+    applies,
+    layout_of,
+    topological,
+    type_of,
+)
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.op import Compute, Op
 from minicompiler.ir.tir import (
@@ -173,6 +182,12 @@ def lower_function(fn: Function, constant: Sequence[bool] = (), max_error: float
         )
     )
     return from_tensors(fn.name, placeholders, results, known, layouts, locs)
+
+
+def is_exact(fn: Function, constant: Sequence[bool], max_error: float) -> bool:
+    """Whether every node of a fused Function is computed as its operator defines it."""
+    known = {id(p) for p, c in zip(fn.params, constant, strict=False) if c}
+    return all(choose_compute(v, known, max_error) is v.op.computes[0] for v in applies(fn))  # type: ignore[union-attr]
 
 
 def _check_shapes(v: Apply, made: Any) -> None:

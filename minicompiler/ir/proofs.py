@@ -1,0 +1,256 @@
+"""The search for proofs: is a polynomial never negative, while variables run through their ranges?
+
+    Prover().nonneg(arith, {(x,): 16, (): 3})      True, where x >= 0
+
+A claim is first refuted at a few points of the ranges; then variables are replaced by their bounds,
+quotients, minima and maxima by what they are known to be, and known facts are subtracted.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .bounds import eliminate
+from .expr import ZERO, Binary, Const, Dim, Expr, Select, Var, fold, free_vars
+from .polynomials import Monomial, Poly, add, clean, mul, plus, subtract
+
+if TYPE_CHECKING:
+    from .arith import Arith
+
+_POINTS = 4  # sample points that refute what cannot be proved
+_PATIENCE = 1500  # steps of the search for a proof; of 65,000 that were found two took more
+
+
+class Prover:
+    """What one `Arith` remembers of its proofs: above all, what did not lead to one."""
+
+    def __init__(self) -> None:
+        self._with_fact = False
+        # (polynomial, _with_fact): the smallest depth at which no proof of >= 0 was found.
+        self._unproved: dict[tuple[frozenset[tuple[Monomial, int]], bool], int] = {}
+        self._steps = 0  # of the search for a proof that goes on
+        self._values: tuple[dict[Expr, int | None], ...] = tuple({} for _ in range(_POINTS))
+        self._valid: list[bool | None] = [None] * _POINTS  # whether a point satisfies all facts
+
+    def fact_added(self) -> None:
+        """What had no proof may have one now."""
+        self._valid = [None] * _POINTS
+        self._unproved.clear()
+
+    def range_changed(self) -> None:
+        """The sample points lie elsewhere."""
+        for values in self._values:
+            values.clear()
+
+    def nonneg(self, arith: Arith, p: Poly, depth: int = 0) -> bool:
+        """True when the polynomial is known to be >= 0."""
+        low = arith.poly_interval(p)[0]
+        if low is not None and low >= 0:
+            return True
+        if all(not m for m in p) or depth > 6 or self._refuted(arith, p):
+            return False
+        # Terms can be bounded in any order, and all orders of a subset end at the same polynomial.
+        key = frozenset(p.items()), self._with_fact
+        if depth >= self._unproved.get(key, 7) or self._steps > _PATIENCE:
+            return False
+        outermost = not self._steps
+        self._steps += 1
+        try:
+            if self._proved(arith, p, depth):
+                return True
+        finally:
+            if outermost:
+                self._steps = 0
+        self._unproved[key] = depth
+        return False
+
+    def _proved(self, arith: Arith, p: Poly, depth: int) -> bool:
+        """`nonneg` where numbers alone do not decide."""
+        # Eliminate the innermost variable by its symbolic bound (innermost: not in another's
+        # range).
+        for v in _elimination_order(arith, p):
+            r = eliminate(arith, p, v)
+            if r is not None and r != p and self.nonneg(arith, r, depth + 1):
+                return True
+        exact = without_quotient(arith, p)
+        if exact is not None and self.nonneg(arith, exact, depth + 1):
+            return True
+        # A quotient or remainder of loop variables by a Dim lies within its symbolic bounds.
+        for m, c in p.items():
+            for k, atom in enumerate(m):
+                if type(atom) is Binary and (
+                    atom.op == "floordiv" or (atom.op == "mod" and type(atom.b) is not Const)
+                ):
+                    over = [v for v in free_vars(atom) if v in arith.ranges]
+                    others = {m[:k] + m[k + 1 :]: c}
+                    low, high = arith.poly_interval(others)
+                    sign = (
+                        -1
+                        if low is not None and low >= 0
+                        else 1
+                        if high is not None and high <= 0
+                        else 0
+                    )
+                    if not sign:
+                        continue
+                    if atom.op == "mod":
+                        limit: Expr | None = ZERO if sign < 0 else atom.b - 1
+                    else:
+                        limit = arith.bound(atom, over, sign) if over else None
+                    if limit is not None and limit is not atom:
+                        rest = {n: d for n, d in p.items() if n != m}
+                        if self.nonneg(arith, add(rest, mul(others, arith.poly(limit))), depth + 1):
+                            return True
+        # c * (x // d) with d dividing c lies between c/d * (x - d + 1) and c/d * x.
+        for m, c in p.items():
+            for k, atom in enumerate(m):
+                if type(atom) is Binary and atom.op == "floordiv" and type(atom.b) is Const:
+                    d = atom.b.value
+                    if d > 0 and c % d == 0:
+                        others = {m[:k] + m[k + 1 :]: 1}
+                        if arith.poly_interval(others)[0] in (None, *range(-9, 0)):
+                            continue
+                        x = arith.poly(atom.a)
+                        near = plus(x, 1 - d) if c > 0 else x
+                        rest = {n: k2 for n, k2 in p.items() if n != m}
+                        r = add(rest, mul({(): c // d}, mul(others, near)))
+                        if self.nonneg(arith, r, depth + 1):
+                            return True
+                elif type(atom) is Binary and atom.op in ("min", "max"):
+                    # min(a, b) <= a and <= b; max(a, b) >= a and >= b: use where the sign allows,
+                    # otherwise both cases must hold.
+                    rest = {n: k2 for n, k2 in p.items() if n != m}
+                    others = mul({m[:k] + m[k + 1 :]: 1}, {(): c})
+                    if arith.poly_interval({m[:k] + m[k + 1 :]: 1})[0] in (
+                        None,
+                        *range(-9, 0),
+                    ):
+                        continue
+                    cases = [add(rest, mul(others, arith.poly(side))) for side in (atom.a, atom.b)]
+                    easy = (atom.op == "max") == (c > 0)
+                    if (any if easy else all)(self.nonneg(arith, q, depth + 1) for q in cases):
+                        return True
+                    # Twice the max is at least a + b: |x| = max(x, -x) >= 0.
+                    if easy and self.nonneg(arith, add(cases[0], cases[1]), depth + 1):
+                        return True
+        return self._from_facts(arith, p, depth)
+
+    def _refuted(self, arith: Arith, p: Poly) -> bool:
+        """True when p < 0 at one of a few points inside the ranges: what is false needs no attempt
+        at a proof, and attempts that fail are the expensive ones."""
+        for k in range(_POINTS):
+            if self._valid[k] is None:
+                self._valid[k] = all((self._poly_at(arith, f, k) or 0) >= 0 for f in arith.facts)
+            if self._valid[k]:
+                value = self._poly_at(arith, p, k)
+                if value is not None and value < 0:
+                    return True
+        return False
+
+    def _poly_at(self, arith: Arith, p: Poly, k: int) -> int | None:
+        total = 0
+        for m, c in p.items():
+            for atom in m:
+                value = self._at(arith, atom, k)
+                if value is None:
+                    return None
+                c *= value
+            total += c
+        return total
+
+    def _at(self, arith: Arith, e: Expr, k: int) -> int | None:
+        """The value of an expression at sample point k; None when it has none (an empty range)."""
+        known = self._values[k]
+        if e in known:
+            return known[e]
+        known[e] = None  # cut cycles through ranges
+        value: int | None = None
+        if type(e) is Const:
+            value = e.value
+        elif isinstance(e, Dim):
+            value = e.lo + (0, 36, 5, 2)[k]
+            value -= value % e.multiple_of
+            value = max(e.lo, value if e.hi is None else min(value, e.hi))
+        elif isinstance(e, Var) and e in arith.ranges:
+            low, high = (self._at(arith, b, k) for b in arith.ranges[e])
+            if low is not None and high is not None and low <= high:
+                value = (low, high, (low + high) // 2, high if len(e.name) % 2 else low)[k]
+        elif type(e) is Binary:
+            a, b = self._at(arith, e.a, k), self._at(arith, e.b, k)
+            if a is not None and b is not None:
+                value = fold(e.op, a, b, e.a.dtype)
+        elif type(e) is Select:
+            cond = self._at(arith, e.cond, k)
+            value = None if cond is None else self._at(arith, e.a if cond else e.b, k)
+        known[e] = value
+        return value
+
+    def _from_facts(self, arith: Arith, p: Poly, depth: int) -> bool:
+        """True when one fact and the ranges give p >= 0, or two facts add up to it."""
+        if p in arith.facts:
+            return True
+        if not arith.facts or self._with_fact or depth > 3:
+            return False
+        self._with_fact = True  # what is asked on the way must not ask for facts again
+        try:
+            for f in arith.facts:
+                # As many times the fact as makes one of its terms vanish from p.
+                times = {p[m] // c for m, c in f.items() if m and m in p and p[m] % c == 0}
+                # ... or as often as a quotient in it divides by, so that x // d * d stands beside
+                # x.
+                times |= {
+                    a.b.value
+                    for m in f
+                    for a in m
+                    if type(a) is Binary and a.op == "floordiv" and type(a.b) is Const
+                }
+                for k in sorted(times):
+                    if k > 0 and self.nonneg(
+                        arith, add(p, {m: -c * k for m, c in f.items()}), depth + 3
+                    ):
+                        return True
+                # k*p > f - k gives p > -1, and p is an integer.
+                times = {c // p[m] for m, c in f.items() if m and m in p and c % p[m] == 0}
+                for k in sorted(times):
+                    scaled = {m: c * k for m, c in p.items()}
+                    if k > 1 and self.nonneg(arith, plus(subtract(scaled, f), k - 1), depth + 3):
+                        return True
+            return False
+        finally:
+            self._with_fact = False
+
+
+def without_quotient(arith: Arith, p: Poly) -> Poly | None:
+    """A polynomial that is >= 0 exactly when p is, with one quotient less; None when there is
+    none. g*(x // d) + r >= 0 is x + (r // g)*d >= 0, and r >= g*(x // d) is (r // g + 1)*d >
+    x. Quotients of loop variables go first: where x // w < (h + 1)//2, it is x that is
+    compared with the product of two sizes."""
+    quotients = [
+        (atom, c)
+        for (*others, atom), c in ((m, c) for m, c in p.items() if m)
+        if not others and type(atom) is Binary and atom.op == "floordiv"
+    ]
+    quotients.sort(key=lambda t: arith.ranges.keys().isdisjoint(free_vars(t[0])))
+    for atom, c in quotients:
+        d = arith.poly(atom.b)
+        low = arith.poly_interval(d)[0]
+        rest = {n: k for n, k in p.items() if n != (atom,)}
+        g = abs(c)
+        if low is None or low <= 0 or any(k % g for n, k in rest.items() if n):
+            continue
+        rest = clean({n: k // g for n, k in rest.items()})
+        x = arith.poly(atom.a)
+        if c > 0:
+            return arith.rejoin(add(x, mul(rest, d)))
+        return arith.rejoin(subtract(plus(mul(plus(rest, 1), d), -1), x))
+    return None
+
+
+def _elimination_order(arith: Arith, p: Poly) -> list[Expr]:
+    names = {a for m in p for a in m if a in arith.ranges}
+    inner = []
+    for v in names:
+        used = any(v in free_vars(b) for w in names if w is not v for b in arith.ranges[w])
+        if not used:
+            inner.append(v)
+    return sorted(inner, key=str)
