@@ -524,6 +524,10 @@ def _products(
         best = rows or _tile_rows(_extent(s, [t]), vectors, s.target.registers, alone)
         home, t_i = s.split(t, s.choose("rows", tuple(range(1, 33)), best), "mask")
         planes, row = [*planes, home], [t_i]
+    width = _extent(s, [vector])
+    if width & (width - 1):  # vectors have a power of two of lanes
+        several, vector = s.split(vector, s.target.vector_bytes // 4)
+        row = [*row, several]
     part = []
     if size is not None:
         k_o, depth = s.split(depth, size)

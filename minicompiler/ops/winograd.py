@@ -152,7 +152,7 @@ def applies(types: list[TensorType | None], attrs: Any) -> bool:
         return False
     windows = _windows(w, attrs)
     channels = [const_int(w.shape[0]), const_int(w.shape[1])]
-    if windows is None or any(c is None or c % 16 for c in channels):
+    if windows is None or any(c is None or c % 8 for c in channels):
         return False
     axes = transformed(windows)
     sizes = [const_int(s) for s in x.shape[2:]]
