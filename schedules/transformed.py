@@ -399,7 +399,7 @@ def _data_block(s: Schedule, data: list[str], rank: int, at: str | None, lanes: 
     inner = names[names.index(at) + 1 :] if at is not None else names
     transform, (channel,) = inner[:rank], inner[-1:]
     tiles = inner[rank:-1]
-    c_o, c_i = s.split(channel, lanes)
+    c_o, c_i = s.split(channel, lanes, "mask")
     s.reorder(*tiles, c_o, *transform, c_i)
     for earlier in reversed(data[:-1]):
         s.compute_at(earlier, c_o)
@@ -537,7 +537,7 @@ def _products(
     if reductions.needed_terms(s.block(name)[0])[0]:
         s.skip(name)
     staged = s.stage(s.block(name)[0].body.buffer.name, home, Scope.REGISTER)
-    k_o, k = s.split(depth, 4)
+    k_o, k = s.split(depth, math.gcd(4, _extent(s, [depth])))
     for n, kind in (*[(n, UNROLL) for n in (k, *row)], (vector, VECTOR)):
         s.mark(n, kind)
     alive = {b.name for b in analysis.blocks(s.func)}

@@ -69,6 +69,8 @@ def _block(
         (128, (17, 9), 1, (1, 3)),
         (384, (8, 8), 1, (3, 1)),
         (64, (40,), 2, (3,)),
+        (40, (14, 14), 1, (3, 3)),  # one block of five vectors
+        (52, (28, 28), 1, (3, 3)),  # half of a vector is left empty
     ],
 )
 def test_compiled_agrees_with_direct(
@@ -138,11 +140,17 @@ def windows(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], ConvAttr
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
-    windows(), st.integers(1, 3), st.sampled_from([2, 4]), st.sampled_from([1, 2]), st.booleans()
+    windows(),
+    st.integers(1, 3),
+    st.lists(st.sampled_from([8, 16, 24, 36, 58]), min_size=2, max_size=2),
+    st.sampled_from([2, 4]),
+    st.sampled_from([1, 2]),
+    st.booleans(),
 )
 def test_any_windows(
     case: tuple[tuple[int, ...], tuple[int, ...], ConvAttrs],
     batch: int,
+    channels: list[int],
     m: int,
     threads: int,
     symbolic: bool,
@@ -151,8 +159,8 @@ def test_any_windows(
     numbers of the direct sum."""
     sizes, kernel, attrs = case
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((batch, 16, *sizes)).astype(np.float32)
-    w = rng.standard_normal((32, 16, *kernel)).astype(np.float32)
+    x = rng.standard_normal((batch, channels[0], *sizes)).astype(np.float32)
+    w = rng.standard_normal((channels[1], channels[0], *kernel)).astype(np.float32)
     shape: list[Expr] = [Const(n) for n in x.shape]
     if symbolic:
         for k in winograd.transformed(attrs.windows("conv", kernel)):
