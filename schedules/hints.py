@@ -91,13 +91,15 @@ def prefetch(
 
 def prefetch_next(s: Schedule, name: str, loop_name: str, around_name: str) -> None:
     """What the next iteration of `around` reads of a buffer is asked for a few lines at a time by
-    the iterations of `loop` inside of it, wherever in `around` the buffer is read."""
+    the iterations of `loop` inside of it, wherever in `around` the buffer is read. Iterations of
+    loops between them whose number is not known ask for the same."""
     buffer = s.buffer(name)
     loop, path = s.loop(loop_name)
     around, _ = s.loop(around_name)
     nest = analysis.loops_in((*path, loop))
     loops = nest[nest.index(around) + 1 :] if around in nest else []
-    if not loops or any(const_int(x.extent) is None for x in loops):
+    loops = [x for x in loops if const_int(x.extent) is not None]
+    if not loops:
         s.refuse(f"{around_name} is not a loop around {loop_name} that repeats it often", loop)
     if buffer.scope not in (Scope.PARAM, Scope.GLOBAL):
         s.refuse(f"{name} has scope {buffer.scope.value}: it is near already", loop)

@@ -25,20 +25,22 @@ from . import analysis, contraction, elementwise, reductions, shares
 from .schedule import Schedule
 
 MOST_TILES = 64  # of a block: their products for one vector block stay in the second-level cache
+LINES = 2  # of tiles in a block, where their number is not known
+LATENCY = 8  # vectors of products in registers: two multiply-adds a cycle, of four cycles each
 PART = 16  # input channels whose transformed filter stays in the first-level cache
 NEAR = 8  # what takes at most this part of the last-level cache stays there: 1/8
 
 
 def applies(s: Schedule) -> bool:
     """One sum of products that the result reads tile by tile (at i // m and i % m of its index).
-    The number of images may be symbolic."""
+    The numbers of images and of tiles may be symbolic."""
     found = [b for b in analysis.blocks(s.func) if _operands(b)]
     if len(found) != 1:
         return False
     (main,) = found
     last = list(analysis.blocks(s.func))[-1]
     windows = _windows(last)
-    known = {*windows, *_channel(main, last), *_planes(main, last)}
+    known = {*_channel(main, last), *_planes(main, last)}
     varying = {i.var for i in last.iters if const_int(i.extent) is None}
     return (
         main.body.buffer in s.func.buffers
@@ -131,6 +133,43 @@ def tile_rows_per_block(
     return best
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """How tiles are cut into blocks."""
+
+    blocks: list[str]  # loops over blocks
+    inside: list[str]  # loops over the tiles of a block, by lines
+    count: int  # tiles of a block (at most)
+    whole: bool  # a block is all of an image
+    alone: bool  # see `_tile_rows`
+    rows: int | None = None  # tiles of one line in a register tile; None: of any lines
+
+
+def _blocks_of_tiles(s: Schedule, line: str, row: list[str], vectors: int, made: bool) -> _Tiles:
+    """Whole lines of tiles make one block. Of lines whose length or number is not known, parts: in
+    each of them the register tiles end, so that these are no larger than they have to be."""
+    high, wide = const_int(s.loop(line)[0].extent), [const_int(s.loop(n)[0].extent) for n in row]
+    if high is None or None in wide:
+        rows = max(1, LATENCY // vectors)
+        *above, last = [line, *row]
+        o, i = s.split(last, 4 * rows, "guard")
+        cut = [s.split(n, LINES, "guard") for n in above]
+        count = 4 * rows * LINES ** len(above)
+        return _Tiles(
+            [*[n for n, _ in cut], o], [*[n for _, n in cut], i], count, False, False, rows
+        )
+    # A block transforms its filter (as much work as the products of 3.5 tiles), or reads it.
+    each_block = 3.5 if made else 2.0
+    count = _extent(s, row)
+    lines = s.choose(
+        "lines",
+        tuple(d for d in range(1, high + 1) if high % d == 0),
+        tile_rows_per_block(high, count, vectors, s.target.registers, each_block),
+    )
+    o, i = s.split(line, lines)
+    return _Tiles([o], [i, *row], lines * count, lines == high, lines in (1, high))
+
+
 def _tile_rows(tiles: int, vectors: int, registers: int, alone: bool) -> int:
     """Tiles of a register tile. alone: no other tiles follow those of the block in the buffer, so
     the last register tile may reach beyond them."""
@@ -174,42 +213,34 @@ def apply(s: Schedule) -> None:
     tiles: list[str] = []
     for n in along:
         if n in sizes:
-            n, inside = s.split(n, sizes[n], "mask")
-            pixels.append(inside)
+            n, pixel = s.split(n, sizes[n], "mask")
+            pixels.append(pixel)
         tiles.append(n)
     *more, line = tiles[:-1] or tiles
     row = tiles[len(more) + 1 :]
     batch = [*images, *more]
-    count_h = const_int(s.loop(line)[0].extent) or 1
-    count_v = _extent(s, row)
     vectors = max(1, width // lanes)
     made = s.choose("filter", ("stored", "made"), _where(s, wide)) == "made"
-    # A block transforms its filter (as much work as the products of 3.5 tiles), or reads it.
-    each_block = 3.5 if made else 2.0
-    lines = s.choose(
-        "lines",
-        tuple(d for d in range(1, count_h + 1) if count_h % d == 0),
-        tile_rows_per_block(count_h, count_v, vectors, s.target.registers, each_block),
-    )
-    t_o, t_i = s.split(line, lines)
-    planes = _planes_of_a_block(s, planes, lines * count_v)
-    held = _extent(s, planes[-1:]) * lines * count_v
-    together = _images_of_a_block(s, batch, held) if lines == count_h else []
+    tile = _blocks_of_tiles(s, line, row, vectors, made)
+    planes = _planes_of_a_block(s, planes, tile.count)
+    held = _extent(s, planes[-1:]) * tile.count
+    together = _images_of_a_block(s, batch, held) if tile.whole else []
+    around = [*batch, *tile.blocks]
     # One vector at a time: the transform of a tile takes all registers.
     each, vector = s.split(vector, lanes if width % lanes == 0 else width)
-    s.reorder(*batch, t_o, channels, *planes, *together, t_i, *row, each, *pixels, vector)
-    number = _extent(s, batch)
+    s.reorder(*around, channels, *planes, *together, *tile.inside, each, *pixels, vector)
     # Each thread transforms the input of its own blocks, if there are enough of them.
-    blocks = number * (count_h // lines)
-    own = blocks >= 2 * s.target.cores
+    blocks = _extent(s, around)
+    own = tile.rows is not None or blocks >= 2 * s.target.cores
     local = s.choose("local", (False, True), own)
-    panels = const_int(s.loop(channels)[0].extent) or 1
-    options = tuple(g for g in range(1, panels + 1) if panels % g == 0) if local else (1,)
+    panels = _extent(s, [channels])
+    divide = local and tile.rows is None
+    options = tuple(g for g in range(1, panels + 1) if panels % g == 0) if divide else (1,)
     groups = s.choose("groups", options, shares.even(blocks, options, s.target.cores))
-    home = t_o
+    home = around[-1]
     if groups > 1:
         home, channels = s.split(channels, panels // groups)
-    alone = number == 1 if together else lines in (1, count_h)
+    alone = _extent(s, batch) == 1 if together else tile.alone
 
     # ---- what is computed where -----------------------------------------------------------------
     for name in reversed(after):
@@ -238,12 +269,14 @@ def apply(s: Schedule) -> None:
     s.relayout(wide.buffer.name, _filter_layout(main, wide, width))
     for name in after:
         _hold(s, name, each)
-    at = _products(s, main.name, at_products, rank, vectors, part if made else None, alone)
+    at = _products(
+        s, main.name, at_products, rank, vectors, part if made else None, tile.rows, alone
+    )
     for n, kind in (*[(n, UNROLL) for n in pixels], (vector, VECTOR)):
         s.mark(n, kind)
     for name in after:
         elementwise.vector_tile(s, name, each)
-    shared = [*batch, t_o, *([home] if groups > 1 else [] if local else [channels])]
+    shared = [*around, *([home] if groups > 1 else [] if local else [channels])]
     top = s.fuse(*shared) if len(shared) > 1 else shared[0]
     if made:
         s.compute_at(filters[-1], at.filters)
@@ -366,7 +399,7 @@ def _data_block(s: Schedule, data: list[str], rank: int, at: str | None, lanes: 
     inner = names[names.index(at) + 1 :] if at is not None else names
     transform, (channel,) = inner[:rank], inner[-1:]
     tiles = inner[rank:-1]
-    c_o, c_i = s.split(channel, lanes)
+    c_o, c_i = s.split(channel, lanes, "mask")
     s.reorder(*tiles, c_o, *transform, c_i)
     for earlier in reversed(data[:-1]):
         s.compute_at(earlier, c_o)
@@ -465,10 +498,12 @@ class _Loops:
 
 
 def _products(
-    s: Schedule, name: str, at: str, rank: int, vectors: int, size: int | None, alone: bool
-) -> _Loops:
+    s: Schedule, name: str, at: str, rank: int, vectors: int, size: int | None, rows: int | None,
+    alone: bool,
+) -> _Loops:  # fmt: skip
     """The products of one block of tiles and one vector block: register tiles of several tiles.
-    size: input channels of a part, which come outermost; None: all. alone: see `_tile_rows`."""
+    size: input channels of a part, which come outermost; None: all. rows: tiles of one line; None:
+    of all lines as one. alone: see `_tile_rows`."""
     _hold(s, name, at)
     names = s.loops_of(name)
     inner = names[names.index(at) + 1 :]
@@ -483,10 +518,16 @@ def _products(
         s.reorder(*transform, *planes, *tiles)
     home, row = [*transform, *planes][-1], []
     if tiles:
+        if rows is not None:
+            planes, tiles = [*planes, *tiles[:-1]], tiles[-1:]
         t = s.fuse(*tiles) if len(tiles) > 1 else tiles[0]
-        best = _tile_rows(_extent(s, [t]), vectors, s.target.registers, alone)
+        best = rows or _tile_rows(_extent(s, [t]), vectors, s.target.registers, alone)
         home, t_i = s.split(t, s.choose("rows", tuple(range(1, 33)), best), "mask")
         planes, row = [*planes, home], [t_i]
+    width = _extent(s, [vector])
+    if width & (width - 1):  # vectors have a power of two of lanes
+        several, vector = s.split(vector, s.target.vector_bytes // 4)
+        row = [*row, several]
     part = []
     if size is not None:
         k_o, depth = s.split(depth, size)
@@ -496,7 +537,7 @@ def _products(
     if reductions.needed_terms(s.block(name)[0])[0]:
         s.skip(name)
     staged = s.stage(s.block(name)[0].body.buffer.name, home, Scope.REGISTER)
-    k_o, k = s.split(depth, 4)
+    k_o, k = s.split(depth, math.gcd(4, _extent(s, [depth])))
     for n, kind in (*[(n, UNROLL) for n in (k, *row)], (vector, VECTOR)):
         s.mark(n, kind)
     alive = {b.name for b in analysis.blocks(s.func)}

@@ -31,6 +31,7 @@ POINTS = {
 # max |error| / max |result| for up to 512 channels, against the direct sum's 3e-7
 # (tests/ops/test_winograd.py)
 ERROR = {2: 2e-6, 4: 1e-5}
+_USUAL = 64  # what a symbolic size is taken for: the choice must not depend on those of a call
 Matrix = tuple[tuple[float, ...], ...]
 
 
@@ -144,19 +145,23 @@ def _windows(w: TensorType, attrs: Any) -> Windows | None:
 
 
 def applies(types: list[TensorType | None], attrs: Any) -> bool:
-    """Windows with an axis to transform, several tiles along it, one group, float32, at least 16
-    channels, spatial sizes that are known."""
+    """Windows with an axis to transform, several tiles along it, one group, float32, channels that
+    leave at most an eighth of vectors of 8 empty. Only sizes along axes that are transformed may be
+    symbolic."""
     x, w = types[0], types[1]
     if x is None or w is None or x.dtype is not float32 or attrs.groups != 1:
         return False
     windows = _windows(w, attrs)
     channels = [const_int(w.shape[0]), const_int(w.shape[1])]
-    sizes = [const_int(s) for s in x.shape[2:]]
-    if windows is None or None in sizes or any(c is None or c % 16 for c in channels):
+    if windows is None or any(c is None or -c % 8 > c // 8 for c in channels):
         return False
     axes = transformed(windows)
-    out = [const_int(n) or 1 for n in windows.output(x.shape[2:])]
-    return all((sizes[k] or 0) >= 6 for k in axes) and any(out[k] > max(POINTS) for k in axes)
+    sizes = [const_int(s) for s in x.shape[2:]]
+    if any(n is None for k, n in enumerate(sizes) if k not in axes):
+        return False
+    out = [const_int(n) or _USUAL for n in windows.output(x.shape[2:])]
+    tiles = any(out[k] > max(POINTS) for k in axes)
+    return tiles and all((sizes[k] or _USUAL) >= 6 for k in axes)
 
 
 def cost(m: int, types: list[TensorType | None], attrs: Any) -> float:
@@ -168,7 +173,7 @@ def cost(m: int, types: list[TensorType | None], attrs: Any) -> float:
     windows = _windows(w, attrs)
     assert windows is not None
     o, c = const_int(w.shape[0]) or 1, const_int(w.shape[1]) or 1
-    sizes = [const_int(s) or 1 for s in windows.output(x.shape[2:])]
+    sizes = [const_int(s) or _USUAL for s in windows.output(x.shape[2:])]
     if m == 0:
         taps = math.prod(windows.kernel)
         return 2 * taps * o * c * math.prod(sizes) / 93e3 + 4 * taps * o * c / 15e3

@@ -3,6 +3,7 @@ sizes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,8 @@ def _block(
         (128, (17, 9), 1, (1, 3)),
         (384, (8, 8), 1, (3, 1)),
         (64, (40,), 2, (3,)),
+        (40, (14, 14), 1, (3, 3)),  # one block of five vectors
+        (52, (28, 28), 1, (3, 3)),  # half of a vector is left empty
     ],
 )
 def test_compiled_agrees_with_direct(
@@ -136,16 +139,33 @@ def windows(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], ConvAttr
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(windows(), st.integers(1, 3), st.sampled_from([2, 4]), st.sampled_from([1, 2]))
+@given(
+    windows(),
+    st.integers(1, 3),
+    st.lists(st.sampled_from([8, 16, 24, 36, 58]), min_size=2, max_size=2),
+    st.sampled_from([2, 4]),
+    st.sampled_from([1, 2]),
+    st.booleans(),
+)
 def test_any_windows(
-    case: tuple[tuple[int, ...], tuple[int, ...], ConvAttrs], batch: int, m: int, threads: int
+    case: tuple[tuple[int, ...], tuple[int, ...], ConvAttrs],
+    batch: int,
+    channels: list[int],
+    m: int,
+    threads: int,
+    symbolic: bool,
 ) -> None:
-    """Whatever the other axes of the windows are: the numbers of the direct sum."""
+    """Whatever the other axes of the windows are, and whether sizes are known while compiling: the
+    numbers of the direct sum."""
     sizes, kernel, attrs = case
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((batch, 16, *sizes)).astype(np.float32)
-    w = rng.standard_normal((32, 16, *kernel)).astype(np.float32)
-    held = Input("x", TensorType(tuple(map(Const, x.shape)), float32))
+    x = rng.standard_normal((batch, channels[0], *sizes)).astype(np.float32)
+    w = rng.standard_normal((channels[1], channels[0], *kernel)).astype(np.float32)
+    shape: list[Expr] = [Const(n) for n in x.shape]
+    if symbolic:
+        for k in winograd.transformed(attrs.windows("conv", kernel)):
+            shape[2 + k] = Dim(f"s{k}", 6, 40)
+    held = Input("x", TensorType(tuple(shape), float32))
     z = apply(relu, apply(conv, held, Constant(w, "w"), attrs=attrs))
     want = np.maximum(conv.reference(x, w, attrs), 0)
     (wanted,) = [c for c in conv.computes if c.name == f"winograd{m}"]
@@ -160,3 +180,25 @@ def test_any_windows(
 def _only(v: Apply, compute: Compute) -> Compute:
     assert isinstance(v.op, Op)
     return compute if v.op is conv else v.op.computes[0]
+
+
+@pytest.mark.parametrize(("channels", "kernel"), [(32, (3, 3)), (256, (3, 3)), (32, (3,))])
+def test_sizes_may_be_symbolic(channels: int, kernel: tuple[int, ...]) -> None:
+    """The same bits as in a model of known sizes, for any number of threads."""
+    dims = [Dim(n, 6, 100) for n in "hw"[: len(kernel)]]
+    rng = np.random.default_rng(3)
+    w = rng.standard_normal((channels, channels, *kernel)).astype(np.float32)
+
+    def compiled(sizes: Sequence[Expr], threads: int) -> mc.Module:
+        x = Input("x", TensorType((Const(2), Const(channels), *sizes), float32))
+        attrs = conv.attrs(pads_begin=(1,), pads_end=(1,))
+        z = apply(relu, apply(conv, x, Constant(w, "w"), attrs=attrs))
+        return mc.compile(Function("f", (x,), (z,), result_names=("z",)), threads=threads)
+
+    one, two = compiled(dims, 1), compiled(dims, 2)
+    for sizes in [(28, 20), (7, 90), (61, 6)]:
+        x = rng.standard_normal((2, channels, *sizes[: len(kernel)])).astype(np.float32)
+        (got,) = one(x)
+        assert got.tobytes() == two(x)[0].tobytes()
+        (want,) = compiled([*map(Const, x.shape[2:])], 1)(x)
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())

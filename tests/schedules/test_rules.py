@@ -74,7 +74,7 @@ def conv(groups: int = 1, channels: int = 8, **kwargs: Any) -> PrimFunc:
     return operator("conv", shapes, ConvAttrs(groups=groups, **SAME), **kwargs)
 
 
-def winograd(m: int, sizes: tuple[int, ...], kernel: tuple[int, ...]) -> PrimFunc:
+def winograd(m: int, sizes: tuple[int | Expr, ...], kernel: tuple[int, ...]) -> PrimFunc:
     """Of 8 channels; the border keeps the size."""
     shapes: list[tuple[int | Expr, ...]] = [(1, 8, *sizes), (8, 8, *kernel)]
     layout = IndexMap.blocked(2 + len(sizes), 1, 8)
@@ -120,6 +120,9 @@ BIG: dict[str, Callable[[], Sample]] = {
     "winograd_planes": lambda: Sample(winograd(2, (3, 4, 4), (1, 3, 3))),
     "winograd_column": lambda: Sample(winograd(4, (5, 3), (3, 1))),
     "winograd_line": lambda: Sample(winograd(2, (9,), (3,))),
+    "winograd_dynamic": lambda: Sample(
+        winograd(2, (Dim("h", 1, 64), Dim("w", 1, 64)), (3, 3)), {"h": 5, "w": 3}
+    ),
     "attention": lambda: Sample(attention(7, 21, 2, 8)),
     "attention_tails": lambda: Sample(attention(3, 35, 1, 12)),
     "attention_one_row": lambda: Sample(attention(1, 37, 3, 16)),
