@@ -272,4 +272,4 @@ def test_quotients_by_sums() -> None:
     assert arith.simplify((i * (t + 1) + j) // (t + 1)) is i
     assert arith.simplify((i * (t + 1) + j) % (t + 1)) is j
     left_alone = arith.simplify((i * t) // (t + 1))
-    assert evaluate_int(left_alone, {i: 5, t: 3}) == 15 // 4
+    assert evaluate_int(left_alone, {"i": 5, "t": 3}) == 15 // 4
