@@ -13,6 +13,7 @@ from .onnx_count import COUNT
 from .onnx_image import IMAGE
 from .onnx_index import INDEX
 from .onnx_math import MATH, Converter
+from .onnx_ml import ML
 from .onnx_nn import NN
 from .onnx_quant import QUANT
 from .onnx_recurrent import RECURRENT
@@ -22,5 +23,5 @@ from .onnx_trees import TREES
 
 CONVERTERS: dict[str, Converter] = {
     **MATH, **NN, **SHAPE, **INDEX, **IMAGE, **QUANT, **RECURRENT, **CONTROL, **TRAIN, **COUNT,
-    **TREES,
+    **TREES, **ML,
 }  # fmt: skip

@@ -233,7 +233,7 @@ def _base(n: OnnxNode, scores: Value, sizes: Sequence[int]) -> Value:
     return n.apply(el.add, scores, n.constant(np.reshape(base, -1), kind), name="")
 
 
-def _transformed(n: OnnxNode, scores: Value, transform: str, output: int) -> Value:
+def transformed(n: OnnxNode, scores: Value, transform: str, output: int) -> Value:
     name = n.outputs[output] if n.wants(output) else ""
     last = red.AxisAttrs(-1)
     if transform == "NONE":
@@ -262,7 +262,7 @@ def _tree_ensemble(n: OnnxNode) -> Value:
     if kinds[0] not in range(len(AGGREGATES)) or kinds[1] not in range(len(TRANSFORMS)):
         n.fail(f"TreeEnsemble with the aggregate {kinds[0]} and the transform {kinds[1]}")
     made = _votes(n, _indexed(n), n.attr("n_targets", 1), AGGREGATES[kinds[0]])
-    return cast_to(n, _transformed(n, made, TRANSFORMS[kinds[1]], 0), n.type(0).dtype)
+    return cast_to(n, transformed(n, made, TRANSFORMS[kinds[1]], 0), n.type(0).dtype)
 
 
 def _regressor(n: OnnxNode) -> Value:
@@ -271,7 +271,7 @@ def _regressor(n: OnnxNode) -> Value:
         n.fail(f"{n.op_type} with the aggregate {aggregate}")
     made = _votes(n, _listed(n, "target", "target_ids"), targets, aggregate)
     made = _base(n, made, (1, targets))
-    return cast_to(n, _transformed(n, made, n.attr("post_transform", "NONE"), 0), float32)
+    return cast_to(n, transformed(n, made, n.attr("post_transform", "NONE"), 0), float32)
 
 
 def _classifier(n: OnnxNode) -> tuple[Value, ...]:
@@ -288,7 +288,7 @@ def _classifier(n: OnnxNode) -> tuple[Value, ...]:
         labels = [0, *labels] if labels is not None and count == 1 else labels
     else:
         scores = _base(n, _votes(n, forest, count, "SUM"), (1, count))
-    made = cast_to(n, _transformed(n, scores, transform, 1), float32)
+    made = cast_to(n, transformed(n, scores, transform, 1), float32)
     best = n.apply(red.argmax, scores, attrs=red.ArgAttrs(-1, False, False), name="")
     if labels is None:
         return best, made

@@ -60,7 +60,7 @@ def mul(p: Poly, q: Poly) -> Poly:
 def divide(p: Poly, q: Poly) -> tuple[Poly, Poly]:
     """quotient, rest with p = q * quotient + rest, taking out every term that divides exactly."""
     if len(q) != 1:
-        return ({(): 1}, {}) if p == q else ({}, p)
+        return _divide_by_sum(p, q)
     ((mq, cq),) = q.items()
     quotient: Poly = {}
     rest: Poly = {}
@@ -84,6 +84,35 @@ def divide(p: Poly, q: Poly) -> tuple[Poly, Poly]:
         if c - k * cq:
             rest[m] = c - k * cq
     return quotient, rest
+
+
+def _divide_by_sum(p: Poly, q: Poly) -> tuple[Poly, Poly]:
+    """The same where q has several terms: long division by its leading one. What is left are terms
+    of p; where others would appear, nothing is taken out."""
+    if not q or len(q) > len(p):
+        return {}, p
+    first = _leading(q)
+    quotient: Poly = {}
+    rest: Poly = {}
+    left = p
+    while left:
+        m = _leading(left)
+        k, over = divide({m: left[m]}, {first: q[first]})
+        if over or not k:
+            if left[m] != p.get(m):
+                return {}, p
+            rest[m] = left[m]
+            left = {n: c for n, c in left.items() if n != m}
+            continue
+        quotient = add(quotient, k)
+        left = add(left, {n: -c for n, c in mul(k, q).items()})
+    return quotient, rest
+
+
+def _leading(p: Poly) -> Monomial:
+    """The largest monomial: by degree, then by the alphabet."""
+    degree = max(map(len, p))
+    return min((m for m in p if len(m) == degree), key=lambda m: [str(a) for a in m])
 
 
 # ---- intervals ----------------------------------------------------------------------------------

@@ -2,28 +2,44 @@
 
 argsort(x; axis, largest)    positions of the elements from the largest to the smallest;
                              equal ones keep their order (a merge sort)
-topk(x; k, axis, largest)    (values, positions) of the first k of them
+topk(x; k, axis, largest)    (values, positions) of the first k of them; few are kept in order while
+                             the row goes by (an insertion sort of those that enter)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .. import te
-from ..ir.expr import ONE, Const, Expr, Load, binary, cast, ceildiv, const_int, minimum, wrap
+from ..ir.expr import (
+    ONE,
+    Const,
+    Expr,
+    Load,
+    binary,
+    cast,
+    ceildiv,
+    const_int,
+    maximum,
+    minimum,
+    wrap,
+)
 from ..ir.op import Arg, Op, register
-from ..ir.tir import SERIAL, Alloc, Buffer, For, If, Scope, Stmt, Store, seq
+from ..ir.tir import PARALLEL, SERIAL, Alloc, Buffer, For, If, Scope, Stmt, Store, seq
 from ..ir.types import TensorType, index, int64
 from .draws import Draw, array, choice, flag, integer, shape
 from .rules import Size, axis_of, direct, fail, need_dtype, need_rank, result, simplified
-from .scatter import Fresh, over
+from .scatter import Fresh
 
 Array = np.ndarray
 _ONLY = (Const(0),)
 _LEVELS = 40  # a run doubles at each level: enough for any tensor
+_FEW = (
+    64  # elements that are kept in order; more are sorted, as a row in the wrong order enters all
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +115,59 @@ def sorting(
         start = For(k, n, SERIAL, Store(order, at(k), k))
         return seq([start, merge_sort(n, order, spare, at, before, fresh)])
 
-    return over((*x.shape[:axis], *x.shape[axis + 1 :]), fresh, row)
+    return _rows((*x.shape[:axis], *x.shape[axis + 1 :]), fresh, row)
+
+
+def _rows(shape: Sequence[Expr], fresh: Fresh, row: Callable[..., Stmt]) -> Stmt:
+    """row(i, j, ...) for every index of a shape; threads share the outermost loop."""
+    index = [None if n is ONE else fresh("i") for n in shape]
+    made = row(*[Const(0) if v is None else v for v in index])
+    loops = [(v, n) for v, n in zip(index, shape, strict=True) if v is not None]
+    for k, (v, extent) in reversed(list(enumerate(loops))):
+        made = For(v, extent, SERIAL if k else PARALLEL, made)
+    return made
+
+
+def selecting(x: Buffer, first: Buffer, axis: int, largest: bool, fresh: Fresh) -> Stmt:
+    """Fills `first` with the positions of as many elements along an axis as it has room for."""
+    n, k = x.shape[axis], const_int(first.shape[axis])
+    assert k is not None
+
+    def row(*outer: Expr) -> Stmt:
+        def at(j: Expr) -> tuple[Expr, ...]:
+            return (*outer[:axis], j, *outer[axis:])
+
+        kept = Buffer(fresh("kept").name, x.dtype, (Const(k),), Scope.LOCAL)
+        place = local("place", fresh)
+        c, t, u = (fresh(s) for s in ("c", "t", "u"))
+        new, here = Load(x, at(c)), Load(place, _ONLY)
+
+        def stays(j: Expr) -> Expr:
+            """An element that is kept already stands before the new one."""
+            old = Load(kept, (j,))
+            return ~(old < new if largest else new < old)
+
+        # Places of what is not there yet count as behind the new element.
+        there = binary("and", t < c, stays(t))
+        count = For(t, Const(k), SERIAL, If(there, Store(place, _ONLY, here + 1)))
+        later = maximum(Const(k - 1) - u, ONE)
+        move = seq(
+            [
+                Store(kept, (later,), Load(kept, (later - 1,))),
+                Store(first, at(later), Load(first, at(later - 1))),
+            ]
+        )
+        shift = For(u, Const(k - 1), SERIAL, If(here < Const(k - 1) - u, move))
+        slot = minimum(here, Const(k - 1))
+        enter = [
+            Store(place, _ONLY, Const(0)), count, shift,
+            Store(kept, (slot,), new), Store(first, at(slot), c),
+        ]  # fmt: skip
+        wanted = binary("or", c < Const(k), ~stays(Const(k - 1)))
+        loop = For(c, n, SERIAL, If(wanted, seq(enter)))
+        return Alloc(kept, Alloc(place, loop))
+
+    return _rows((*x.shape[:axis], *x.shape[axis + 1 :]), fresh, row)
 
 
 def order_of(x: te.Tensor, axis: int, largest: bool) -> te.Tensor:
@@ -110,6 +178,16 @@ def order_of(x: te.Tensor, axis: int, largest: bool) -> te.Tensor:
 
     scratch = (x.shape, int64)
     return te.extern("order", (x,), [(x.shape, int64), scratch], build)[0]
+
+
+def first_of(x: te.Tensor, axis: int, count: int, largest: bool) -> te.Tensor:
+    """The first of the sorted positions along an axis, as int64."""
+
+    def build(ins: list[Buffer], outs: list[Buffer], fresh: Fresh) -> Stmt:
+        return selecting(ins[0], outs[0], axis, largest, fresh)
+
+    shape = (*x.shape[:axis], Const(count), *x.shape[axis + 1 :])
+    return te.extern("first", (x,), [(shape, int64)], build)[0]
 
 
 def _np_order(x: Array, axis: int, largest: bool) -> Array:
@@ -169,8 +247,12 @@ def _topk_infer(x: Arg, a: OrderAttrs) -> tuple[TensorType, TensorType]:
 
 def _topk_compute(x: te.Tensor, a: OrderAttrs) -> tuple[te.Tensor, te.Tensor]:
     axis = a.axis % len(x.shape)
-    order = order_of(x, axis, a.largest)
     shape = (*x.shape[:axis], simplified(a.k), *x.shape[axis + 1 :])
+    few = const_int(shape[axis])
+    if few is not None and 0 < few <= _FEW:
+        order = first_of(x, axis, few, a.largest)
+    else:
+        order = order_of(x, axis, a.largest)
 
     def value(*i: Expr) -> Expr:
         return x[(*i[:axis], cast(order[i], index), *i[axis + 1 :])]

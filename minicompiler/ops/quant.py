@@ -39,7 +39,7 @@ class QuantizeAttrs:
 
 def _check(op: str, x: Arg, scale: Arg, zero: Arg | None, a: QuantizeAttrs) -> None:
     need_dtype(op, scale, "fc")
-    if scale.type.rank == 1 or a.block:
+    if (scale.type.rank == 1 and scale.type.shape[0] is not Const(1)) or a.block:
         axis_of(a.axis, max(x.type.rank, 1), op)
     # One for all, one per index of the axis, or one per block: of as many dimensions as x.
     fits = {0, x.type.rank} if a.block else {0, 1, x.type.rank}

@@ -260,3 +260,16 @@ def test_points_of_fused_axes_lie_below_the_product_of_their_sizes() -> None:
         inside = [columns > ZERO, point // columns < rows, point // columns >= ZERO]
         assert Arith(ranges, inside).prove(point < rows * columns) is True
         assert Arith(ranges, inside).prove(point + 1 < rows * columns) is None
+
+
+def test_quotients_by_sums() -> None:
+    """What a flattened and unfolded axis leads to: the sum of several terms divides exactly, or
+    all but what is smaller than it."""
+    b, t, i, j = Dim("b", 1, None), Dim("t", 1, None), Var("i"), Var("j")
+    arith = Arith({i: (ZERO, b - 1), j: (ZERO, t)})
+    assert arith.simplify((b * 384 + b * t * 384) // (b * 64 + b * t * 64)) is Const(6)
+    assert arith.simplify((b * t + b) % (t + 1)) is Const(0)
+    assert arith.simplify((i * (t + 1) + j) // (t + 1)) is i
+    assert arith.simplify((i * (t + 1) + j) % (t + 1)) is j
+    left_alone = arith.simplify((i * t) // (t + 1))
+    assert evaluate_int(left_alone, {"i": 5, "t": 3}) == 15 // 4

@@ -1,0 +1,46 @@
+"""Tiles of any number of rows have a form for a single row, which means the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import minicompiler as mc
+from minicompiler.frontend.builder import Builder
+from minicompiler.ir.expr import Dim
+from minicompiler.ir.graph import Function
+
+RNG = np.random.default_rng(0)
+DEEP, WIDE = 192, 80
+WEIGHTS = RNG.standard_normal((DEEP, WIDE), np.float32)
+
+
+def dense(batch: int | Dim, rows: int | Dim) -> Function:
+    net = Builder("dense")
+    x = net.input("x", (batch, rows, DEEP))
+    return net.function(y=net.relu(net.add(net.matmul(x, WEIGHTS), WEIGHTS[0, :1])))
+
+
+def doubled(fn: Function) -> bool:
+    """Whether a register tile has two forms."""
+    module = mc.compile(fn, threads=1)
+    return any(s.text.count("register") == 2 for s in module.stages if s.name == "few_rows")
+
+
+def test_only_where_there_may_be_one_row() -> None:
+    assert doubled(dense(Dim("b", 1, 8), Dim("n", 1, 64)))
+    assert doubled(dense(1, Dim("n", 1, None)))
+    assert not doubled(dense(1, Dim("n", 2, 64)))
+    assert not doubled(dense(1, 7))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_row_is_the_same_to_the_bit(threads: int) -> None:
+    module = mc.compile(dense(Dim("b", 1, 8), Dim("n", 1, 64)), threads=threads)
+    values = RNG.standard_normal((2, 13, DEEP), np.float32)
+    (all_of_them,) = module(values)
+    want = np.maximum(values @ WEIGHTS + WEIGHTS[0, :1], 0)
+    np.testing.assert_allclose(all_of_them, want, rtol=1e-4, atol=1e-4)
+    for first, last in ((0, 1), (3, 4), (2, 5), (0, 6), (0, 7), (0, 13)):
+        (part,) = module(values[:1, first:last])
+        assert part.tobytes() == all_of_them[:1, first:last].tobytes()
