@@ -39,12 +39,12 @@ def applies(s: Schedule) -> bool:
         return False
     (main,) = found
     last = list(analysis.blocks(s.func))[-1]
-    windows = _windows(last)
+    if not main.body.indices or not _windows(last):
+        return False
     known = {*_channel(main, last), *_planes(main, last)}
     varying = {i.var for i in last.iters if const_int(i.extent) is None}
     return (
         main.body.buffer in s.func.buffers
-        and len(windows) > 0
         and last.body.buffer in s.func.params
         and varying.isdisjoint(known)
         and all(const_int(i.extent) is not None for i in main.iters if i.reduce)

@@ -149,8 +149,8 @@ def _all_shares(s: Prefetch) -> list[Stmt]:
     if len(turns) != 1:
         return [s]
     (turn,) = turns
-    count = const_int(turn.b) or 1
-    return [
-        s.with_(ahead=rewrite(s.ahead, lambda e, k=k: wrap(k) if e is turn else None))
-        for k in range(count)
-    ]
+
+    def share(k: int) -> Stmt:
+        return s.with_(ahead=rewrite(s.ahead, lambda e: wrap(k) if e is turn else None))
+
+    return [share(k) for k in range(const_int(turn.b) or 1)]

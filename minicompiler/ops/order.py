@@ -159,7 +159,7 @@ def selecting(x: Buffer, first: Buffer, axis: int, largest: bool, fresh: Fresh) 
         )
         shift = For(u, Const(k - 1), SERIAL, If(here < Const(k - 1) - u, move))
         slot = minimum(here, Const(k - 1))
-        enter = [
+        enter: list[Stmt] = [
             Store(place, _ONLY, Const(0)), count, shift,
             Store(kept, (slot,), new), Store(first, at(slot), c),
         ]  # fmt: skip
