@@ -397,7 +397,8 @@ def _part_of_depth(
         fits = result <= 2 * s.target.caches[1]
         planes = shares.planes_together(s, nest, depth) if several and fits else None
         if stream:
-            default = STREAMS if row_extent != 1 else STREAMS // 2
+            several = row_extent != 1 or panels.from_memory(s, nest)
+            default = STREAMS if several else STREAMS // 2
         else:
             default = 768 if near else planes or (256 if small else 768)
         limit = s.choose("depth", _DEPTHS, default)

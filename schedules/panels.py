@@ -148,6 +148,13 @@ def from_near(s: Schedule, nest: Nest) -> bool:
     return nest.wide.buffer.dtype.bytes * math.prod(extents) * 2 <= 3 * s.target.caches[1]
 
 
+def from_memory(s: Schedule, nest: Nest) -> bool:
+    """True when much of the wide operand is not in the last-level cache, which other data shares,
+    from one call to the next."""
+    extents = [const_int(x.extent) or 1024 for x in (nest.vector, nest.reduce[0])]
+    return nest.wide.buffer.dtype.bytes * math.prod(extents) > s.target.caches[2] // 4
+
+
 def stage_near(s: Schedule, nest: Nest, at: str, width: int) -> str:
     """The part of the wide operand that an iteration of loop `at` reads gets a copy, as panels.
     Returns the name of the copy."""

@@ -49,6 +49,14 @@ def test_few_rows_stream_the_matrix() -> None:
     assert outermost.var.name.startswith("k0")
 
 
+@pytest.mark.parametrize("far", [False, True])
+def test_one_row_reads_more_rows_of_a_matrix_from_memory(far: bool) -> None:
+    n = 2048  # columns; so many rows are a quarter of the last-level cache
+    k = AVX2.caches[2] // 4 // (4 * n) + (64 if far else 0)
+    loops = {str(x.var): x.extent for x in analysis.loops(scheduled(product(1, n, k)))}
+    assert loops["k0_o"] is Const(k // (8 if far else 4))
+
+
 def test_one_row_times_rows_packs_nothing() -> None:
     func = scheduled(product(1, 512, 512, turned=True))
     assert scopes(func) == []
