@@ -44,3 +44,14 @@ def test_one_row_is_the_same_to_the_bit(threads: int) -> None:
     for first, last in ((0, 1), (3, 4), (2, 5), (0, 6), (0, 7), (0, 13)):
         (part,) = module(values[:1, first:last])
         assert part.tobytes() == all_of_them[:1, first:last].tobytes()
+
+
+def test_one_row_asks_for_all_lines_of_the_next_panel() -> None:
+    wide = np.ones((512, 2048), np.float32)
+    net = Builder("decoder")
+    x = net.input("x", (Dim("n", 1, None), 512))
+    module = mc.compile(net.function(y=net.matmul(x, wide)), threads=1)
+    (text,) = [s.text for s in module.stages if s.name == "few_rows" and "prefetch" in s.text]
+    hints = [line.strip() for line in text.splitlines() if "prefetch" in line]
+    assert len(hints) == len(set(hints)) == 5
+    assert sum("%4" in h.rpartition("]")[2] for h in hints) == 1
