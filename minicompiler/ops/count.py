@@ -368,7 +368,7 @@ def _suppression_compute(
                 wanted = binary("and", wanted, Load(points, (b, c, i)) > a.score)
             return seq([Store(taken, _ONLY, ZERO), For(k, n, SERIAL, If(wanted, consider))])
 
-        sort = sorting(points, order, spare, 2, True, fresh)
+        sort = sorting(points, order, spare, 2, True, fresh, SERIAL)
         loop = over((batches, classes), fresh, one_class)
         return Alloc(taken, Alloc(good, seq([sort, Store(count, (), ZERO), loop])))
 

@@ -28,7 +28,19 @@ from ..ir.expr import (
     wrap,
 )
 from ..ir.op import Arg, Op, register
-from ..ir.tir import PARALLEL, SERIAL, Alloc, Buffer, For, If, Scope, Stmt, Store, seq
+from ..ir.tir import (
+    PARALLEL,
+    SERIAL,
+    Alloc,
+    Buffer,
+    For,
+    If,
+    LoopKind,
+    Scope,
+    Stmt,
+    Store,
+    seq,
+)
 from ..ir.types import TensorType, index, int64
 from .draws import Draw, array, choice, flag, integer, shape
 from .rules import Size, axis_of, direct, fail, need_dtype, need_rank, result, simplified
@@ -98,9 +110,17 @@ def local(stem: str, fresh: Fresh) -> Buffer:
 
 
 def sorting(
-    x: Buffer, order: Buffer, spare: Buffer, axis: int, largest: bool, fresh: Fresh
+    x: Buffer,
+    order: Buffer,
+    spare: Buffer,
+    axis: int,
+    largest: bool,
+    fresh: Fresh,
+    kind: LoopKind = PARALLEL,
 ) -> Stmt:
-    """Fills `order` (int64, like x) with the sorted positions along an axis; `spare` is scratch."""
+    """Fills `order` (int64, like x) with the sorted positions along an axis; `spare` is scratch.
+    kind: SERIAL where more follows in the same phase, which threads that share the rows would not
+    wait for."""
     n = x.shape[axis]
 
     def row(*outer: Expr) -> Stmt:
@@ -115,16 +135,18 @@ def sorting(
         start = For(k, n, SERIAL, Store(order, at(k), k))
         return seq([start, merge_sort(n, order, spare, at, before, fresh)])
 
-    return _rows((*x.shape[:axis], *x.shape[axis + 1 :]), fresh, row)
+    return _rows((*x.shape[:axis], *x.shape[axis + 1 :]), fresh, row, kind)
 
 
-def _rows(shape: Sequence[Expr], fresh: Fresh, row: Callable[..., Stmt]) -> Stmt:
-    """row(i, j, ...) for every index of a shape; threads share the outermost loop."""
+def _rows(
+    shape: Sequence[Expr], fresh: Fresh, row: Callable[..., Stmt], kind: LoopKind = PARALLEL
+) -> Stmt:
+    """row(i, j, ...) for every index of a shape. kind: of the outermost loop."""
     index = [None if n is ONE else fresh("i") for n in shape]
     made = row(*[Const(0) if v is None else v for v in index])
     loops = [(v, n) for v, n in zip(index, shape, strict=True) if v is not None]
     for k, (v, extent) in reversed(list(enumerate(loops))):
-        made = For(v, extent, SERIAL if k else PARALLEL, made)
+        made = For(v, extent, SERIAL if k else kind, made)
     return made
 
 
