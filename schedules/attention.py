@@ -255,7 +255,7 @@ def _second_product(s: Schedule, nest: _Nest, at: str) -> None:
     """One register tile of the second product per iteration of `at`, over all columns."""
     block, path = s.block(nest.values)
     (k,) = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
-    inside = _below(s, nest.values, at)
+    inside = s.loops_of(nest.values, at)
     wanted = [k, *[n for n in inside if n != k]]
     if inside != wanted:
         s.reorder(*wanted)
@@ -291,7 +291,7 @@ def _roll(
     maximum = ("", "")
     for name in [*order, nest.values]:
         block, path = s.block(name)
-        inside = _below(s, name, home)
+        inside = s.loops_of(name, home)
         reducing = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
         column = (
             reducing[0] if reducing else _loop_of(block, block.body.indices[nest.column], inside)
@@ -305,7 +305,7 @@ def _roll(
             inner.append(name)
         else:
             inner.append(s.rfactor(name, o)[0])
-            after = _below(s, name, home)
+            after = s.loops_of(name, home)
             if len(after) > 1:
                 s.reorder(after[-1], *after[:-1])
             s.decompose_reduction(name, after[-1])
@@ -325,7 +325,7 @@ def _hold_sums(s: Schedule, nest: _Nest, home: str, place: str, across: int) -> 
     """What rolls on from block to block of columns: factors per block, maxima and sums per tile of
     rows; the sums of the second product are loaded into registers and stored again per block."""
     values = s.block(nest.values)[0].body.buffer
-    inside = _below(s, nest.values, place)
+    inside = s.loops_of(nest.values, place)
     block, path = s.block(nest.values)
     (k,) = [
         x.var.name
@@ -370,12 +370,6 @@ def _vector_width(s: Schedule, loop: str, width: int, divided: bool) -> int:
         if extent % (count * lanes) == 0:
             return count * lanes
     return next(n for n in range(width, 0, -1) if extent % n == 0) if divided else width
-
-
-def _below(s: Schedule, name: str, loop: str | None) -> list[str]:
-    """The loops around a block that stand inside of one (None: all), outermost first."""
-    names = s.loops_of(name)
-    return names if loop is None else names[names.index(loop) + 1 :]
 
 
 def _loops_of_last(s: Schedule, nest: _Nest) -> tuple[list[str], str | None, str]:
@@ -430,7 +424,7 @@ def _pack(s: Schedule, name: str, lane: Expr, width: int, at: str | None, rows: 
 def _fill_panels(s: Schedule, name: str, below: str | None) -> None:
     """Vectors along the source's memory: loads are contiguous, a block of panels fits in cache."""
     block, _ = s.block(name)
-    names = _below(s, name, below)
+    names = s.loops_of(name, below)
     layout = block.body.buffer.layout
     assert layout is not None
     packed, width = next((axis, modulus) for axis, _, modulus in layout.splits() if modulus)
@@ -452,7 +446,7 @@ def _fill_panels(s: Schedule, name: str, below: str | None) -> None:
 def _tile_of_scores(s: Schedule, nest: _Nest, home: str, width: int) -> tuple[str, str]:
     """One register tile of scores: all rows and `width` columns. The loop around it, its init."""
     block, path = s.block(nest.scores)
-    inside = _below(s, nest.scores, home)
+    inside = s.loops_of(nest.scores, home)
     column = _loop_of(block, block.body.indices[nest.column], inside)
     depth = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
     rows = [n for n in inside if n != column and n not in depth]
@@ -472,7 +466,7 @@ def _cut_columns(s: Schedule, name: str, column: int, home: str, width: int) -> 
     reduction keeps a vector of partial results per row, which are then combined for all rows
     together. None: the block has no columns."""
     block, path = s.block(name)
-    inside = _below(s, name, home)
+    inside = s.loops_of(name, home)
     reducing = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
     if reducing:
         (loop,) = reducing
@@ -507,7 +501,7 @@ def _in_registers(
     """A product accumulates in registers below `at`, its innermost reduction loop repeated."""
     staged = s.stage(buffer, at, Scope.REGISTER, layout)
     block, path = s.block(name)
-    inside = _below(s, name, at)
+    inside = s.loops_of(name, at)
     depth = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))][-1]
     extent = const_int(s.loop(depth)[0].extent)
     around = analysis.spatial_loops(block, analysis.loops_in(path))

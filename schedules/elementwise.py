@@ -296,8 +296,7 @@ def reduction_block(s: Schedule, name: str) -> None:
 
 def vector_tile(s: Schedule, block: str, below: str, unroll: bool = True) -> None:
     """Marks the loops between `below` and a block: the innermost a vector, the others unrolled."""
-    names = s.loops_of(block)
-    inner = names[names.index(below) + 1 :]
+    inner = s.loops_of(block, below)
     for k, n in enumerate(inner):
         extent = const_int(s.loop(n)[0].extent)
         if extent is None or extent == 1:

@@ -1,5 +1,5 @@
-"""Primitives that change loops: split, fuse, reorder, mark. Blocks keep their meaning
-throughout."""
+"""Primitives that change loops: split, fuse, reorder, compute_with, separate, mark, relayout.
+Blocks keep their meaning throughout."""
 
 from __future__ import annotations
 

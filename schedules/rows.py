@@ -89,15 +89,10 @@ def _sum_at_once(s: Schedule, top: str) -> None:
             makers = analysis.writers(s.func, load.buffer)
             if not analysis.is_reduction(block) or len(makers) != 1 or block.init is not None:
                 continue
-            own, other = [_below(s, b.name, top) for b in (block, makers[0])]
+            own, other = [s.loops_of(b.name, top) for b in (block, makers[0])]
             while own and other and _like(s, own[0], other[0]):
                 s.compute_with(own[0], other[0])
                 own, other = own[1:], other[1:]
-
-
-def _below(s: Schedule, name: str, top: str) -> list[str]:
-    names = s.loops_of(name)
-    return names[names.index(top) + 1 :]
 
 
 def _like(s: Schedule, name: str, other: str) -> bool:
@@ -254,8 +249,7 @@ def _rows_together(s: Schedule, last: str, row: list[str]) -> int:
 
 def _one_row(s: Schedule, name: str, top: str) -> None:
     """Schedules the part of a block inside the row loop."""
-    names = s.loops_of(name)
-    inner = names[names.index(top) + 1 :]
+    inner = s.loops_of(name, top)
     if not inner:
         return
     block, _ = s.block(name)

@@ -109,9 +109,10 @@ class Schedule:
         )
         raise AssertionError
 
-    def loops_of(self, block: str) -> list[str]:
-        """Names of the loops around a block, outermost first."""
-        return [x.var.name for x in analysis.loops_in(self.block(block)[1])]
+    def loops_of(self, block: str, inside: str | None = None) -> list[str]:
+        """Names of the loops around a block, or of those inside of one, outermost first."""
+        names = [x.var.name for x in analysis.loops_in(self.block(block)[1])]
+        return names if inside is None else names[names.index(inside) + 1 :]
 
     def trace(self) -> list[dict[str, Any]]:
         """The steps as JSON-able records."""
