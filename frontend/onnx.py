@@ -44,13 +44,25 @@ from .onnx_file import map_file, parse
 from .onnx_math import Converter
 from .onnx_node import Nothing, OnnxNode, Tensors, items
 from .onnx_ops import CONVERTERS
+from .onnx_protos import (
+    all_nodes,
+    attributes_of,
+    body_of,
+    domain_of,
+    inlined,
+    inlined_nodes,
+    key_of,
+    loc_of,
+    reads,
+    schema_with_body,
+    without_inputs,
+)
 from .onnx_schema import check_names, check_node, schema_of
 from .onnx_values import KnownValues, Quotients, with_sizes
 
 Source = Union[str, "os.PathLike[str]", bytes, ModelProto]
 Bounds = int | tuple[int, int | None] | tuple[int, int | None, int]
 OLDEST_OPSET = 6
-_ONNX = ("", "ai.onnx")
 _NAMED = 3  # nodes named per unsupported operator
 _EXPANSION_DEPTH = 8
 _SMALL = 4096  # sizes that may turn out to be too small
@@ -91,8 +103,8 @@ def load(
         budget.use("model_bytes", len(data))
         model, weights = parse(data, file)
     if len(model.functions):
-        budget.check("nodes", _inlined_nodes(model, file))
-        model = _inlined(model)
+        budget.check("nodes", inlined_nodes(model, file))
+        model = inlined(model)
     known = {**CONVERTERS, **(converters or {})}
     bounds, used = dict(dims or {}), dict(budget.used)
     while True:
@@ -139,45 +151,6 @@ def _is_one(need: tuple[Expr, Expr], dim: Dim) -> bool:
 def _holds(need: tuple[Expr, Expr], dim: Dim, size: int) -> bool:
     a, b = (substitute(e, {dim: Const(size)}) for e in need)
     return a is b
-
-
-def _inlined_nodes(model: ModelProto, file: str) -> int:
-    """The nodes of a model whose functions are expanded, which can grow exponentially."""
-    bodies = {(f.domain, f.name, f.overload): f.node for f in model.functions}
-    counts: dict[tuple[str, str, str], int] = {}
-    calls = {
-        key: [(n.domain, n.op_type, n.overload) for n in _all_nodes(nodes)]
-        for key, nodes in bodies.items()
-    }
-    for start in bodies:
-        stack, open_ = [start], {start}
-        while stack:
-            key = stack[-1]
-            waiting = [c for c in calls[key] if c in bodies and c not in counts]
-            if waiting:
-                if waiting[0] in open_:
-                    raise ImportModelError(f"{file}: the function {waiting[0][1]!r} calls itself")
-                stack.append(waiting[0])
-                open_.add(waiting[0])
-                continue
-            counts[key] = sum(counts.get(c, 1) for c in calls[key])
-            open_.discard(stack.pop())
-    keys = [(n.domain, n.op_type, n.overload) for n in _all_nodes(model.graph.node)]
-    return sum(counts.get(key, 1) for key in keys)
-
-
-def _inlined(model: ModelProto) -> ModelProto:
-    """The model with its own functions expanded. Weights stay out of it: they may be gigabytes."""
-    from onnx import inliner
-
-    slim = ModelProto()
-    slim.CopyFrom(ModelProto(ir_version=model.ir_version, opset_import=model.opset_import))
-    slim.functions.extend(model.functions)
-    g = model.graph
-    slim.graph.CopyFrom(GraphProto(name=g.name, node=g.node, input=g.input, output=g.output))
-    done = inliner.inline_local_functions(slim)
-    done.graph.initializer.extend(g.initializer)
-    return done
 
 
 Env = dict[str, Any]  # Values, and Tensors or Nothing of onnx_node
@@ -248,9 +221,7 @@ class _Importer:
 
     # ---- head of the model ----------------------------------------------------------------------
     def _opsets(self) -> dict[str, int]:
-        found = {
-            ("" if o.domain in _ONNX else o.domain): o.version for o in self.model.opset_import
-        }
+        found = {domain_of(o.domain): o.version for o in self.model.opset_import}
         for domain, known in found.items():
             if not -(2**31) <= known < 2**31:
                 raise ImportModelError(f'{self.file} uses version {known} of "{domain}"')
@@ -274,8 +245,8 @@ class _Importer:
         """True when the operators of the model mean the same in the oldest opset that is known."""
         if version < 1:
             return False
-        for n in _all_nodes(self.model.graph.node):
-            if n.domain not in _ONNX or not onnx.defs.has(n.op_type):
+        for n in all_nodes(self.model.graph.node):
+            if domain_of(n.domain) or not onnx.defs.has(n.op_type):
                 return False
             old, new = (schema_of(n.op_type, v, "") for v in (version, OLDEST_OPSET))
             if old is None or new is None or old.since_version != new.since_version:
@@ -332,10 +303,10 @@ class _Importer:
         """Raises one error for all operators that cannot be imported."""
         missing: dict[str, list[str]] = {}
         used: dict[str, int] = {}
-        for n in _all_nodes(nodes):
-            used[_key(n)] = used.get(_key(n), 0) + 1
-            if _key(n) not in self.converters and _schema_with_body(n, opsets) is None:
-                missing.setdefault(_key(n), []).append(n.name or next(iter(n.output), ""))
+        for n in all_nodes(nodes):
+            used[key_of(n)] = used.get(key_of(n), 0) + 1
+            if key_of(n) not in self.converters and schema_with_body(n, opsets) is None:
+                missing.setdefault(key_of(n), []).append(n.name or next(iter(n.output), ""))
         if not missing:
             return
         lines = []
@@ -397,13 +368,13 @@ class _Importer:
         given: Mapping[str, AttributeProto],
     ) -> tuple[Any, ...]:
         inputs = tuple(env[i] if i else None for i in n.input)
-        opset = opsets.get("" if n.domain in _ONNX else n.domain, 1)
-        attributes = _attributes(n, given)
+        opset = opsets.get(domain_of(n.domain), 1)
+        attributes = attributes_of(n, given)
         check_node(n, attributes, inputs, opset, loc)
-        convert = self.converters.get(_key(n))
+        convert = self.converters.get(key_of(n))
 
         def expand() -> tuple[Any, ...]:
-            if _schema_with_body(n, opsets) is None:
+            if schema_with_body(n, opsets) is None:
                 raise ImportModelError(f"this form of {n.op_type} is not supported", (loc,))
             return self._expand(n, inputs, env, opsets, loc, given)
 
@@ -470,7 +441,7 @@ class _Importer:
                 if o and (o in makers or (o in env and not isinstance(env[o], Constant))):
                     raise ImportModelError(
                         f"{self.file}: the value {o!r} is computed twice",
-                        (_loc(n, self.file, k + 1),),
+                        (loc_of(n, self.file, k + 1),),
                     )
                 if o:
                     makers[o] = k
@@ -488,13 +459,13 @@ class _Importer:
                     continue
                 state[k] = 1
                 stack.append((k, True))
-                for name in _reads(nodes[k]):
+                for name in reads(nodes[k]):
                     source = makers.get(name)
                     if source is None and name not in env:
                         raise ImportModelError(
                             f"{self.file}: {nodes[k].op_type} reads {name!r}, which is neither "
                             "an input, an initializer nor the result of a node",
-                            (_loc(nodes[k], self.file, k + 1),),
+                            (loc_of(nodes[k], self.file, k + 1),),
                             hint=_nearest(name, [*env, *makers]),
                         )
                     if source is not None and state[source] == 1:
@@ -502,8 +473,8 @@ class _Importer:
                             f"{self.file}: the graph has a cycle: {nodes[k].op_type} reads "
                             f"{name!r}, which depends on its own result",
                             (
-                                _loc(nodes[k], self.file, k + 1),
-                                _loc(nodes[source], self.file, source + 1),
+                                loc_of(nodes[k], self.file, k + 1),
+                                loc_of(nodes[source], self.file, source + 1),
                             ),
                         )
                     if source is not None and not state[source]:
@@ -537,14 +508,14 @@ class _Importer:
         given: Mapping[str, AttributeProto],
     ) -> tuple[Any, ...]:
         """Imports a node through the function body that the ONNX specification holds for it."""
-        schema = _schema_with_body(n, opsets)
+        schema = schema_with_body(n, opsets)
         assert schema is not None
         if self.depth > _EXPANSION_DEPTH:
             raise ImportModelError(f"{n.op_type} is defined by itself", (loc,))
-        attributes = _attributes(n, given)
+        attributes = attributes_of(n, given)
         resolved = NodeProto(op_type=n.op_type, domain=n.domain, input=n.input, output=n.output)
         resolved.attribute.extend(attributes.values())
-        body = _body(schema, resolved, inputs, opsets)
+        body = body_of(schema, resolved, inputs, opsets)
         for default in body.attribute_proto:
             attributes.setdefault(default.name, default)
         for name, spec in schema.attributes.items():
@@ -556,8 +527,8 @@ class _Importer:
             if value is not None:
                 inner[name] = value
         absent = {name for name in body.input if name not in inner}
-        nodes = [_without_inputs(m, absent) for m in body.node]
-        versions = {("" if o.domain in _ONNX else o.domain): o.version for o in body.opset_import}
+        nodes = [without_inputs(m, absent) for m in body.node]
+        versions = {domain_of(o.domain): o.version for o in body.opset_import}
         versions = versions or dict(opsets)
         # The body of an operator of another domain may leave ONNX's own version unsaid.
         versions.setdefault("", opsets.get("", onnx.defs.onnx_opset_version()))
@@ -567,122 +538,6 @@ class _Importer:
         self.depth -= 1
         # An optional result that this body does not compute is None.
         return tuple(inner.get(o) for o in body.output)
-
-
-# ---- views of protos ----------------------------------------------------------------------------
-def _key(n: NodeProto) -> str:
-    return str(n.op_type) if n.domain in _ONNX else f"{n.domain}.{n.op_type}"
-
-
-def _loc(n: NodeProto, file: str, position: int) -> Loc:
-    return Loc(n.name or next((o for o in n.output if o), ""), file, position, n.op_type)
-
-
-def _all_nodes(nodes: Iterable[NodeProto]) -> list[NodeProto]:
-    """The nodes, and those of graphs in their attributes."""
-    found = []
-    stack = list(nodes)[::-1]
-    while stack:
-        n = stack.pop()
-        found.append(n)
-        for a in n.attribute:
-            for g in (a.g, *a.graphs):
-                stack.extend(list(g.node)[::-1])
-    return found
-
-
-def _attributes(n: NodeProto, given: Mapping[str, AttributeProto]) -> dict[str, AttributeProto]:
-    """The attributes of a node by name; those that refer to the caller's take its values."""
-    found = {}
-    for a in n.attribute:
-        if not a.ref_attr_name:
-            found[a.name] = a
-        elif a.ref_attr_name in given:
-            found[a.name] = _renamed(given[a.ref_attr_name], a.name)
-    return found
-
-
-def _reads(n: NodeProto) -> list[str]:
-    """The values a node needs, those of its subgraphs included."""
-    found = [i for i in n.input if i]
-    for a in n.attribute:
-        for g in (a.g, *a.graphs):
-            if g.node or g.output:
-                found.extend(_free_names(g))
-    return found
-
-
-def _free_names(g: GraphProto) -> list[str]:
-    """The names a subgraph reads from around it, in order of first use."""
-    own = {v.name for v in g.input} | {t.name for t in g.initializer}
-    own |= {o for n in g.node for o in n.output}
-    read = [r for n in g.node for r in _reads(n)] + [v.name for v in g.output]
-    return [name for name in dict.fromkeys(read) if name not in own]
-
-
-def _renamed(a: AttributeProto, name: str) -> AttributeProto:
-    copy = AttributeProto()
-    copy.CopyFrom(a)
-    copy.name = name
-    return copy
-
-
-def _without_inputs(n: NodeProto, absent: set[str]) -> NodeProto:
-    if absent.isdisjoint(n.input):
-        return n
-    copy = NodeProto()
-    copy.CopyFrom(n)
-    del copy.input[:]
-    copy.input.extend("" if i in absent else i for i in n.input)
-    return copy
-
-
-def _schema_with_body(n: NodeProto, opsets: Mapping[str, int]) -> Any:
-    """The operator's schema when the specification defines it through other operators."""
-    domain = "" if n.domain in _ONNX else n.domain
-    # A name that is not UTF-8 (in a damaged file) is returned as bytes.
-    if domain not in opsets or not isinstance(n.op_type, str):
-        return None
-    if not onnx.defs.has(n.op_type, domain):
-        return None
-    try:
-        schema: Any = onnx.defs.get_schema(n.op_type, opsets[domain], domain)
-    except onnx.defs.SchemaError:
-        return None
-    return schema if schema.has_function or schema.has_context_dependent_function else None
-
-
-def _body(
-    schema: Any, n: NodeProto, inputs: Sequence[Any], opsets: Mapping[str, int]
-) -> onnx.FunctionProto:
-    """The newest function body that is not newer than the model's opset."""
-    opset = opsets["" if n.domain in _ONNX else n.domain]
-    if schema.has_function:
-        versions = [v for v in schema.function_opset_versions if v <= opset]
-        version = max(versions, default=min(schema.function_opset_versions))
-        return onnx.FunctionProto.FromString(schema.get_function_with_opset_version(version))
-    versions = [v for v in schema.context_dependent_function_opset_versions if v <= opset]
-    version = max(versions, default=min(schema.context_dependent_function_opset_versions))
-    types = []
-    for value in inputs:
-        proto = onnx.TypeProto()
-        if isinstance(value, Tensors):
-            inner = _type_proto(value.items[0]) if value.items else onnx.TypeProto()
-            proto = onnx.helper.make_sequence_type_proto(inner)
-        elif isinstance(value, Value):
-            proto = _type_proto(value)
-        types.append(proto.SerializeToString())
-    text = schema.get_context_dependent_function_with_opset_version(
-        version, n.SerializeToString(), types
-    )
-    return onnx.FunctionProto.FromString(text)
-
-
-def _type_proto(value: Value) -> onnx.TypeProto:
-    t = type_of(value)
-    shape = [s.value if type(s) is Const else str(s) for s in t.shape]
-    code = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(t.dtype.numpy))
-    return onnx.helper.make_tensor_type_proto(code, shape)
 
 
 # ---- names and dims -----------------------------------------------------------------------------
