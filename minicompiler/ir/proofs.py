@@ -236,7 +236,8 @@ def without_quotient(arith: Arith, p: Poly) -> Poly | None:
         low = arith.poly_interval(d)[0]
         rest = {n: k for n, k in p.items() if n != (atom,)}
         g = abs(c)
-        if low is None or low <= 0 or any(k % g for n, k in rest.items() if n):
+        positive = (low is not None and low > 0) or plus(d, -1) in arith.facts
+        if not positive or any(k % g for n, k in rest.items() if n):
             continue
         rest = clean({n: k // g for n, k in rest.items()})
         x = arith.poly(atom.a)

@@ -262,6 +262,15 @@ def test_points_of_fused_axes_lie_below_the_product_of_their_sizes() -> None:
         assert Arith(ranges, inside).prove(point + 1 < rows * columns) is None
 
 
+def test_points_of_fused_axes_whose_size_may_be_nothing() -> None:
+    """A slice from `past` to the end has no rows where there are fewer; then nothing runs."""
+    b, past, total = (Dim(name) for name in ("b", "past", "total"))
+    rows = total - minimum(past, total)
+    arith = Arith({I: (ZERO, b * rows - 1)}, [rows > ZERO])
+    assert arith.prove(I // rows < b) is True
+    assert arith.prove(I // rows + 1 < b) is None
+
+
 def test_quotients_by_sums() -> None:
     """What a flattened and unfolded axis leads to: the sum of several terms divides exactly, or
     all but what is smaller than it."""

@@ -346,6 +346,21 @@ def test_a_concatenation_of_many_parts() -> None:
     np.testing.assert_array_equal(m(x)[0], -x[::-1])
 
 
+def test_a_product_of_the_rows_behind_a_cut() -> None:
+    """A decoder's new positions: from as many as were before to the end."""
+    nodes = [
+        node("Shape", "old", "past", start=1, end=2),
+        node("Shape", "x", "total", start=1, end=2),
+        node("Slice", "x past total one", "rest"),
+        node("MatMul", "rest w", "y"),
+    ]
+    x, old, w = numbers(2, 9, 64), numbers(2, 4, 1), numbers(64, 64)
+    shapes = {"x": ("b", "total", 64), "old": ("b", "past", 1)}
+    m = symbolic(nodes, {"x": x, "old": old}, shapes, {"one": np.array([1]), "w": w})
+    np.testing.assert_allclose(m(x, old)[0], x[:, 4:] @ w, rtol=1e-4, atol=1e-4)
+    assert m(x[:, :3], old)[0].shape == (2, 0, 64)
+
+
 def test_a_size_that_can_only_be_one_is_one() -> None:
     """A decoder traced with one token: its reshape leaves no other number of tokens, and one is
     broadcast where the compiler would have taken t to be 3."""
