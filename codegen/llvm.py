@@ -51,9 +51,9 @@ from minicompiler.ir.tir import (
 )
 from minicompiler.target import WORTH_SHARING, Target
 
+from .llvm_lanes import TABLE_ALIGN
 from .llvm_memory import Memory
 from .llvm_text import Lines, Operand
-from .llvm_values import TABLE_ALIGN
 from .repeats import Repeated, repeated
 
 STACK_LIMIT = 16384  # bytes; larger thread-local buffers come from the workspace

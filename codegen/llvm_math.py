@@ -4,7 +4,7 @@
 
 LLVM has no vector exp, tanh, erf, and we call no C library. Largest errors in ulp (units in the
 last place; float32: of all inputs, tests/codegen/test_llvm_math.py), on processors with fma:
-    float32: exp 0.90, log 0.83, rsqrt 1.5, sigmoid 6.2, tanh 4.9, erf 6.0, all others 0.51
+    float32: exp 0.92, log 0.83, rsqrt 1.5, sigmoid 5.6, tanh 4.9, erf 6.0, all others 0.51
     float64: exp, log 1, log1p, expm1, erf 2, sigmoid, tanh 3, rsqrt, power 1.5; see llvm_trig.py
 Method: Cody-Waite range reduction (Software Manual for the Elementary Functions, 1980).
 """
@@ -12,7 +12,9 @@ Method: Cody-Waite range reduction (Software Manual for the Elementary Functions
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from minicompiler.ir.expr import (
     Binary,
@@ -30,11 +32,12 @@ from minicompiler.ir.expr import (
 )
 from minicompiler.ir.types import DType, float32, float64, int32, int64
 
-# e**r for |r| <= ln2/2, minimax (tests/codegen/test_minimax.py finds them again): with the last
-# three fixed, relative error 2**-27.96, and with the last one fixed, 2**-23.37.
-EXP = (1.38637854e-3, 8.36747698e-3, 4.16672379e-2, 1.66665345e-1, 0.5, 1.0, 1.0)
+# e**r for |r| <= ln2/2, minimax (tests/codegen/test_minimax.py finds it again): with the last one
+# fixed, relative error 2**-23.37.
 SHORT_EXP = (8.2902721e-3, 4.1898160e-2, 1.6667638e-1, 4.9999148e-1, 9.9999971e-1, 1.0)
 LN2_HIGH, LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+LN2_HIGH32, LN2_LOW32 = 0.693145751953125, 1.428606765330187e-06  # 15 bits and what is left
+UINT32 = DType("uint32")
 
 # Functions that need a loop, one element at a time. NAME and TYPE are filled in by the emitter.
 INTEGER_POWER = """define internal TYPE NAME(TYPE %a, TYPE %n) #0 {
@@ -150,6 +153,16 @@ def rarely_above(limit: float, x: Expr) -> Expr:
     return Call("rarely", (binary("lt", const(limit, x.dtype), absolute(x)),))
 
 
+def rarely_any(i: Expr, mask: int) -> Expr:
+    """The same for integers of which some lane may have bits of a mask."""
+    return Call("rarely", (ne(binary("and", i, mask), 0),))
+
+
+def lookup(i: Expr, table: Sequence[int]) -> Expr:
+    """The entry `i % len(table)` of a small table of uint32; the length is a power of two."""
+    return Call("lookup", (i, *[const(x, UINT32) for x in table]), UINT32)
+
+
 def exact_product(a: Expr, b: Expr) -> tuple[Expr, Expr]:
     """a * b as rounded value and error. (An fma, so that it cannot be fused with a later sum.)"""
     high = fma(a, b, -0.0)
@@ -164,26 +177,61 @@ def fast_sum(a: Expr, b: Expr) -> tuple[Expr, Expr]:
 
 # ---- exp ----------------------------------------------------------------------------------------
 def exp(x: Expr) -> Expr:
-    """e**x. float32 0.90 ulp, float64 1.
+    """e**x. float32 0.87 ulp (subnormal results 0.92), float64 1. After P. T. P. Tang (1989).
 
-    x = n*ln2 + r with |r| <= ln2/2, a polynomial of r, times 2**n. Where all results are normal
-    numbers, n is added to the exponent field. Else the exponents of all results do not fit one
-    factor of 8 bits, so there are two; those of min(.., 0) fit if the polynomial is made smaller.
-    Subnormal results are rounded once and large ones become inf.
+    x = n*ln2/8 + r with |r| <= ln2/16: an entry of a table and a polynomial of r, times 2**(n//8).
+    Where all results are normal numbers, n//8 is added to the exponent field. Else the exponents
+    of all results do not fit one factor of 8 bits, so there are two; large results become inf.
     """
     if x.dtype is float64:
         return _exp64(x)
-    if type(x) is Binary and x.op == "min" and type(x.b) is Const and x.b.value <= 0:
-        t, r = _exp_parts(maximum(x, -104.0), 127 + _SMALLER)
-        return _scaled(t, r, EXP)
-    t, r = _exp_parts(x, 0)
-    p, i = horner(r, *EXP), bits(t, DType("uint32"))
-    near = bits(bits(p, i.dtype) + binary("shl", i, 23), float32)
-    t, r = _exp_parts(maximum(minimum(x, 89.0), -104.0), 254)
-    p, i = horner(r, *EXP), bits(t, DType("uint32"))
-    half = binary("shr", i, 1)
-    far = p * bits(binary("shl", half, 23), float32) * bits(binary("shl", i - half, 23), float32)
-    return select(rarely_above(87.0, x), far, near)
+    i, r = _eighths(x, _NEAR)
+    scale = bits(_power(i, _NEAR), float32)
+    near = fma(horner(r, *TABLE_EXP), scale, scale)
+    j, r = _eighths(maximum(minimum(x, 89.0), -104.0), 8 * 254)
+    n = binary("shr", j, 3)
+    scale = bits(_power(j, 8 * 254) - binary("shl", n - 254, 23), float32)
+    far = fma(horner(r, *TABLE_EXP), scale, scale)
+    half = binary("shr", n, 1)
+    far = far * bits(binary("shl", half, 23), float32) * bits(binary("shl", n - half, 23), float32)
+    return select(rarely_any(i, _OTHER_BITS), far, near)
+
+
+# 2**(k/8)/(1 + c), with a c for which all eight are nearly float32 numbers (their rounding is 0.05
+# of an ulp at most), and (1 + c)*e**r - 1 for |r| <= ln2/16, minimax with relative error 2**-25.63.
+POWERS = (
+    0.99743897, 1.0877149, 1.1861615, 1.2935183, 1.4105917, 1.5382612, 1.6774857, 1.8293111
+)  # fmt: skip
+TABLE_EXP = (0.16707893, 0.5013622, 1.0025676, 0.0025675897)
+_NEAR = 8 * 96  # added to n, which is then a number of 10 bits for -66 < x < 22
+# What the numbers 2 + k * 2**-22 for k below 1024 have no bit of. All others but 0 have some:
+# smaller exponents, since that of 2 is a power of two, and larger ones, inf and NaN anyway.
+_OTHER_BITS = 0xBFFFFC00
+
+
+def _eighths(x: Expr, bias: int) -> tuple[Expr, Expr]:
+    """(bits that end with those of n + bias, r) for x = n*ln2/8 + r."""
+    i, n = _eighth_turns(x, bias, 1)
+    r = fma(n, const(-LN2_HIGH32 / 8 * 2**22, float32), x)
+    return i, fma(n, const(-LN2_LOW32 / 8 * 2**22, float32), r)
+
+
+def _eighth_turns(x: Expr, bias: int, sign: int) -> tuple[Expr, Expr]:
+    """(bits that end with those of n + bias, n * 2**-22) for sign*x = n*ln2/8 + r."""
+    unit = 2.0**-22  # numbers from 2 to 4 are multiples of it
+    shift = 2.0 + bias * unit
+    t = fma(x, const(sign * 8 * unit / math.log(2), float32), shift)
+    return bits(t, UINT32), t - shift
+
+
+def _power(i: Expr, bias: int) -> Expr:
+    """2**(n/8) / (1 + c) as bits, for an i that ends with n + bias."""
+    # Adding n + bias to the exponent field also adds the bias and n % 8 in its fractions.
+    table = [
+        (int(np.float32(p).view(np.uint32)) - ((k + bias) << 20)) % (1 << 32)
+        for k, p in enumerate(POWERS)
+    ]
+    return lookup(i, table) + binary("shl", i, 20)
 
 
 def exp_nonpositive(x: Expr) -> Expr:
@@ -211,17 +259,10 @@ def _exp_turns(x: Expr, bias: int) -> tuple[Expr, Expr]:
     return t, t - shift
 
 
-def _exp_parts(x: Expr, bias: int) -> tuple[Expr, Expr]:
-    """(a number with n + bias in its low bits, r); see `exp`."""
-    t, n = _exp_turns(x, bias)
-    r = fma(n, const(-0.693145751953125, float32), x)
-    return t, fma(n, const(-1.428606765330187e-06, float32), r)
-
-
 def _scaled(t: Expr, r: Expr, coefficients: tuple[float, ...]) -> Expr:
     """The polynomial of r times 2**n, for an n with the bias 127 + _SMALLER."""
     p = horner(r, *[c * 2.0**-_SMALLER for c in coefficients])
-    return p * bits(binary("shl", bits(t, DType("uint32")), 23), float32)
+    return p * bits(binary("shl", bits(t, UINT32), 23), float32)
 
 
 def _exp64(x: Expr, low: Expr | None = None) -> Expr:
@@ -332,12 +373,11 @@ def sigmoid(x: Expr) -> Expr:
         return select(bits(x, int64) < 0, e, one) / (e + one)
     small = 2.0**-64
     y = maximum(minimum(x, 40.0), -104.0)
-    shift = _SHIFT + 63  # the bias of 2**-64
-    t = fma(y, const(-1.4426950408889634, float32), shift)
-    r = fma(t - shift, const(LN2_HIGH, float32), y)
-    p = horner(r, *[c * (-1) ** (5 - k) for k, c in enumerate(SHORT_EXP)])
-    e = p * bits(binary("shl", bits(t, DType("uint32")), 23), float32)
-    return const(small, float32) / (e + small)
+    i, n = _eighth_turns(y, 8 * 60, -1)
+    r = fma(n, const(LN2_HIGH / 8 * 2**22, float32), y)  # of the other sign
+    a, b, c, d = TABLE_EXP
+    scale = bits(_power(i, 8 * (60 + 64)), float32)
+    return const(small, float32) / fma(horner(r, -a, b, -c, 1 + d), scale, small)
 
 
 def tanh(x: Expr) -> Expr:

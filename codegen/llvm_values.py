@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-
-import numpy as np
+from collections.abc import Callable
 
 from minicompiler.errors import CodegenError
 from minicompiler.ir.expr import (
@@ -34,7 +33,7 @@ from minicompiler.ir.types import DType, float32, float64, int64
 from minicompiler.target import Target
 
 from . import llvm_math
-from .llvm_index import Indices
+from .llvm_lanes import JOINED, TABLE_ALIGN, Lanes
 from .llvm_text import Lines, Operand, everywhere, literal, mangle, value_type, vector
 
 _FLOAT_COMPARE = {"lt": "fcmp olt", "le": "fcmp ole", "eq": "fcmp oeq", "ne": "fcmp une"}
@@ -49,8 +48,6 @@ _INTRINSICS = {
     "sqrt": "sqrt", "floor": "floor", "ceil": "ceil", "round": "roundeven", "trunc": "trunc",
     "abs": "fabs", "fma": "fmuladd", "copysign": "copysign",
 }  # fmt: skip
-TABLE_ALIGN = 64  # bytes
-JOINED = 8  # lanes that are compared at once: a register with AVX, two of shorter vectors
 _OUTSIDE = (Scope.PARAM, Scope.GLOBAL)
 
 
@@ -58,20 +55,20 @@ def _is_product(e: Expr) -> bool:
     return type(e) is Binary and e.op == "mul"
 
 
-class Values(Indices):
+class Values(Lanes):
     """Expressions of one function, given the variables that are bound at this point."""
 
     def __init__(self, func: PrimFunc, target: Target | None = None) -> None:
-        super().__init__(func)
+        super().__init__(func, target)
         # Whether multiply-adds read memory, and registers are too few for a polynomial's constants.
         self.few_registers = target is not None and target.fma and target.registers <= 16
+        self.fused = target is not None and target.fma
         self.vector: tuple[Expr, int] | None = None
         self.masks: list[Operand] = []
         self.first_lanes: dict[str, int] = {}  # masks of so many lanes, the first ones
         self.written: set[Buffer] = set()
         self.arguments: dict[Expr, Operand] = {}  # of the elementary function being emitted
         self.stored: frozenset[Expr] = frozenset()  # the constants that it reads from memory
-        self.tables: dict[tuple[str, str], str] = {}  # literal and type of such a one -> its name
 
     # ---- any value ------------------------------------------------------------------------------
     def load(self, e: Load, mask: Operand | None) -> Operand:
@@ -362,16 +359,32 @@ class Values(Indices):
     def rare(self, e: Select, mask: Operand | None) -> Operand:
         """A branch: see `llvm_math.rarely_above`."""
         assert type(e.cond) is Call
-        if self.straight:
+        # Without fma, the sum whose bits are asked may be 0, which has none.
+        if self.straight or (_asks_bits(e.cond.args[0]) and not self.fused):
             return self.value(e.a, mask)
-        compared = e.cond.args[0]
-        assert type(compared) is Binary and compared.op == "lt"
-        limit, x = compared.a, compared.b
-        assert type(limit) is Const and type(x) is Call and x.fn == "abs"
         parts: list[tuple[Operand, str]] = []
 
         def side(x: Expr) -> None:
             parts.append((self.value(x, mask), self.label))
+
+        flag, confirm = self.rare_condition(e.cond.args[0], mask)
+        self.branch(flag, lambda: side(e.a), lambda: side(e.b), rarely=True, confirm=confirm)
+        lanes = max([v.lanes for v, _ in parts])
+        values = ", ".join([f"[ {v.name}, %{label} ]" for v, label in parts])
+        return Operand(self.op(f"phi {value_type(e.dtype, lanes)} {values}"), lanes)
+
+    def rare_condition(
+        self, compared: Expr, mask: Operand | None
+    ) -> tuple[str, Callable[[], str] | None]:
+        """Whether a comparison may hold in some lane, and the code that says whether it does if
+        that is not the same."""
+        assert type(compared) is Binary
+        if _asks_bits(compared):
+            both = compared.a
+            assert type(both) is Binary and both.op == "and" and type(both.b) is Const
+            return self.any_bit(self.value(both.a, mask), both.b), None
+        limit, x = compared.a, compared.b
+        assert type(limit) is Const and type(x) is Call and x.fn == "abs"
 
         def any_above() -> str:
             return self.any_above(self.value(x, mask), limit)
@@ -381,58 +394,7 @@ class Values(Indices):
         joined = plain.lanes > JOINED and plain.lanes % JOINED == 0
         flag = self.squares_above(plain, limit) if joined else any_above()
         self.scopes[-2].lines += self.scopes.pop().lines
-        confirm = any_above if joined else None
-        self.branch(flag, lambda: side(e.a), lambda: side(e.b), rarely=True, confirm=confirm)
-        lanes = max([v.lanes for v, _ in parts])
-        values = ", ".join([f"[ {v.name}, %{label} ]" for v, label in parts])
-        return Operand(self.op(f"phi {value_type(e.dtype, lanes)} {values}"), lanes)
-
-    def squares_above(self, v: Operand, limit: Const) -> str:
-        """Whether the squares of some lanes add up to more than that of a limit, or NaN: one
-        multiply-add for each register instead of two operations, and false only where no lane is
-        above the limit."""
-        scalar = value_type(limit.dtype)
-        ty = vector(scalar, JOINED)
-        first, *others = self.registers(v, scalar)
-        total = self.op(f"fmul {ty} {first}, {first}")
-        for x in others:
-            total = self.intrinsic("fmuladd", ty, x, x, total)
-        square = literal(const(limit.value * limit.value, limit.dtype))
-        flags = self.op(f"fcmp ugt {ty} {total}, {everywhere(scalar, square, JOINED)}")
-        return self.any_lane(Operand(flags, JOINED))
-
-    def registers(self, v: Operand, scalar: str) -> list[str]:
-        """The parts of a vector that fill a register each."""
-        whole, parts = vector(scalar, v.lanes), []
-        for k in range(0, v.lanes, JOINED):
-            some = ", ".join([f"i32 {k + j}" for j in range(JOINED)])
-            text = f"shufflevector {whole} {v.name}, {whole} poison, <{JOINED} x i32> <{some}>"
-            parts.append(self.op(text))
-        return parts
-
-    def any_above(self, v: Operand, limit: Const) -> str:
-        """Whether any lane of a number that is not negative is above a limit, or NaN. Registers are
-        joined first, by maxima of the bits, among which those of NaN are the largest."""
-        wide = limit.dtype is float64
-        scalar, lanes = "i64" if wide else "i32", v.lanes
-        floats, ty = vector(value_type(limit.dtype), lanes), vector(scalar, lanes)
-        most = self.op(f"bitcast {floats} {v.name} to {ty}")
-        if lanes > JOINED and lanes % JOINED == 0:
-            parts = self.registers(Operand(most, lanes), scalar)
-            ty, lanes = vector(scalar, JOINED), JOINED
-            most = functools.reduce(lambda x, y: self.intrinsic("smax", ty, x, y), parts)
-        bits = int(np.asarray(limit.value, limit.dtype.numpy).view(np.int64 if wide else np.int32))
-        flags = self.op(f"icmp sgt {ty} {most}, {everywhere(scalar, str(bits), lanes)}")
-        return self.any_lane(Operand(flags, lanes))
-
-    def any_lane(self, mask: Operand) -> str:
-        """Whether any lane is set."""
-        if mask.lanes == 1:
-            return mask.name
-        ty = vector("i1", mask.lanes)
-        f = f"llvm.vector.reduce.or.v{mask.lanes}i1"
-        f = self.declare(f, f"i1 @{f}({ty})")
-        return self.op(f"call i1 {f}({ty} {mask.name})")
+        return flag, any_above if joined else None
 
     def call(self, e: Call, mask: Operand | None) -> Operand:
         t = e.args[0].dtype
@@ -446,6 +408,8 @@ class Values(Indices):
         found = self.elementary(e, mask)
         if found is not None:
             return found
+        if e.fn == "lookup":
+            return self.lookup(self.value(e.args[0], mask), [literal(c) for c in e.args[1:]])
         args = [self.value(a, mask) for a in e.args]
         lanes = max(a.lanes for a in args)
         scalar, ty = value_type(t), value_type(t, lanes)
@@ -505,10 +469,7 @@ class Values(Indices):
         """A constant that an instruction takes from memory. One register for all its lanes would be
         loaded again in each iteration where a polynomial has more constants than there are
         registers, and a store in flight waits for each."""
-        found = self.tables.get((literal, ty))
-        if found is None:
-            found = self.tables[literal, ty] = f"@{self.func.name}_constant_{len(self.tables)}"
-        return self.op(f"load {ty}, ptr {found}, align {TABLE_ALIGN}")
+        return self.op(f"load {ty}, ptr {self.table(literal, ty)}, align {TABLE_ALIGN}")
 
 
 @functools.cache
@@ -525,6 +486,11 @@ def _used_once(e: Expr) -> frozenset[Expr]:
     for side in sides:
         count |= Counter(x for parent in walk(side) for x in parent.children() if type(x) is Const)
     return frozenset([x for x, n in count.items() if n == 1])
+
+
+def _asks_bits(e: Expr) -> bool:
+    """`llvm_math.rarely_any`, not `rarely_above`."""
+    return type(e) is Binary and e.op == "ne"
 
 
 def _is_branch(e: Select) -> bool:

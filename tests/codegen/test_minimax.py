@@ -55,8 +55,16 @@ class Case:
 
 
 HALF_LN2 = float(np.log(2)) / 2
+SCALE = float(np.mean(np.float32(llvm_math.POWERS) / 2.0 ** (np.arange(8) / 8)))
 CASES = {
-    "exp": Case(np.exp, (-HALF_LN2, HALF_LN2), llvm_math.EXP, (6, 5, 4, 3, 2, 1, 0), 4, np.float32),
+    "exp, behind a table": Case(
+        lambda x: np.exp(x) / SCALE,
+        (-HALF_LN2 / 8, HALF_LN2 / 8),
+        (*llvm_math.TABLE_EXP, 1.0),
+        (3, 2, 1, 0, 0),
+        4,
+        np.float32,
+    ),
     "exp, five terms": Case(
         np.exp, (-HALF_LN2, HALF_LN2), llvm_math.SHORT_EXP, (5, 4, 3, 2, 1, 0), 5, np.float32
     ),
