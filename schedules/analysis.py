@@ -34,6 +34,7 @@ from minicompiler.ir.tir import (
     Buffer,
     For,
     If,
+    Iter,
     PrimFunc,
     Stmt,
     Store,
@@ -402,3 +403,8 @@ def update_operand(block: Block) -> tuple[str, Expr] | None:
         if v.a.buffer is own.buffer and v.a.indices == own.indices:
             return v.op, v.b
     return None
+
+
+def stays_within(it: Iter, size: Expr, arith: Arith) -> bool:
+    """Whether an iterator that is an index itself is known to stay within an axis of that size."""
+    return it.extent is size or arith.prove(it.extent <= size) is True

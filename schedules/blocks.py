@@ -289,6 +289,10 @@ def _as_consumer(
                         "not at a plain iterator",
                         block,
                     )
+            elif not analysis.stays_within(it, load.buffer.shape[d], arith):
+                # It goes on where this buffer ends: once all of that axis is there, over all of it.
+                if box[d] != (ZERO, load.buffer.shape[d]):
+                    s.refuse(f"block {block.name} runs further than {load.buffer.name}", block)
             elif bind.setdefault(it.var, box[d]) != box[d]:
                 s.refuse(f"block {block.name} needs two different regions along {it.var}", block)
         for w in makers:
@@ -313,9 +317,14 @@ def _same_points(
     maker = makers[0]
     values = analysis.values_of(maker)
     bound: dict[Expr, Expr] = {}
-    for mine_index, made_index in zip(mine[0].indices, maker.body.indices, strict=True):
+    sizes = mine[0].buffer.shape
+    for mine_index, made_index, size in zip(
+        mine[0].indices, maker.body.indices, sizes, strict=True
+    ):
         it = _plain_iter(block, mine_index)
         if it is not None:
+            if not analysis.stays_within(it, size, arith):
+                return None
             bound[it.var] = arith.simplify(substitute(made_index, values))
         elif mine_index is not ZERO or made_index is not ZERO:
             return None

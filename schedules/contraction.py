@@ -40,8 +40,32 @@ class Nest:
 
 
 def applies(s: Schedule) -> bool:
-    """Exactly one block is a sum of products."""
-    return len([b for b in analysis.blocks(s.func) if product_loads(b)]) == 1
+    """Exactly one block is a sum of products, and what follows can be computed tile by tile."""
+    products = [b for b in analysis.blocks(s.func) if product_loads(b)]
+    return len(products) == 1 and _can_follow(s, products[0])
+
+
+def _can_follow(s: Schedule, main: Block) -> bool:
+    """Whether all that waits for the sum reads it (and what follows it) at its own points."""
+    arith = analysis.arith_of(s.func)
+    names = [b.name for b in analysis.blocks(s.func)]
+    later = {b.body.buffer for b in list(analysis.blocks(s.func))[names.index(main.name) :]}
+    made = {main.body.buffer, *[s.block(n)[0].body.buffer for n in _followers(s, main.name)]}
+    for name in _followers(s, main.name):
+        block, _ = s.block(name)
+        sizes = {i.var: i for i in block.iters if not i.reduce}
+        for load in analysis.block_loads(block):
+            if load.buffer not in made:
+                if load.buffer in later:
+                    return False
+                continue
+            for index, size in zip(load.indices, load.buffer.shape, strict=True):
+                it = sizes.get(index)
+                if it is None and const_int(index) is None:
+                    return False
+                if it is not None and not analysis.stays_within(it, size, arith):
+                    return False
+    return True
 
 
 def product_loads(block: Block) -> tuple[Load, Load] | None:

@@ -5,20 +5,37 @@
 
 Several updates of one element are combined by `reduction`, or the last one wins. Positions outside
 x are moved to its edge: writing stays within memory whatever the data.
+
+Where a position leaves an axis free, threads take strips of that axis: each goes through all
+updates in their order, so the sums have the same bits for any number of threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .. import te
-from ..ir.expr import Const, Expr, Load, Var, binary, cast, maximum, minimum, select
+from ..ir.expr import (
+    Const,
+    Expr,
+    Load,
+    Var,
+    binary,
+    cast,
+    ceildiv,
+    const_int,
+    maximum,
+    minimum,
+    select,
+    wrap,
+)
 from ..ir.op import Arg, Op, register
-from ..ir.tir import SERIAL, Buffer, For, Stmt, Store, seq
+from ..ir.tir import PARALLEL, SERIAL, VECTOR, Buffer, For, If, Stmt, Store, seq
 from ..ir.types import TensorType, index
 from .draws import Draw, array, choice, integer, shape
 from .rules import (
@@ -40,6 +57,7 @@ from .rules import (
 
 Array = np.ndarray
 Fresh = Callable[[str], Var]
+LANES = 16  # elements of a strip that are written side by side
 REDUCTIONS = ("none", "add", "mul", "max", "min")
 _NP = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
 
@@ -51,6 +69,26 @@ def over(shape: Sequence[Expr], fresh: Fresh, body: Callable[..., Stmt]) -> Stmt
     for v, extent in reversed(list(zip(index, shape, strict=True))):
         made = For(v, extent, SERIAL, made)
     return made
+
+
+def _strips(extent: Expr, fresh: Fresh, body: Callable[[Expr, Expr], Stmt]) -> Stmt:
+    """body(first element, one past the last) for strips of an axis, shared out between threads.
+    Two cache lines at least: with shorter ones the threads would write the same lines in turns."""
+    width = 2 * LANES if (const_int(extent) or 1 << 30) < 8 * LANES else 4 * LANES
+    k = fresh("strip")
+    return For(
+        k, ceildiv(extent, width), PARALLEL, body(k * width, minimum(k * width + width, extent))
+    )
+
+
+def _along(low: Expr, high: Expr, fresh: Fresh, body: Callable[[Expr], Stmt]) -> Stmt:
+    """body(j) for low <= j < high, `LANES` at a time; the bodies must not depend on each other."""
+    part, lane, rest = fresh("part"), fresh("lane"), fresh("rest")
+    whole = (high - low) // LANES
+    vector = For(lane, wrap(LANES), VECTOR, body(low + part * LANES + lane))
+    left = high - low - whole * LANES
+    tail = For(rest, left, SERIAL, body(low + whole * LANES + rest))
+    return seq([For(part, whole, SERIAL, vector), tail])
 
 
 def _combined(reduction: str, target: Buffer, at: tuple[Expr, ...], value: Expr) -> Store:
@@ -112,8 +150,33 @@ def _elements_compute(
             place[axis] = wrapped(Load(where, i), source.shape[axis])
             return _combined(a.reduction, made, tuple(place), Load(values, i))
 
-        copy = over(source.shape, fresh, lambda *i: Store(made, i, Load(source, i)))
-        return seq([copy, over(where.shape, fresh, put)])
+        def copy(*i: Expr) -> Stmt:
+            return Store(made, i, Load(source, i))
+
+        def rows(low: Expr, high: Expr, *i: Expr) -> Stmt:
+            return _along(low, high, fresh, lambda j: copy(*i, j))
+
+        whole = partial(rows, Const(0), source.shape[-1])
+        if len(source.shape) == 1:
+            return seq([whole(), over(where.shape, fresh, put)])
+        if axis == len(source.shape) - 1:  # each row of x takes its own updates alone
+            r, (size, room) = fresh("r"), (where.shape[0], source.shape[0])
+            own = over(where.shape[1:], fresh, lambda *i: put(r, *i))
+            rest = over(source.shape[1:-1], fresh, lambda *i: whole(r, *i))
+            return For(r, room, PARALLEL, seq([rest, own if size is room else If(r < size, own)]))
+
+        def strip(low: Expr, high: Expr) -> Stmt:
+            """Columns low .. high of all rows."""
+            j = fresh("j")
+            columns = maximum(minimum(high, where.shape[-1]) - low, 0)
+
+            def some(*i: Expr) -> Stmt:
+                return For(j, columns, SERIAL, put(*i, low + j))
+
+            own = over(where.shape[:-1], fresh, some)
+            return seq([over(source.shape[:-1], fresh, partial(rows, low, high)), own])
+
+        return _strips(source.shape[-1], fresh, strip)
 
     inputs = (x, indices, updates)
     return te.extern("scatter_elements", inputs, [(x.shape, x.dtype)], build)[0]
@@ -194,8 +257,27 @@ def _nd_compute(x: te.Tensor, indices: te.Tensor, updates: te.Tensor, a: Scatter
             ]
             return _combined(a.reduction, made, (*at, *i[lead:]), Load(values, i))
 
-        copy = over(source.shape, fresh, lambda *i: Store(made, i, Load(source, i)))
-        return seq([copy, over(values.shape, fresh, put)])
+        def copy(*i: Expr) -> Stmt:
+            return Store(made, i, Load(source, i))
+
+        if depth == len(source.shape):
+            low, high = Const(0), source.shape[-1]
+            all_of_it = over(
+                source.shape[:-1], fresh, lambda *i: _along(low, high, fresh, lambda j: copy(*i, j))
+            )
+            return seq([all_of_it, over(where.shape[:-1], fresh, put)])
+
+        def strip(low: Expr, high: Expr) -> Stmt:
+            """Columns low .. high of all rows."""
+
+            def row(body: Callable[..., Stmt]) -> Callable[..., Stmt]:
+                return lambda *i: _along(low, high, fresh, lambda j: body(*i, j))
+
+            return seq([
+                over(source.shape[:-1], fresh, row(copy)), over(values.shape[:-1], fresh, row(put))
+            ])  # fmt: skip
+
+        return _strips(source.shape[-1], fresh, strip)
 
     return te.extern("scatter_nd", (x, indices, updates), [(x.shape, x.dtype)], build)[0]
 

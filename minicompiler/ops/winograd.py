@@ -145,15 +145,15 @@ def _windows(w: TensorType, attrs: Any) -> Windows | None:
 
 
 def applies(types: list[TensorType | None], attrs: Any) -> bool:
-    """Windows with an axis to transform, several tiles along it, one group, float32, channels that
-    leave at most an eighth of vectors of 8 empty. Only sizes along axes that are transformed may be
+    """Windows with an axis to transform, several tiles along it, one group, float32, at most one
+    lane of vectors of 8 empty for three channels. Only sizes along axes that are transformed may be
     symbolic."""
     x, w = types[0], types[1]
     if x is None or w is None or x.dtype is not float32 or attrs.groups != 1:
         return False
     windows = _windows(w, attrs)
     channels = [const_int(w.shape[0]), const_int(w.shape[1])]
-    if windows is None or any(c is None or -c % 8 > c // 8 for c in channels):
+    if windows is None or any(c is None or -c % 8 > c // 3 for c in channels):
         return False
     axes = transformed(windows)
     sizes = [const_int(s) for s in x.shape[2:]]

@@ -67,13 +67,14 @@ def convert_layout(fn: Function, ctx: Any) -> Function:
         if v.op in _CONVOLUTIONS and not rows:
             args = (_copied(args[0], blocks, copies), *args[1:])
         if isinstance(v.type, tuple):
-            each = [_block_layout(t, blocks) if (id(v), k) in wanted and (id(v), k) not in results
+            each = [_block_layout(t, blocks, wanted[id(v), k])
+                    if (id(v), k) in wanted and (id(v), k) not in results
                     else None for k, t in enumerate(v.type)]  # fmt: skip
             layouts = tuple(old or new for old, new in zip(v.layouts, each, strict=True))
         elif rows or ((id(v), 0) in results and v.op not in _CONVOLUTIONS):
             layouts = v.layouts
         else:
-            layouts = (_layout(v, args, blocks, (id(v), 0) in wanted) or v.layouts[0],)
+            layouts = (_layout(v, args, blocks, wanted.get((id(v), 0))) or v.layouts[0],)
         if layouts == v.layouts and args == v.args:
             return None
         now = v if args == v.args else with_args(v, args)
@@ -99,16 +100,24 @@ def blocks_for(target: Target | None) -> Blocks:
     return tuple((n, b) for n in (_FEW, _SOME, _MANY) for b in sizes if n == _FEW or b >= lanes)
 
 
-def _wanted(fn: Function, products: set[int]) -> set[Place]:
-    """The values that convolutions and pools read, directly or through what keeps the channels."""
-    wanted: set[Place] = set()
+def _wanted(fn: Function, products: set[int]) -> dict[Place, int]:
+    """The values that convolutions and pools read, directly or through what keeps the channels, and
+    how many lanes may be empty there: many where one reader sums over the channels."""
+    wanted: dict[Place, int] = {}
     for v in reversed(list(topological(fn.results))):
         if not isinstance(v, Apply):
             continue
-        asks = v.op in _SPATIAL and id(v) not in products
-        for a in _passed_on(v) if (id(v), 0) in wanted else v.args[:1] if asks else ():
+        own = wanted.get((id(v), 0))
+        if own is not None:
+            asked, empty = _passed_on(v), own
+        else:
+            asked = v.args[:1] if v.op in _SPATIAL and id(v) not in products else ()
+            empty = _SOME
+        if v.op in _SPATIAL:
+            empty = _MANY if v.op in _CONVOLUTIONS and v.attrs.groups == 1 else _SOME
+        for a in asked:
             if a is not None and type_of(a).rank in _RANKS:
-                wanted.add(_place(a))
+                wanted[_place(a)] = min(wanted.get(_place(a), _FEW), empty)
     return wanted
 
 
@@ -174,7 +183,7 @@ def _block_layout(t: TensorType, blocks: Blocks, empty: int = _SOME) -> IndexMap
 def _copied(x: Value | None, blocks: Blocks, copies: dict[int, Value]) -> Value | None:
     """What a convolution reads, in blocks of channels."""
     assert x is not None
-    layout = _block_layout(type_of(x), blocks) if layout_of(x) is None else None
+    layout = _block_layout(type_of(x), blocks, _MANY) if layout_of(x) is None else None
     if layout is None:
         return x
     if id(x) not in copies:
@@ -183,7 +192,7 @@ def _copied(x: Value | None, blocks: Blocks, copies: dict[int, Value]) -> Value 
 
 
 def _layout(
-    v: Apply, args: tuple[Value | None, ...], blocks: Blocks, wanted: bool
+    v: Apply, args: tuple[Value | None, ...], blocks: Blocks, wanted: int | None
 ) -> IndexMap | None:
     t = v.type
     if not isinstance(t, TensorType) or t.rank not in _RANKS:
@@ -193,8 +202,8 @@ def _layout(
         dense = v.op in _CONVOLUTIONS and x is not None and layout_of(x) is not None
         return _block_layout(t, blocks, _MANY if dense else _SOME)
     follow = _joined(v, args) if v.op is pieces.concat else _followed(v, t, args)
-    if follow is None and wanted and kind_of(v) is not Kind.OPAQUE:
-        return _block_layout(t, blocks)
+    if follow is None and wanted is not None and kind_of(v) is not Kind.OPAQUE:
+        return _block_layout(t, blocks, wanted)
     return follow
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..ir.expr import const_int
+from ..ir.expr import ONE, Expr, const_int
 from ..ir.graph import (
     Apply,
     Constant,
@@ -30,7 +30,7 @@ from ..ir.graph import (
 )
 from ..ir.op import Op
 from ..ir.types import TensorType, float32
-from ..ops import activations, conv, elementwise, pieces, pool, shape
+from ..ops import activations, conv, elementwise, pieces, pool, scatter, shape
 from . import borders
 
 Rule = Callable[[Apply], Value | None]
@@ -296,6 +296,45 @@ def _joined_split(v: Apply) -> Value | None:
     return source.args[0] if same and v.attrs.axis % type_of(v).rank == axis else None
 
 
+# ---- scattering ---------------------------------------------------------------------------------
+def _scattered_rows(v: Apply) -> Value | None:
+    """Where all elements of a row go to the same row, its position is read once."""
+    x, updates = v.args[0], v.args[2]
+    spread = _operand(v, 1, shape.expand)
+    if spread is None or spread.args[0] is None or v.attrs.axis % v.type.rank != 0:  # type: ignore[union-attr]
+        return None
+    rows, whole = type_of(spread.args[0]).shape, type_of(spread).shape
+    own = type_of(v).shape[1:]
+    if len(rows) != len(whole) or rows[0] is not whole[0] or whole[1:] != own:
+        return None
+    if any(const_int(size) != 1 for size in rows[1:]):
+        return None
+    positions: Value = spread.args[0]
+    if len(rows) != 2:
+        flat = shape.ReshapeAttrs((rows[0], ONE), allow_zero=True)
+        positions = _again(spread, shape.reshape, positions, attrs=flat)
+    return _again(v, scatter.scatter_nd, x, positions, updates, attrs=v.attrs)
+
+
+def _flat_rows(v: Apply) -> Value | None:
+    """What is written to one position becomes one axis: long vectors, and strips for threads."""
+    x, where, updates = v.args
+    assert x is not None and updates is not None
+    old, depth = type_of(x).shape, const_int(type_of(where).shape[-1])  # type: ignore[arg-type]
+    if depth is None or len(old) - depth < 2:
+        return None
+    row = math.prod(old[depth:], start=ONE)
+
+    def flat(a: Value, lead: tuple[Expr, ...]) -> Apply:
+        return _again(v, shape.reshape, a, attrs=shape.ReshapeAttrs((*lead, row), allow_zero=True))
+
+    lead = type_of(updates).shape[: depth - len(old)]
+    made = _again(
+        v, scatter.scatter_nd, flat(x, old[:depth]), where, flat(updates, lead), attrs=v.attrs
+    )
+    return _reshaped(v, made)
+
+
 RULES: dict[Op, tuple[Rule, ...]] = {
     elementwise.add: (_neutral(0),),
     elementwise.sub: (_neutral(0, right_only=True),),
@@ -325,4 +364,6 @@ RULES: dict[Op, tuple[Rule, ...]] = {
     conv.conv: (borders.padded_conv, borders.trimmed),
     pool.max_pool: (borders.padded_max_pool, borders.trimmed),
     pool.avg_pool: (borders.padded_avg_pool, borders.trimmed),
+    scatter.scatter_elements: (_scattered_rows,),
+    scatter.scatter_nd: (_flat_rows,),
 }

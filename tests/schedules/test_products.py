@@ -7,12 +7,14 @@ import pytest
 
 import minicompiler as mc
 from minicompiler.context import Context, Options
+from minicompiler.frontend.builder import Builder
 from minicompiler.ir.expr import Const, Dim, Expr
 from minicompiler.ir.graph import Constant, Function, Input, apply
 from minicompiler.ir.tir import Prefetch, PrimFunc, Scope, statements
 from minicompiler.ir.types import TensorType, float32
 from minicompiler.kernel import lower_kernel
 from minicompiler.ops.conv import ConvAttrs, conv
+from minicompiler.ops.evaluate import run_reference
 from minicompiler.ops.linalg import MatmulAttrs, matmul
 from minicompiler.schedules import analysis
 from minicompiler.schedules.cpu import schedule
@@ -138,3 +140,26 @@ def test_tiles_of_several_blocks_of_channels(channels: int) -> None:
     (got,) = module(value)
     matrix = weights[1].data[:, :, 0, 0] @ weights[0].data[:, :, 0, 0]
     np.testing.assert_allclose(got, np.einsum("oc,nchw->nohw", matrix, value), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["behind", "before", "padded", "both", "sum"])
+def test_what_goes_on_beyond_a_sum_is_complete(case: str) -> None:
+    """A concat or pad that was fused with a sum has more elements than the sum has."""
+    net = Builder("beyond")
+    shapes = (6, 50, 1), (6, 50, 20), (6, 20)
+    x, w, z = (net.input(name, shape) for name, shape in zip("xwz", shapes, strict=True))
+    summed = net.reduce_sum(w if case == "sum" else net.mul(x, w), axes=(1,), keepdims=False)
+    y = {
+        "behind": lambda: net.concat(summed, z, axis=1),
+        "before": lambda: net.concat(z, summed, axis=1),
+        "padded": lambda: net.pad(summed, begin=(0, 0), end=(0, 9)),
+        "both": lambda: net.concat(summed, net.reduce_max(w, axes=(1,), keepdims=False), axis=1),
+        "sum": lambda: net.pad(net.exp(net.mul(summed, np.float32(0.1))), begin=(0, 2), end=(0, 9)),
+    }[case]()
+    fn = net.function(y=y)
+    rng = np.random.default_rng(0)
+    given = [rng.standard_normal(s).astype(np.float32) for s in shapes]
+    (wanted,) = run_reference(fn, given)
+    for threads in (1, 2):
+        (made,) = mc.compile(fn, threads=threads)(*given)
+        np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=1e-5)
