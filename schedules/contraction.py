@@ -53,7 +53,7 @@ def _can_follow(s: Schedule, main: Block) -> bool:
     made = {main.body.buffer, *[s.block(n)[0].body.buffer for n in _followers(s, main.name)]}
     for name in _followers(s, main.name):
         block, _ = s.block(name)
-        sizes = {i.var: i for i in block.iters if not i.reduce}
+        sizes: dict[Expr, Iter] = {i.var: i for i in block.iters if not i.reduce}
         for load in analysis.block_loads(block):
             if load.buffer not in made:
                 if load.buffer in later:
