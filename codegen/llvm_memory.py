@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from minicompiler.errors import CodegenError
 from minicompiler.ir.expr import FALSE, TRUE, ZERO, Binary, Const, Expr, Load, Var, free_vars
-from minicompiler.ir.polynomials import Poly
+from minicompiler.ir.polynomials import Poly, plus
 from minicompiler.ir.tir import Buffer, Prefetch, PrimFunc, Scope, Store
 from minicompiler.ir.types import DType
 from minicompiler.target import Target
@@ -390,7 +390,7 @@ class Memory(Values):
         while done < count:
             size = 1 << (count - done).bit_length() - 1
             part = self.shuffled(ty, value.name, "poison", range(done, done + size))
-            at = {**poly, (): poly.get((), 0) + done}
+            at = plus(poly, done)
             self.put_vector(s, Operand(part, size), at, self.address(s.buffer, at))
             done += size
 

@@ -57,11 +57,12 @@ def gemm(constant: bool, m: int = 67, k: int = 45, n: int = 83) -> Function:
     return Function("gemm", (x, b) if constant else (x, w, b), (y,))
 
 
-def convolution(constant: bool, size: int = 13) -> Function:
+def convolution(constant: bool, size: int = 13, dilation: int = 1) -> Function:
     x = value("x", 1, 19, size, size)
     w = value("w", 37, 19, 3, 3)
     filters = weights(37, 19, 3, 3) if constant else w
-    y = node("relu", node("conv", x, filters, pads_begin=(1,), pads_end=(1,)))
+    pads = {"pads_begin": (dilation,), "pads_end": (dilation,), "dilations": (dilation,)}
+    y = node("relu", node("conv", x, filters, **pads))
     return Function("convolution", (x,) if constant else (x, w), (y,))
 
 
@@ -173,7 +174,7 @@ def fma_loops(assembly: str) -> list[list[str]]:
 @on_x86
 @pytest.mark.parametrize("level", ["cpu:avx2", "cpu:avx512"])
 @pytest.mark.parametrize(
-    "fn", [gemm(True, 256, 300, 256), convolution(True, 28)], ids=["gemm", "conv"]
+    "fn", [gemm(True, 256, 300, 256), convolution(True, 28, dilation=2)], ids=["gemm", "conv"]
 )
 def test_inner_loops_hold_no_stack_access(fn: Function, level: str) -> None:
     target = Target.parse(level)
