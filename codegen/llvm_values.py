@@ -216,23 +216,26 @@ class Values(Lanes):
 
     def lane_limit(self, e: Binary) -> Operand | None:
         """`base + lane < n` as a comparison of 32-bit lane numbers with n - base, which is half the
-        work of 64-bit lanes. None when the condition has another form."""
+        work of 64-bit lanes; `n < base + lane` likewise. None when the condition has another
+        form."""
         assert self.vector is not None
         v, lanes = self.vector
         if v not in free_vars(e) or not self.is_index(e.a) or not self.is_index(e.b):
             return None
         poly = self.at_env(self.arith.poly(e.b - e.a))
+        slope = poly.get((v,))
         limit = {m: c for m, c in poly.items() if m != (v,)}
-        if poly.get((v,)) != -1 or any(v in free_vars(a) for m in limit for a in m):
+        if slope is None or abs(slope) != 1 or any(v in free_vars(a) for m in limit for a in m):
             return None
-        room = self.arith.expr(limit)
-        room = room + 1 if e.op == "le" else room
+        room = self.arith.expr(limit) if slope < 0 else 0 - self.arith.expr(limit)
+        room = room + 1 if (e.op == "le") == (slope < 0) else room
         count = self.index(minimum(maximum(room, 0), lanes))
         low = count if not count.startswith("%") else self.op(f"trunc i64 {count} to i32")
         bound = self.splat(Operand(low), "i32", lanes)
         ramp = "<" + ", ".join([f"i32 {k}" for k in range(lanes)]) + ">"
-        name = self.op(f"icmp slt <{lanes} x i32> {ramp}, {bound.name}")
-        if low is count:
+        compare = "slt" if slope < 0 else "sge"
+        name = self.op(f"icmp {compare} <{lanes} x i32> {ramp}, {bound.name}")
+        if low is count and slope < 0:
             self.first_lanes[name] = int(count)
         return Operand(name, lanes)
 

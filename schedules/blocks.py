@@ -370,9 +370,9 @@ def element_conditions(block: Block) -> list[Expr]:
 
 
 def tail_conditions(block: Block, arith: Arith) -> list[Expr]:
-    """The conditions of a block that only keep its iterators, or the element that it stores, in
-    range: those of tails."""
-    parts = element_conditions(block)
+    """The conditions of a block that only keep its iterators, or the element that it stores, below
+    an end: those of tails."""
+    parts = [c for c in element_conditions(block) if not (type(c) is Binary and c.op == "le")]
     if not parts:
         return []
     spatial = [i for i in block.iters if not i.reduce]

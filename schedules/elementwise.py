@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 LONG_VECTORS = 4  # side by side they hide the latency of a polynomial
 MOST_PIECES = 8  # of a concatenation that are written out
 WORTH_A_THREAD = 16384  # elements below which waking another thread costs more than it saves
+WORTH_A_LINE = 6  # vectors of a row from which its first and last ones may be incomplete
 _UNKNOWN = 64  # iterations of a loop whose extent is known at run time only
 
 
@@ -178,7 +179,12 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
         if extent > 1:
             s.mark(inner, VECTOR)
     else:
-        big, small = s.split(inner, lanes, "mask")
+        long = bool(outer) and extent is not None and extent >= WORTH_A_LINE * lanes
+        line = streaming.broken_lines(s, name, inner) if long and _plain(s, name, inner) else 0
+        if line:
+            big, small = s.split_at_lines(inner, lanes, name, line)
+        else:
+            big, small = s.split(inner, lanes, "mask")
         s.mark(small, VECTOR)
         outer = [*outer, big]
     if parallel:
@@ -259,6 +265,14 @@ def threads_over(s: Schedule, outer: list[str], block: str) -> None:
             break
     top = s.fuse(*outer[:take]) if take > 1 else outer[0]
     s.mark(top, PARALLEL)
+
+
+def _plain(s: Schedule, name: str, inner: str) -> bool:
+    """Whether each operand is read along a loop or is the same for all of it, without choices."""
+    block, _ = s.block(name)
+    moves = steps(s, name, s.loop(inner)[0].var)
+    chooses = any(type(e) is Select for e in walk(block.body.value))
+    return moves[0] == 1 and all(m in (0, 1) for m in moves) and not chooses
 
 
 def _same_everywhere(s: Schedule, name: str) -> bool:

@@ -132,6 +132,46 @@ def split(s: Schedule, name: str, factor: int, tail: str, multiple: int = 1) -> 
     return outer.name, inner.name
 
 
+def split_at_lines(s: Schedule, name: str, factor: int, block: str, line: int) -> tuple[str, str]:
+    """i -> i_o, i_i with i = i_o * factor + i_i - e, so that the first iteration begins at a
+    multiple of `line` elements in what a block writes.
+
+        for i in 2:                ->   for i in 2:
+            for j in 99:                    for j_o in 15:
+                C[i, j] = ...                   for j_i in 8:
+                                                    j = j_o*8 + j_i - (i*99 - i*99//16*16)
+                                                    C[i, j] = ...   where 0 <= j and j < 99
+
+    Blocks below get a condition at both ends.
+    """
+    loop, _ = s.loop(name)
+    for what, n in (("factor", factor), ("line", line)):
+        if not isinstance(n, int) or n < 2:
+            s.refuse(f"the {what} must be an integer above 1, got {n!r}", loop)
+    if loop.kind is not SERIAL:
+        s.refuse(f"loop {name} is marked {loop.kind.value} already", loop, "split before mark")
+    _keep_order(s, loop)
+    arith = analysis.arith_of(s.func)
+    writer, path = s.block(block)
+    if loop not in path:
+        s.refuse(f"block {block} is not inside loop {name}", loop)
+    at = analysis.address(writer)
+    start = arith.simplify(substitute(at, {loop.var: Const(0)}))
+    if arith.simplify(at - start) is not loop.var:
+        s.refuse(f"neighbouring iterations of {name} do not write neighbouring elements", writer)
+    inner_loops = {x.var for x in statements(loop.body) if isinstance(x, For)}
+    if free_vars(start) & inner_loops:
+        s.refuse(f"where {name} begins depends on loops inside it", loop)
+    outer, inner = s.fresh_var(name + "_o"), s.fresh_var(name + "_i")
+    extent = arith.simplify(loop.extent)
+    index = outer * factor + inner - (start - start // line * line)
+    body = substitute_stmt(loop.body, {loop.var: index})
+    body = add_condition(body, binary("and", Const(0) <= index, index < extent))
+    trips = arith.simplify(ceildiv(extent + (line - 1), factor))
+    s.swap(loop, For(outer, trips, SERIAL, For(inner, Const(factor), SERIAL, body)))
+    return outer.name, inner.name
+
+
 def _keep_order(s: Schedule, *around: For) -> None:
     """The iterations of a recurrence stay as they are."""
     for x in around:

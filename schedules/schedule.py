@@ -199,6 +199,18 @@ class Schedule:
             **({} if multiple == 1 else {"multiple": multiple}),
         )
 
+    def split_at_lines(self, loop: str, factor: int, block: str, line: int) -> tuple[str, str]:
+        """As split with the tail `mask`, but the first iteration begins where a `line` of so many
+        elements does in what a block writes, so that all iterations do."""
+        return self._apply(
+            "split_at_lines",
+            lambda: loops.split_at_lines(self, loop, factor, block, line),
+            loop=loop,
+            factor=factor,
+            block=block,
+            line=line,
+        )
+
     def fuse(self, *names: str) -> str:
         """Directly nested loops become one, outermost named first."""
         return self._apply("fuse", lambda: loops.fuse(self, list(names)), names=list(names))

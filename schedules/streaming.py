@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .schedule import Schedule
 
 
+LINE = 64  # bytes of a cache line
+
+
 def apply(s: Schedule) -> None:
     """Marks every block that fills a result in the order of its memory."""
     above = _limit(s)
@@ -63,6 +66,20 @@ def _reason(s: Schedule, name: str) -> str | None:
 def is_large(s: Schedule, name: str) -> bool:
     """True where a block is known to write more than stays in the caches."""
     return analysis.arith_of(s.func).prove(wrap(_limit(s)) <= _bytes(s, name)) is True
+
+
+def broken_lines(s: Schedule, name: str, loop: str) -> int:
+    """The elements of a cache line, where a block streams what it stores and iterations of an outer
+    loop begin anywhere in one, so that instructions that write past the caches do not fit; else 0.
+    `loop` is the innermost one."""
+    block, _ = s.block(name)
+    buffer = block.body.buffer
+    line = LINE // buffer.dtype.bytes
+    if buffer.scope is not Scope.PARAM or buffer.layout is not None or not is_large(s, name):
+        return 0
+    arith, (inner, _) = analysis.arith_of(s.func), s.loop(loop)
+    broken = arith.prove(wrap(0) < inner.extent % line) is True
+    return line if broken else 0
 
 
 def _limit(s: Schedule) -> int:

@@ -44,6 +44,10 @@ def split(s: Schedule, pick: Pick) -> None:
     s.split(pick(loop_names(s)), pick((1, 2, 3, 4, 8)), pick(TAILS))
 
 
+def split_at_lines(s: Schedule, pick: Pick) -> None:
+    s.split_at_lines(pick(loop_names(s)), pick((1, 3, 8)), pick(block_names(s)), pick((1, 4, 16)))
+
+
 def fuse(s: Schedule, pick: Pick) -> None:
     pairs = [
         [x.var.name, x.body.var.name] for x in analysis.loops(s.func) if isinstance(x.body, For)
@@ -143,7 +147,7 @@ def prefetch_next(s: Schedule, pick: Pick) -> None:
 
 STEPS = (
     split, split, split, fuse, reorder, reorder, mark, inline, compute_at, compute_at,
-    compute_with, compute_with,
+    split_at_lines, compute_with, compute_with,
     decompose_reduction, decompose_reduction, stage, stage, stage, relayout, rfactor, rolling,
     prefetch, prefetch, prefetch_next, skip,
 )  # fmt: skip

@@ -230,6 +230,26 @@ def test_streamed_results_are_right_at_any_address(offset: int, columns: int) ->
     np.testing.assert_array_equal(out, np.maximum(x, 0))
 
 
+@pytest.mark.parametrize("offset", [0, 1, 4, 12])
+@pytest.mark.parametrize("columns", [1023, 1020, 1024])
+def test_rows_that_end_within_a_line_are_streamed_from_line_to_line(
+    offset: int, columns: int
+) -> None:
+    rows = Target.host().caches[2] // 2 // 4 // columns + 1
+    a, b = te.placeholder("a", (rows, columns), float32), te.placeholder("b", (columns,), float32)
+    func = from_tensors("f", [a, b], [te.elementwise("add", a, b)])
+    steps = [step.primitive for step in schedule(func, Target.host(), after_step=verify_tir).steps]
+    assert ("split_at_lines" in steps) == (columns % 16 != 0)
+    net = Builder("big")
+    bias = np.random.default_rng(5).standard_normal(columns, np.float32)
+    m = mc.compile(net.function(y=net.add(net.input("x", (rows, columns)), bias)), threads=2)
+    x = np.random.default_rng(4).standard_normal((rows, columns), np.float32)
+    out = np.full(rows * columns + offset + 16, 7, np.float32)
+    m(x, out=[out[offset : offset + rows * columns].reshape(rows, columns)])
+    np.testing.assert_array_equal(out[offset : offset + x.size].reshape(x.shape), x + bias)
+    assert np.all(out[:offset] == 7) and np.all(out[offset + x.size :] == 7)
+
+
 def test_what_is_read_again_is_not_streamed() -> None:
     x = te.placeholder("x", (4, 64), float32)
     s = Schedule(from_tensors("f", [x], [te.sum(x, 1, keepdims=False)]), AVX2)
