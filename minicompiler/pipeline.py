@@ -28,6 +28,7 @@ from .passes.integers import multiply_pairs
 from .passes.layout import convert_layout
 from .passes.phases import convolve_phases
 from .passes.recognise import recognise
+from .passes.rounding import round_in_place
 from .passes.simplify import simplify
 from .passes.widen import widen_attention
 
@@ -40,6 +41,7 @@ _CLEAN: tuple[Pass[Function], ...] = (
     fold_constants,
     eliminate_common_subexpr,
     simplify,
+    round_in_place,
 )
 _TIDY: tuple[Pass[Function], ...] = (fold_constants, eliminate_common_subexpr)
 

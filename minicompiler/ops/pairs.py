@@ -1,24 +1,25 @@
 """Two small integers in one number, whose products one instruction computes and adds.
 
-    pairs(x[.., n, ..]; axis) -> [.., (n + 1) // 2, ..]     x[2i] | x[2i + 1] << 16
+    pairs(x[.., n, ..], zero?; axis) -> [.., (n + 1) // 2, ..]    x[2i] - zero | x[2i + 1] - zero
 
-Arguments and results are int32, and what is packed fits in int16; an odd end is filled with 0. Sums
-over an axis of products of such tensors are exact, like those of the integers in them.
+The first of a pair is the low half of an int32 and the second the high one. Differences have to fit
+in int16; an odd end is filled with 0. Sums over an axis of products of such tensors are exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from .. import te
-from ..ir.expr import Call, Const, Expr, binary, ceildiv, const, const_int, select
+from ..ir.expr import Call, Expr, binary, cast, ceildiv, const, const_int, select
 from ..ir.op import Arg, Op, register
 from ..ir.types import DType, TensorType, int32
-from .draws import Draw, array, integer
-from .rules import axis_of, direct, fail, result, simplified
+from .draws import Draw, array, choice, flag, integer
+from .rules import axis_of, direct, fail, need_dtype, need_rank, optional, result, simplified
 
 Array = np.ndarray
 
@@ -49,36 +50,43 @@ class PairsAttrs:
     axis: int = -1
 
 
-def _pairs_infer(x: Arg, a: PairsAttrs) -> TensorType:
-    need_int32("pairs", x.type.dtype)
+def _pairs_infer(x: Arg, *rest: Any) -> TensorType:
+    zero, a = optional(rest)
+    need_dtype("pairs", x, "i")
+    if zero is not None:
+        need_int32("pairs", zero.type.dtype)
+        need_rank("pairs", zero, 0, 0)
     axis = axis_of(a.axis, x.type.rank, "pairs")
     shape = list(x.type.shape)
-    shape[axis] = simplified(ceildiv(shape[axis], 2))
-    return result(tuple(shape), int32)
+    shape[axis] = ceildiv(shape[axis], 2)
+    return result(shape, int32)
 
 
-def _pairs_compute(x: te.Tensor, a: PairsAttrs) -> te.Tensor:
+def _pairs_compute(x: te.Tensor, *rest: Any) -> te.Tensor:
+    zero, a = optional(rest)
     axis = a.axis % len(x.shape)
     size = x.shape[axis]
-    extents = list(x.shape)
-    extents[axis] = simplified(ceildiv(size, 2))
+    extents = [simplified(ceildiv(n, 2)) if k == axis else n for k, n in enumerate(x.shape)]
     count = const_int(size)
 
     def body(*i: Expr) -> Expr:
         def element(k: Expr) -> Expr:
-            return x[(*i[:axis], k, *i[axis + 1 :])]
+            e = cast(x[(*i[:axis], k, *i[axis + 1 :])], int32)
+            return e if zero is None else e - zero[()]
 
         first = i[axis] * 2
         high = element(first + 1)
         if count is None or count % 2:
             high = select(first + 1 < size, high, const(0, int32))
-        low = binary("and", element(first), Const(0xFFFF, int32))
-        return binary("or", low, binary("shl", high, Const(16, int32)))
+        low = binary("and", element(first), const(0xFFFF, int32))
+        return binary("or", low, binary("shl", high, const(16, int32)))
 
     return te.compute(extents, body, "pairs")
 
 
-def _pairs_reference(x: Array, a: PairsAttrs) -> Array:
+def _pairs_reference(x: Array, *rest: Any) -> Array:
+    zero, a = optional(rest)
+    x = x.astype(np.int32) - (0 if zero is None else zero)
     axis = a.axis % x.ndim
     odd = [(0, x.shape[k] % 2 if k == axis else 0) for k in range(x.ndim)]
     halves = np.moveaxis(np.pad(x, odd), axis, -1)
@@ -86,10 +94,11 @@ def _pairs_reference(x: Array, a: PairsAttrs) -> Array:
     return np.ascontiguousarray(np.moveaxis(packed, -1, axis)).astype(np.int32)
 
 
-def _pairs_samples(draw: Draw) -> tuple[list[Array], PairsAttrs]:
+def _pairs_samples(draw: Draw) -> tuple[list[Array | None], PairsAttrs]:
     of = tuple(integer(draw, 1, 5) for _ in range(integer(draw, 1, 3)))
-    x = array(draw, of, "int32", -(1 << 15), (1 << 15) - 1)
-    return [x], PairsAttrs(integer(draw, -len(of), len(of) - 1))
+    x = array(draw, of, choice(draw, ("int32", "int16", "uint8", "int8")), -128, 127)
+    zero = array(draw, (), "int32", -255, 255) if flag(draw) else None
+    return [x, zero], PairsAttrs(integer(draw, -len(of), len(of) - 1))
 
 
 pairs = register(

@@ -51,12 +51,27 @@ def _of_integers(v: Apply, args: tuple[Value | None, ...]) -> Value | None:
     if any(r is None or r[0] < -(1 << 15) or r[1] >= 1 << 15 for r in found):
         return None
     packed = [
-        apply(pairs, x, attrs=PairsAttrs(axis), locs=v.locs)
+        apply(pairs, *_difference(x), attrs=PairsAttrs(axis), locs=v.locs)
         for x, axis in zip((a, b), _reduced_axes(v), strict=True)
     ]
     attrs = dataclasses.replace(v.attrs, in_pairs=True)
     assert isinstance(v.op, Op)
     return apply(v.op, *packed, *args[2:], attrs=attrs, locs=v.locs, name=v.name)
+
+
+def _difference(v: Value) -> tuple[Value, Value | None]:
+    """A value as x or x - number, with the elements of x as narrow as they come."""
+    if isinstance(v, Apply) and v.op is elementwise.sub:
+        a, b = v.args
+        if a is not None and b is not None and type_of(b).rank == 0 and type_of(a) == v.type:
+            return _narrow(a), b
+    return _narrow(v), None
+
+
+def _narrow(v: Value) -> Value:
+    """What was converted, if that is an integer with fewer bits."""
+    x = v.args[0] if isinstance(v, Apply) and v.op is elementwise.cast_ else None
+    return v if x is None or type_of(x).dtype.name not in _BYTES else x
 
 
 def _divides(v: Apply) -> bool:
