@@ -9,7 +9,6 @@ where all lanes want the same, else lane by lane. Masked lanes touch no memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from minicompiler.errors import CodegenError
 from minicompiler.ir.expr import FALSE, TRUE, ZERO, Binary, Const, Expr, Load, Var, free_vars
@@ -258,11 +257,6 @@ class Memory(Values):
             order = [*range(group), *range(lanes, lanes + width), *[-1] * (lanes - group - width)]
             result = self.shuffled(vector(scalar, lanes), result, wide, order)
         return self.from_memory(Operand(result, lanes), buffer.dtype)
-
-    def shuffled(self, ty: str, a: str, b: str, order: Sequence[int]) -> str:
-        """Lanes chosen from two vectors; -1: any."""
-        lanes = ", ".join([f"i32 {k}" if k >= 0 else "i32 poison" for k in order])
-        return self.op(f"shufflevector {ty} {a}, {ty} {b}, <{len(order)} x i32> <{lanes}>")
 
     def turned(self, rows: list[str], ty: str) -> list[str]:
         """The columns of a square of vectors."""

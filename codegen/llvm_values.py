@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from minicompiler.errors import CodegenError
 from minicompiler.ir.expr import (
@@ -63,6 +63,7 @@ class Values(Lanes):
         # Whether multiply-adds read memory, and registers are too few for a polynomial's constants.
         self.few_registers = target is not None and target.fma and target.registers <= 16
         self.fused = target is not None and target.fma
+        self.multiply_pairs = _pairs_instruction(target)
         self.vector: tuple[Expr, int] | None = None
         self.masks: list[Operand] = []
         self.first_lanes: dict[str, int] = {}  # masks of so many lanes, the first ones
@@ -419,6 +420,8 @@ class Values(Lanes):
         names = [self.splat(a, scalar, lanes).name for a in args]
         if e.fn == "fma" and lanes > 1 and e.args[2] in self.stored:
             names[2] = self.stored_constant(names[2], ty)
+        if e.fn == "dot_pairs":
+            return Operand(self.dot_pairs(names[0], names[1], lanes), lanes)
         if e.fn == "not":
             return self.negated(args[0])
         if e.fn == "isnan":
@@ -438,6 +441,43 @@ class Values(Lanes):
         full = f"llvm.abs.{mangle(ty)}"
         f = self.declare(full, f"{ty} @{full}({ty}, i1)")
         return Operand(self.op(f"call {ty} {f}({ty} {names[0]}, i1 false)"), lanes)
+
+    def dot_pairs(self, a: str, b: str, lanes: int) -> str:
+        """Products of the halves of 32-bit numbers, added. Where the processor has an instruction
+        that adds such sums to a third number, LLVM makes it of this one and the addition."""
+        ty = vector("i32", lanes)
+        if self.multiply_pairs is None or lanes % self.multiply_pairs[0]:
+            half = everywhere("i32", "16", lanes)
+            high = [self.op(f"ashr {ty} {x}, {half}") for x in (a, b)]
+            raised = [self.op(f"shl {ty} {x}, {half}") for x in (a, b)]
+            low = [self.op(f"ashr {ty} {x}, {half}") for x in raised]
+            products = [self.op(f"mul {ty} {x}, {y}") for x, y in (low, high)]
+            return self.op(f"add {ty} {products[0]}, {products[1]}")
+        width, name = self.multiply_pairs
+        part, halves = vector("i32", width), vector("i16", 2 * width)
+        f = self.declare(name, f"{part} @{name}({halves}, {halves})")
+        result = "poison"
+        for first in range(0, lanes, width):
+            some = ", ".join([f"i32 {first + k}" for k in range(width)])
+            operands = []
+            for x in (a, b):
+                if lanes > width:
+                    pick = f"shufflevector {ty} {x}, {ty} poison, <{width} x i32> <{some}>"
+                    x = self.op(pick)
+                operands.append(self.op(f"bitcast {part} {x} to {halves}"))
+            done = self.op(f"call {part} {f}({', '.join([f'{halves} {x}' for x in operands])})")
+            if lanes == width:
+                return done
+            wide = [*range(width), *[-1] * (lanes - width)]
+            order = [*range(first), *range(lanes, lanes + width)]
+            order += [-1] * (lanes - len(order))
+            result = self.shuffled(ty, result, self.shuffled(part, done, "poison", wide), order)
+        return result
+
+    def shuffled(self, ty: str, a: str, b: str, order: Sequence[int]) -> str:
+        """Lanes chosen from two vectors; -1: any."""
+        lanes = ", ".join([f"i32 {k}" if k >= 0 else "i32 poison" for k in order])
+        return self.op(f"shufflevector {ty} {a}, {ty} {b}, <{len(order)} x i32> <{lanes}>")
 
     def elementary(self, e: Call | Binary, mask: Operand | None) -> Operand | None:
         """A function that is an expression of its arguments; None for others. The arguments are
@@ -498,3 +538,13 @@ def _asks_bits(e: Expr) -> bool:
 
 def _is_branch(e: Select) -> bool:
     return type(e.cond) is Call and e.cond.fn == "rarely"
+
+
+def _pairs_instruction(target: Target | None) -> tuple[int, str] | None:
+    """The instruction that multiplies and adds pairs: its 32-bit lanes, and its name for LLVM."""
+    if target is None or target.arch != "x86_64":
+        return None
+    sizes = {"avx512bw": (16, "avx512.pmaddw.d.512"), "avx2": (8, "avx2.pmadd.wd")}
+    found = [size for feature, size in sizes.items() if feature in target.features]
+    lanes, name = found[0] if found else (4, "sse2.pmadd.wd")
+    return lanes, f"llvm.x86.{name}"

@@ -24,9 +24,11 @@ from .passes.clean import drop_identities, eliminate_common_subexpr
 from .passes.fold import fold_constants
 from .passes.fold_bn import fold_batch_norm
 from .passes.fuse import decisions, fuse
+from .passes.integers import multiply_pairs
 from .passes.layout import convert_layout
 from .passes.phases import convolve_phases
 from .passes.recognise import recognise
+from .passes.rounding import round_in_place
 from .passes.simplify import simplify
 from .passes.widen import widen_attention
 
@@ -35,9 +37,11 @@ Pass = Callable[[T, Any], T]
 
 _CLEAN: tuple[Pass[Function], ...] = (
     drop_identities,
+    multiply_pairs,
     fold_constants,
     eliminate_common_subexpr,
     simplify,
+    round_in_place,
 )
 _TIDY: tuple[Pass[Function], ...] = (fold_constants, eliminate_common_subexpr)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from minicompiler.ir.expr import Binary, Cast, Expr, Load, Var, const_int, free_vars, substitute
+from minicompiler.ir.expr import Cast, Expr, Load, Var, const_int, factors, free_vars, substitute
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Iter, Scope
 
@@ -73,11 +73,8 @@ def product_loads(block: Block) -> tuple[Load, Load] | None:
     update = analysis.update_operand(block)
     if update is None or update[0] != "add" or not analysis.is_reduction(block):
         return None
-    value = update[1]
-    if type(value) is not Binary or value.op != "mul":
-        return None
-    sides = [x.a if type(x) is Cast else x for x in (value.a, value.b)]
-    if all(type(x) is Load for x in sides) and sides[0] is not sides[1]:
+    sides = [x.a if type(x) is Cast else x for x in factors(update[1]) or ()]
+    if sides and all(type(x) is Load for x in sides) and sides[0] is not sides[1]:
         return sides[0], sides[1]  # type: ignore[return-value]
     return None
 
@@ -365,9 +362,10 @@ def _schedule(s: Schedule, nest: Nest) -> None:
         s.compute_at(b, home)
     init = s.decompose_reduction(name, depth[0])
     staged = s.stage(out.buffer.name, home, Scope.REGISTER)
-    # The innermost reduction loop is repeated four times in the code: more makes LLVM spill.
+    # The innermost reduction loop is repeated four times in the code: more makes LLVM spill. Of
+    # sums of integers it changes the order, so that three and more no longer fit the registers.
     last, extent = depth[-1], const_int(s.loop(depth[-1])[0].extent)
-    unroll = s.choose("unroll", (1, 2, 4, 8), 4)
+    unroll = s.choose("unroll", (1, 2, 4, 8), 4 if out.buffer.dtype.is_float else 2)
     if extent is not None and unroll > 1:
         if extent <= unroll:
             s.mark(last, UNROLL)

@@ -318,7 +318,7 @@ class Select(Expr):
 
 class Call(Expr):
     """A scalar function: exp log tanh erf sqrt floor ceil fma(a, b, c) bitcast ... Lanewise on
-    vectors."""
+    vectors. dot_pairs(a, b): the sum of the products of two pairs of int16, each in an int32."""
 
     __slots__ = ("args", "fn")
     names = ("fn", "args")
@@ -335,6 +335,13 @@ class Call(Expr):
 
 
 PREDICATES = ("isnan", "isinf")
+
+
+def factors(e: Expr) -> tuple[Expr, Expr] | None:
+    """The two operands of a product, be it of numbers or of pairs; None for anything else."""
+    if type(e) is Binary and e.op == "mul":
+        return e.a, e.b
+    return (e.args[0], e.args[1]) if type(e) is Call and e.fn == "dot_pairs" else None
 
 
 class Load(Expr):

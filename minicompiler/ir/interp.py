@@ -254,6 +254,11 @@ def _maximum(a: Any, b: Any) -> Any:
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else np.maximum(a, b)
 
 
+def _dot_pairs(a: Any, b: Any) -> Any:
+    a, b = (np.asarray(x, np.int32).reshape(1).view(np.int16).astype(np.int32) for x in (a, b))
+    return np.sum(a * b, dtype=np.int32)
+
+
 _LIBRARY: dict[str, Any] = {
     "get": _get,
     "put": _put,
@@ -274,6 +279,7 @@ _LIBRARY: dict[str, Any] = {
     "f_not": lambda x: not x,
     "f_fma": lambda a, b, c: type(a)(float(a) * float(b) + float(c)),
     "f_exp_nonpositive": np.exp,
+    "f_dot_pairs": _dot_pairs,
     "f_isnan": lambda x: bool(np.isnan(x)),
     "f_isinf": lambda x: bool(np.isinf(x)),
     "f_asin": np.arcsin,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..ir.expr import ZERO, Binary, Expr, Load, free_vars, loads, rewrite
+from ..ir.expr import ZERO, Binary, Expr, Load, factors, free_vars, loads, rewrite
 from ..ir.tir import SERIAL, Block, Buffer, For, Iter, PrimFunc, Seq, Stmt, Store, map_statements
 from ..ir.tir import statements as every_statement
 
@@ -35,7 +35,7 @@ def _is_product(s: Stmt) -> bool:
     if not isinstance(s, Block) or s.init is None or type(s.body.value) is not Binary:
         return False
     term = s.body.value.b
-    return type(term) is Binary and term.op == "mul" and len(list(loads(term))) == 2
+    return factors(term) is not None and len(list(loads(term))) == 2
 
 
 def _accesses(block: Block) -> Iterator[Access]:

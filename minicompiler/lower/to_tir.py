@@ -29,6 +29,7 @@ from minicompiler.ir.expr import (
     binary,
     const,
     eq,
+    factors,
     free_vars,
     rewrite,
     select,
@@ -347,11 +348,8 @@ def _unit_axes(t: te.Tensor) -> set[Expr]:
 def _linear(body: Reduce, operand: te.Tensor) -> bool:
     """False for a contraction (a product of two loads): its operands stay plain loads, because that
     is what packing and vectorising need to see."""
-    b = body.body
-    return not (
-        type(b) is Binary and b.op == "mul" and type(b.a) is Load and type(b.b) is Load
-        and b.a.buffer is not b.b.buffer
-    )  # fmt: skip
+    a, b = factors(body.body) or (None, None)
+    return not (type(a) is Load and type(b) is Load and a.buffer is not b.buffer)
 
 
 # ---- one stage ----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from . import (
     linalg,
     norm,
     order,
+    pairs,
     pieces,
     pool,
     quant,
@@ -38,7 +39,7 @@ OWN = frozenset(REGISTRY.values())
 __all__ = [
     "OWN",
     "activations", "append", "codes", "contract", "control", "conv", "count", "elementwise",
-    "evaluate", "index", "linalg", "norm", "order", "pieces", "pool", "quant", "recurrent",
-    "reduce", "resize", "roi", "sample", "scatter", "shape",
+    "evaluate", "index", "linalg", "norm", "order", "pairs", "pieces", "pool", "quant",
+    "recurrent", "reduce", "resize", "roi", "sample", "scatter", "shape",
     "trees",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from ..ir.op import Arg, Compute, Op, Precision, register
 from ..ir.types import DType, TensorType
 from . import winograd
 from .draws import Draw, array, choice, flag, integer
+from .pairs import INT32, multiply, need_int32, np_multiplied
 from .rules import (
     direct,
     fail,
@@ -66,13 +67,16 @@ def _np_biased(x: Array, bias: Array | None) -> Array:
 # ---- conv ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ConvAttrs:
-    """Per spatial axis; () stands for 1 (pads: 0) on every axis."""
+    """Per spatial axis; () stands for 1 (pads: 0) on every axis.
+
+    in_pairs: elements are pairs of neighbouring channels (see pairs.py)."""
 
     strides: tuple[int, ...] = ()
     pads_begin: tuple[int, ...] = ()
     pads_end: tuple[int, ...] = ()
     dilations: tuple[int, ...] = ()
     groups: int = 1
+    in_pairs: bool = False
 
     def windows(self, op: str, kernel: tuple[int, ...]) -> Windows:
         return Windows.of(
@@ -102,7 +106,10 @@ def _conv_infer(x: Arg, w: Arg, *rest: Any) -> TensorType:
     _check_bias("conv", bias, out)
     windows = a.windows("conv", _kernel("conv", w))
     spatial = windows.check("conv", x.type.shape[2:], x.type)
-    return result((x.type.shape[0], out, *spatial), same_dtype("conv", x, w, bias))
+    dtype = same_dtype("conv", x, w, bias)
+    if a.in_pairs:
+        need_int32("conv", dtype)
+    return result((x.type.shape[0], out, *spatial), dtype)
 
 
 def _conv_compute(x: te.Tensor, w: te.Tensor, *rest: Any) -> te.Tensor:
@@ -128,7 +135,7 @@ def _conv_compute(x: te.Tensor, w: te.Tensor, *rest: Any) -> te.Tensor:
             group = o if per_group == 1 else o // per_group
             read = group if cg == 1 else group * cg + channel
         at = [windows.position(k, i, taps[k]) for k, i in enumerate(spatial)]
-        return source[(n, read, *at)] * weight[(o, channel, *taps)]
+        return multiply(source[(n, read, *at)], weight[(o, channel, *taps)], a.in_pairs)
 
     shape = (x.shape[0], w.shape[0], *sizes)
     return _finished(te.compute(shape, body, "conv", reduce=("sum", over)), bias, x.dtype)
@@ -153,11 +160,13 @@ def _conv_reference(x: Array, w: Array, *rest: Any) -> Array:
     g, r = a.groups, windows.rank
     view = view.reshape(x.shape[0], g, x.shape[1] // g, *view.shape[2:])
     weight = w.reshape(g, w.shape[0] // g, *w.shape[1:])
+    # [n, c, *out, *kernel] with [o, c, *kernel] -> [n, *out, o]
+    axes = [1, *range(2 + r, 2 + 2 * r)], list(range(1, 2 + r))
     parts = []
     for k in range(g):
-        # [n, c, *out, *kernel] with [o, c, *kernel] -> [n, *out, o]
-        axes = [1, *range(2 + r, 2 + 2 * r)], list(range(1, 2 + r))
-        parts.append(np.moveaxis(np.tensordot(view[:, k], weight[k], axes), -1, 1))
+        of = partial(np.tensordot, axes=axes)
+        one = view[:, k], weight[k]
+        parts.append(np.moveaxis(np_multiplied(of, *one) if a.in_pairs else of(*one), -1, 1))
     return _np_biased(np.concatenate(parts, axis=1), bias)
 
 
@@ -168,9 +177,11 @@ def _conv_samples(draw: Draw) -> tuple[list[Array | None], ConvAttrs]:
     kernel = tuple(integer(draw, 1, 3) for _ in range(rank))
     a = _draw_conv(draw, rank, groups)
     spatial = tuple((k - 1) * 2 + 1 + integer(draw, 0, 3) for k in kernel)
-    dtype = choice(draw, ("float32", "float32", "float64", "float16"))
-    x = array(draw, (integer(draw, 1, 2), groups * cg, *spatial), dtype)
-    w = array(draw, (groups * og, cg, *kernel), dtype)
+    dtype = choice(draw, ("float32", "float32", "float64", "float16", "int32"))
+    a = dataclasses.replace(a, in_pairs=dtype == "int32")
+    bounds = INT32 if a.in_pairs else (-3, 3)
+    x = array(draw, (integer(draw, 1, 2), groups * cg, *spatial), dtype, *bounds)
+    w = array(draw, (groups * og, cg, *kernel), dtype, *bounds)
     return [x, w, array(draw, (groups * og,), dtype) if flag(draw) else None], a
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ from ..ir.graph import (
 from ..ir.op import Counted
 from ..ir.tir import Buffer, PrimFunc
 from ..ir.types import DType
+from .pairs import np_multiplied
 
 Array = np.ndarray
 
@@ -82,7 +84,7 @@ _CALLS: dict[str, Callable[..., Array]] = {
     "trunc": np.trunc, "abs": np.abs, "sin": np.sin, "cos": np.cos, "tan": np.tan,
     "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "sinh": np.sinh, "cosh": np.cosh,
     "asinh": np.arcsinh, "acosh": np.arccosh, "atanh": np.arctanh, "log1p": np.log1p,
-    "expm1": np.expm1, "exp_nonpositive": np.exp,
+    "expm1": np.expm1, "exp_nonpositive": np.exp, "dot_pairs": partial(np_multiplied, np.multiply),
     "sigmoid": sigmoid, "isnan": np.isnan, "isinf": np.isinf, "not": np.logical_not,
 }  # fmt: skip
 _BINARY: dict[str, Callable[[Array, Array], Array]] = {

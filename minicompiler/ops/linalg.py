@@ -5,7 +5,7 @@ matmul(a[..., m, k], b[..., k, n]) -> [..., m, n]     numpy's semantics, batches
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from ..ir.tir import SERIAL, Alloc, Buffer, For, If, Scope, Stmt, Store, seq
 from ..ir.types import TensorType, index
 from .draws import Draw, array, broadcastable, choice, flag, integer
 from .elementwise import magnitude
+from .pairs import INT32, multiply, need_int32, np_multiplied
 from .rules import (
     Shape,
     broadcast_sizes,
@@ -36,10 +37,13 @@ from .scatter import Fresh, over
 # ---- matmul -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class MatmulAttrs:
-    """transpose_a, transpose_b: the last two axes of an operand are taken the other way round."""
+    """transpose_a, transpose_b: the last two axes of an operand are taken the other way round.
+
+    in_pairs: elements are pairs of numbers along the inner axis (see pairs.py)."""
 
     transpose_a: bool = False
     transpose_b: bool = False
+    in_pairs: bool = False
 
 
 def _matrices(
@@ -71,7 +75,10 @@ def _matmul_infer(a: Arg, b: Arg, attrs: MatmulAttrs) -> TensorType:
             f"matmul of {a.type} and {b.type}: the inner sizes {ka} and {kb} differ",
             "transpose an operand, or check the layout of the weight",
         )
-    return result(_product_shape(a.type.shape, b.type.shape, attrs), same_dtype("matmul", a, b))
+    dtype = same_dtype("matmul", a, b)
+    if attrs.in_pairs:
+        need_int32("matmul", dtype)
+    return result(_product_shape(a.type.shape, b.type.shape, attrs), dtype)
 
 
 def _matmul_compute(a: te.Tensor, b: te.Tensor, attrs: MatmulAttrs) -> te.Tensor:
@@ -95,7 +102,7 @@ def _matmul_compute(a: te.Tensor, b: te.Tensor, attrs: MatmulAttrs) -> te.Tensor
             at_a = at_a[::-1]
         if attrs.transpose_b:
             at_b = at_b[::-1]
-        return element(left, batch, at_a) * element(right, batch, at_b)
+        return multiply(element(left, batch, at_a), element(right, batch, at_b), attrs.in_pairs)
 
     # Where only one inner size is a constant, the loop runs over that one.
     extent = kb if type(kb) is Const else ka
@@ -105,7 +112,7 @@ def _matmul_compute(a: te.Tensor, b: te.Tensor, attrs: MatmulAttrs) -> te.Tensor
 def _matmul_reference(a: np.ndarray, b: np.ndarray, attrs: MatmulAttrs) -> np.ndarray:
     a = a.swapaxes(-1, -2) if attrs.transpose_a and a.ndim > 1 else a
     b = b.swapaxes(-1, -2) if attrs.transpose_b and b.ndim > 1 else b
-    return np.asarray(np.matmul(a, b))
+    return np_multiplied(np.matmul, a, b) if attrs.in_pairs else np.asarray(np.matmul(a, b))
 
 
 def _matmul_samples(draw: Draw) -> tuple[list[np.ndarray], MatmulAttrs]:
@@ -119,6 +126,9 @@ def _matmul_samples(draw: Draw) -> tuple[list[np.ndarray], MatmulAttrs]:
     if integer(draw, 0, 4) == 0:
         of_b = (k,)
     dtype = choice(draw, ("float32", "float32", "float64", "float16", "bfloat16", "int32"))
+    if dtype == "int32" and flag(draw):
+        attrs = replace(attrs, in_pairs=True)
+        return [array(draw, of, dtype, *INT32) for of in (of_a, of_b)], attrs
     return [array(draw, of_a, dtype), array(draw, of_b, dtype)], attrs
 
 

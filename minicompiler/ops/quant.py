@@ -113,13 +113,11 @@ def _quantize_compute(x: te.Tensor, scale: te.Tensor, *rest: Any) -> te.Tensor:
         e = cast(x[i], float32) / cast(_own(scale, i, a), float32)
         if codes.is_float_code(a.dtype):
             return codes.encode(e, a.dtype, a.saturate)
-        low, high = codes.limits(a.dtype)
-        # Rounded and bounded as a float, so that the conversion to an integer cannot overflow.
-        e = binary("max", binary("min", Call("round", (e,)), 1e9), -1e9)
-        whole = cast(e, int32)
-        if zero is not None:
-            whole = whole + cast(_own(zero, i, a), int32)
-        whole = binary("max", binary("min", whole, const(high, int32)), const(low, int32))
+        point = const(0, int32) if zero is None else cast(_own(zero, i, a), int32)
+        # Bounded as a float, so that the conversion cannot overflow. Differences of 16-bit numbers
+        # are exact.
+        low, high = (cast(const(x, int32) - point, float32) for x in codes.limits(a.dtype))
+        whole = point + cast(binary("min", binary("max", Call("round", (e,)), low), high), int32)
         return codes.encode(whole, a.dtype) if a.dtype.is_coded else cast(whole, a.dtype)
 
     return te.compute(x.shape, body, "quantize")
