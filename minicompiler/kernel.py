@@ -46,6 +46,7 @@ from .lower.guards import guard_accesses, run_time_guards
 from .lower.join_axes import join_axes
 from .lower.lift_constants import lift_constants
 from .lower.memory import to_size
+from .lower.reshaped import keep_shape
 from .lower.to_tir import is_exact, lower_function
 from .runtime.diskcache import DiskCache
 from .runtime.plan import Size
@@ -193,7 +194,7 @@ def lower_kernel(fn: Function, constant: tuple[bool, ...], ctx: Context) -> Prim
     the function itself may change its code, which other models use as well.
     """
     facts = [fact for fact, _ in run_time_guards(fn)]
-    lowered = join_axes(lower_function(fn, constant, ctx.options.max_error))
+    lowered = keep_shape(join_axes(lower_function(fn, constant, ctx.options.max_error)))
     return guard_accesses(lowered, facts)
 
 

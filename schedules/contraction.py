@@ -362,10 +362,12 @@ def _schedule(s: Schedule, nest: Nest) -> None:
         s.compute_at(b, home)
     init = s.decompose_reduction(name, depth[0])
     staged = s.stage(out.buffer.name, home, Scope.REGISTER)
-    # The innermost reduction loop is repeated four times in the code: more makes LLVM spill. Of
-    # sums of integers it changes the order, so that three and more no longer fit the registers.
+    # The innermost reduction loop is repeated four times in the code: more makes LLVM spill. So do
+    # taps side by side, which read each other's pixels: LLVM would keep these in registers. Sums of
+    # integers change their order, so that three and more no longer fit.
     last, extent = depth[-1], const_int(s.loop(depth[-1])[0].extent)
-    unroll = s.choose("unroll", (1, 2, 4, 8), 4 if out.buffer.dtype.is_float else 2)
+    most = 4 if out.buffer.dtype.is_float else 2
+    unroll = s.choose("unroll", (1, 2, 4, 8), 1 if _slides(nest, last) else most)
     if extent is not None and unroll > 1:
         if extent <= unroll:
             s.mark(last, UNROLL)
@@ -393,6 +395,13 @@ def _schedule(s: Schedule, nest: Nest) -> None:
             continue
         if packed is None or b != f"{packed}_in" or not panels.copy_panels(s, b):
             elementwise.one_block(s, b)
+
+
+def _slides(nest: Nest, loop: str) -> bool:
+    """Whether a reduction loop walks along an axis of the operand as the rows of the tile do."""
+    taps = {i.var for i in nest.reduce if _loop(i) == loop}
+    rows = {i.var for i in nest.rows}
+    return any(taps & free_vars(i) and rows & free_vars(i) for i in nest.broad.indices)
 
 
 def _part_of_depth(

@@ -22,6 +22,7 @@ from minicompiler.ir.expr import (
     conjuncts,
     const_int,
     free_vars,
+    loads,
     substitute,
     walk,
 )
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from .schedule import Schedule
 
 LONG_VECTORS = 4  # side by side they hide the latency of a polynomial
-MOST_PIECES = 8  # of a concatenation that are written out
+MOST_PIECES = 32  # of a concatenation that are written out
 WORTH_A_THREAD = 16384  # elements below which waking another thread costs more than it saves
 WORTH_A_LINE = 6  # vectors of a row from which its first and last ones may be incomplete
 _UNKNOWN = 64  # iterations of a loop whose extent is known at run time only
@@ -200,7 +201,7 @@ def _in_pieces(s: Schedule, name: str, order: list[str]) -> list[str]:
     block, path = s.block(name)
     cuts: dict[str, set[int]] = {}
     for e in walk(block.body.value):
-        if type(e) is not Select:
+        if type(e) is not Select or [*loads(e.cond)]:  # data decides: the sign of an index, say
             continue
         for c in conjuncts(e.cond):
             known = type(c) is Binary and c.op == "lt" and const_int(c.b) is not None
@@ -215,8 +216,9 @@ def _in_pieces(s: Schedule, name: str, order: list[str]) -> list[str]:
     extent = const_int(s.loop(axis)[0].extent)
     if axis not in order or None in sizes or extent is None:
         return order
-    size = math.gcd(extent, *at)
     k = order.index(axis)
+    # The last piece may be shorter, where each is one loop anyway.
+    size = math.gcd(extent, *at) if order[k + 1 :] else math.gcd(*at)
     work = math.prod(n or 1 for n in sizes)
     shared = math.prod(const_int(s.loop(n)[0].extent) or 1 for n in order[:k])
     if work >= WORTH_A_THREAD and shared < 2 * s.target.cores:
@@ -226,9 +228,9 @@ def _in_pieces(s: Schedule, name: str, order: list[str]) -> list[str]:
         times = const_int(s.loop(n)[0].extent) or 0
         if any(a is None or b is None or a != b * times for a, b in zip(own, inner, strict=True)):
             return order
-    if not 1 < extent // size <= MOST_PIECES:
+    if not 1 < -(-extent // size) <= MOST_PIECES:
         return order
-    piece, rest = s.split(axis, size, "perfect")
+    piece, rest = s.split(axis, size, "perfect" if extent % size == 0 else "mask")
     s.mark(piece, UNROLL)
     whole = [rest, *order[k + 1 :]]
     return [*order[:k], piece, s.fuse(*whole) if len(whole) > 1 else rest]

@@ -23,6 +23,7 @@ from .schedule import Schedule
 
 MOST_SIDES = 4  # gates that one register tile holds
 FEW_ROWS = 2  # of the state, which weights from beyond the first-level cache keep waiting anyway
+UNEQUAL = 8  # a share larger than the mean by one part in so many is worth reading weights twice
 WORTH_A_BARRIER = 32768  # multiplications of a step below which its threads would mostly wait
 
 
@@ -180,7 +181,12 @@ def _tile(s: Schedule, p: _Product, followers: list[str], t: str, number: str) -
         fit = contraction.tile_rows(count, wide, s.target.registers)
         if count is None:
             fit = min(fit, FEW_ROWS)
-        o, inner = s.split(row, s.choose(f"rows{number}", tuple(range(1, 17)), fit), "mask")
+        fit = s.choose(f"rows{number}", tuple(range(1, 17)), fit)
+        if apart and _unequal(s, p, width) and count is not None and count >= s.target.cores * fit:
+            each = -(-count // (s.target.cores * fit)) * fit
+            part, row = s.split(row, each, "mask")
+            shared.append(part)
+        o, inner = s.split(row, fit, "mask")
         row_o, tile = [o], [inner]
     v_o, v_i = s.split(_loop(p.vector), width, "mask")
     shared.append(v_o)
@@ -221,6 +227,15 @@ def _tile(s: Schedule, p: _Product, followers: list[str], t: str, number: str) -
             work *= const_int(x.extent) or 32
     if work >= WORTH_A_BARRIER:
         s.mark(s.fuse(*shared) if len(shared) > 1 else shared[0], PARALLEL)
+
+
+def _unequal(s: Schedule, p: _Product, width: int) -> bool:
+    """Whether blocks of units give some thread much more work than others."""
+    units, outer, cores = const_int(p.vector.extent), _size(p.outer), s.target.cores
+    if units is None or outer is None:
+        return False
+    blocks = -(-units // width) * outer
+    return -(-blocks // cores) * cores * UNEQUAL > blocks * (UNEQUAL + 1)
 
 
 def _pack(s: Schedule, p: _Product, width: int, apart: bool) -> None:

@@ -11,6 +11,7 @@ dimensions: largest first, each value takes the lowest place that is proved to b
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -258,8 +259,15 @@ class _Placer:
         places = sorted(
             {ZERO, *[end for _, end in taken]}, key=lambda e: (self.values(e)[1], str(e))
         )
+        samples = [
+            _Ranges([(self.values(low)[k], self.values(high)[k]) for low, high in taken])
+            for k in range(len(self.samples))
+        ]
         tries = 0
         for start in places:
+            here = zip(samples, self.values(start), self.values(size), strict=True)
+            if any(ranges.meet(low, low + length) for ranges, low, length in here):
+                continue
             end = start + size
             if any(not (self.may(end, low) or self.may(high, start)) for low, high in taken):
                 continue
@@ -306,6 +314,19 @@ class _Placer:
             low, high = (_value(e, sample) for sample in self.samples)
             found = self.seen[e] = low, high
         return found
+
+
+class _Ranges:
+    """Ranges of numbers, to be asked many times whether one of them meets another one."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        ordered = sorted(ranges)
+        self.lows = [low for low, _ in ordered]
+        self.reach = [*itertools.accumulate((high for _, high in ordered), max)]
+
+    def meet(self, low: int, high: int) -> bool:
+        before = bisect.bisect_left(self.lows, high)  # those that begin below `high`
+        return before > 0 and self.reach[before - 1] > low
 
 
 def _value(e: Expr, sample: dict[str, int]) -> int:

@@ -16,10 +16,10 @@ from minicompiler.codegen.llvm import emit
 from minicompiler.errors import ScheduleError
 from minicompiler.frontend.builder import Builder
 from minicompiler.ir import interp
-from minicompiler.ir.expr import FALSE, TRUE, Dim, select
+from minicompiler.ir.expr import FALSE, TRUE, Dim, binary, select
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, For, PrimFunc, statements, stores
-from minicompiler.ir.types import float32
+from minicompiler.ir.types import float32, int64
 from minicompiler.ir.verify_tir import verify_tir
 from minicompiler.lower.blocks import hoist_conditions, lower_blocks, unswitch
 from minicompiler.lower.to_tir import from_tensors
@@ -346,3 +346,37 @@ def test_a_concatenation_copies_long_pieces() -> None:
     func = schedule(from_tensors("f", [a, b], [y]), AVX2, after_step=verify_tir).func
     loops = [x for x in statements(func) if isinstance(x, For)]
     assert max(int(str(x.extent)) for x in loops) == 64 * 15 * 15 // 8
+
+
+def test_rows_from_many_tables_side_by_side() -> None:
+    """Each piece of a concatenation is a copy of its own, the last and shorter one too; that the
+    sign of a position is looked at does not matter."""
+    rng = np.random.default_rng(0)
+    net = Builder("tables")
+    places, more = net.input("i", (40, 11), "int64"), net.input("x", (40, 13))
+    tables = [rng.standard_normal((50, 16)).astype(np.float32) for _ in range(11)]
+    columns = [net.gather(places, np.int64(k), axis=1) for k in range(11)]
+    parts = [net.gather(t, c, axis=0) for t, c in zip(tables, columns, strict=True)]
+    fn = net.function(y=net.concat(*parts, more, axis=1))
+    i = rng.integers(-50, 50, (40, 11))
+    x = rng.standard_normal((40, 13)).astype(np.float32)
+    wanted = np.concatenate([*(t[i[:, k]] for k, t in enumerate(tables)), x], 1)
+    m = mc.compile(fn, threads=2)
+    assert np.array_equal(m(i, x)[0], wanted)
+
+
+def test_pieces_are_cut_beside_conditions_on_data() -> None:
+    """Two pieces of 16 and one of 13: a row of a table at a place that may count from the end."""
+    at, a = te.placeholder("at", (40,), int64), te.placeholder("a", (50, 16), float32)
+    b, c = (te.placeholder(n, (40, m), float32) for n, m in (("b", 16), ("c", 13)))
+
+    def body(i: Any, j: Any) -> Any:
+        place = select(at[i] < 0, at[i] + 50, at[i])
+        row = binary("max", binary("min", place, 49), 0)
+        return select(j < 16, a[row, j], select(j < 32, b[i, j - 16], c[i, j - 32]))
+
+    y = te.compute((40, 45), body, "y")
+    func = schedule(from_tensors("f", [at, a, b, c], [y]), AVX2, after_step=verify_tir).func
+    assert [(str(x.extent), x.kind) for x in statements(func) if isinstance(x, For)][1:] == [
+        ("3", UNROLL), ("16", VECTOR)
+    ]  # fmt: skip
