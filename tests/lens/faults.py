@@ -19,7 +19,7 @@ from minicompiler.ir.expr import ZERO, Binary, Const, const
 from minicompiler.ir.graph import Apply, rebuild
 from minicompiler.ir.layout import IndexMap, axes
 from minicompiler.ir.tir import Block, If, PrimFunc, Seq, Stmt, map_statements
-from minicompiler.lower import memory, to_tir
+from minicompiler.lower import places, to_tir
 from minicompiler.ops import elementwise
 from minicompiler.passes import clean, fold, fold_bn, fuse, layout
 from minicompiler.schedules import blocks, loops, reductions, staging
@@ -218,7 +218,7 @@ def subtracts(patch: Patch) -> None:
 
 
 def overlapping_memory(patch: Patch) -> None:
-    patch.setattr(memory._Placer, "offset", lambda self, size, taken: ZERO)
+    patch.setattr(places._Placer, "offset", lambda self, size, taken: ZERO)
 
 
 def skips_the_last_call(patch: Patch) -> None:

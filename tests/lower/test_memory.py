@@ -15,7 +15,8 @@ from minicompiler.ir.expr import ZERO, Const, Dim, Expr, maximum, wrap
 from minicompiler.ir.graph import Apply, Constant, Function, Input, Item, NoAttrs, Value, type_of
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.types import TensorType, float32, int32
-from minicompiler.lower.memory import ALIGN, Alias, KernelCall, Lifetime, place, plan_memory
+from minicompiler.lower.memory import Alias, KernelCall, plan_memory
+from minicompiler.lower.places import ALIGN, Lifetime, place
 from minicompiler.runtime.plan import Location, Plan, evaluate
 
 N, M, K = Dim("n", 1, 64), Dim("m", 0, None), Dim("k", 8, None, 8)
