@@ -118,7 +118,7 @@ def load(
 
 
 def _bounds_from(dims: Iterable[Dim], needs: Sequence[tuple[Expr, Expr]]) -> dict[str, Bounds]:
-    """Bounds of the dimensions that cannot be as small as they are said to be, or must be 1.
+    """Bounds of the dimensions that cannot be as small as they are said to be, or have one size.
 
     Where windows do not fit the smallest images, every call with such sizes would be refused, while
     many a shape could not be simplified for their sake. And a model that was traced with one token
@@ -126,8 +126,9 @@ def _bounds_from(dims: Iterable[Dim], needs: Sequence[tuple[Expr, Expr]]) -> dic
     """
     found: dict[str, Bounds] = {}
     for dim in dims:
-        if dim.lo <= 1 < (dim.hi or 2) and any(_is_one(n, dim) for n in needs):
-            found[dim.name] = (1, 1)
+        only = next((k for k in (_only_size(n, dim) for n in needs) if k is not None), 0)
+        if dim.lo <= only <= (dim.hi or only) and only % dim.multiple_of == 0 < only:
+            found[dim.name] = (only, only)
             continue
         own = [n for n in needs if free_vars(n[0]) | free_vars(n[1]) == {dim}]
         sizes = range(dim.lo, min(dim.lo + _SMALL, dim.hi or _SMALL) + 1, dim.multiple_of)
@@ -137,15 +138,18 @@ def _bounds_from(dims: Iterable[Dim], needs: Sequence[tuple[Expr, Expr]]) -> dic
     return found
 
 
-def _is_one(need: tuple[Expr, Expr], dim: Dim) -> bool:
-    """True when two sizes are equal only where `dim` is 1: b * 768 == b * dim * 768."""
+def _only_size(need: tuple[Expr, Expr], dim: Dim) -> int | None:
+    """The size of `dim` without which two sizes differ: 3 for b * 768 == b * dim * 256."""
     difference = Arith({}).poly(need[0] - need[1])
-    if len(difference) != 2 or sum(difference.values()) != 0:
-        return False
+    if len(difference) != 2:
+        return None
     plain, product = sorted(difference, key=len)
     others = [x for x in product if x is not dim]
     positive = all(type(x) is Dim and x.lo > 0 for x in plain)
-    return positive and product.count(dim) == 1 and tuple(others) == plain
+    if not positive or product.count(dim) != 1 or tuple(others) != plain:
+        return None
+    size, rest = divmod(-difference[plain], difference[product])
+    return None if rest else size
 
 
 def _holds(need: tuple[Expr, Expr], dim: Dim, size: int) -> bool:

@@ -378,6 +378,29 @@ def test_a_size_that_can_only_be_one_is_one() -> None:
         m(numbers(2, 3, 12), numbers(2, 3, 4))
 
 
+@pytest.mark.parametrize("bounds", [None, (1, 100), (2, 100, 2), (5, 100)])
+def test_a_size_that_the_model_decides(bounds: tuple[int, ...] | None) -> None:
+    """A model traced with 4 tokens, whose reshape holds for no other number."""
+    nodes = [
+        node("Shape", "x", "batch", end=1),
+        node("Concat", "batch rest", "s", axis=0),
+        node("Reshape", "x s", "y"),
+    ]
+    x = numbers(2, 4, 12)
+    m = model(
+        nodes, {"x": x}, ["y"], constants={"rest": np.array([3, 16])}, shapes={"x": ("b", "t", 12)}
+    )
+    c = mc.compile(m, dims=None if bounds is None else {"t": bounds})
+    if bounds == (5, 100):  # no call can be right
+        with pytest.raises(RunError, match="do not fit together"):
+            c(numbers(2, 5, 12))
+        return
+    assert str(c.inputs[0].shape[1]) == "4"
+    np.testing.assert_array_equal(c(x)[0], x.reshape(2, 3, 16))
+    with pytest.raises(RunError, match="axis 1 has size 3, expected 4"):
+        c(numbers(2, 3, 12))
+
+
 @pytest.mark.parametrize(
     ("nodes", "sizes", "good", "bad"),
     [
