@@ -108,10 +108,17 @@ def load(
     known = {**CONVERTERS, **(converters or {})}
     bounds, used = dict(dims or {}), dict(budget.used)
     while True:
+        failure: ShapeError | None = None
         with assumptions() as needs:
-            fn = _Importer(model, file, folder, bounds, weights, budget, known).run()
-        known_better = _bounds_from(function_dims(fn), needs)
+            try:
+                fn = _Importer(model, file, folder, bounds, weights, budget, known).run()
+            except ShapeError as e:  # perhaps only for sizes that what came before excludes
+                failure = e
+        asked = {d: None for n in needs for e in n for d in free_vars(e) if isinstance(d, Dim)}
+        known_better = _bounds_from(asked if failure else function_dims(fn), needs)
         if not known_better:
+            if failure is not None:
+                raise failure
             return fn
         bounds.update(known_better)
         budget.used.update(used)  # paid for once

@@ -372,10 +372,15 @@ def test_a_size_that_can_only_be_one_is_one() -> None:
     ]
     x, z = numbers(2, 1, 12), numbers(2, 1, 4)
     shapes = {"x": ("b", "t", 12), "z": ("b", "t", 4)}
-    m = symbolic(nodes, {"x": x, "z": z}, shapes, {"heads": np.array([3, 4])})
-    np.testing.assert_array_equal(m(x, z)[0], x.reshape(2, 3, 4) + z)
-    with pytest.raises(RunError, match="axis 1 has size 3, expected 1"):
-        m(numbers(2, 3, 12), numbers(2, 3, 4))
+    constants = {"heads": np.array([3, 4])}
+    made = model(nodes, {"x": x, "z": z}, ["y"], constants, opset=24, shapes=shapes)
+    for bounds in ({}, {"t": (1, 2)}):  # of which 2 is not broadcast either
+        m = mc.compile(made, dims=bounds)
+        np.testing.assert_array_equal(m(x, z)[0], x.reshape(2, 3, 4) + z)
+        with pytest.raises(RunError, match="axis 1 has size 3, expected 1"):
+            m(numbers(2, 3, 12), numbers(2, 3, 4))
+    with pytest.raises(ShapeError, match="cannot be broadcast"):
+        mc.compile(made, dims={"t": (4, 8)})
 
 
 @pytest.mark.parametrize("bounds", [None, (1, 100), (2, 100, 2), (5, 100)])
