@@ -15,7 +15,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ class Network:
     make: Callable[[], nn.Module]
     inputs: Callable[[], tuple[torch.Tensor, ...]]
     symbolic: Sequence[Axes] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)  # of torch.onnx.export
 
 
 class Reading(nn.Module):
@@ -70,7 +69,8 @@ TORCHVISION: dict[str, tuple[int, ...]] = {
     "mobilenet_v3_large": IMAGE, "efficientnet_b0": IMAGE, "efficientnet_v2_s": IMAGE,
     "regnet_y_400mf": IMAGE, "squeezenet1_0": IMAGE, "convnext_tiny": IMAGE, "swin_t": IMAGE,
     "maxvit_t": IMAGE, "googlenet": IMAGE, "inception_v3": (1, 3, 299, 299),
-    "vgg11_bn": (4, 3, 224, 224),
+    "vgg11_bn": (4, 3, 224, 224), "mobilenet_v3_small": IMAGE, "vit_b_32": IMAGE,
+    "resnext101_32x8d": IMAGE, "regnet_x_800mf": IMAGE, "shufflenet_v2_x0_5": (8, 3, 224, 224),
 }  # fmt: skip
 SEGMENTATION = {
     "fcn_resnet50": IMAGE, "deeplabv3_resnet50": IMAGE,
@@ -89,13 +89,16 @@ TIMM = {
         "efficientvit_m2", "convmixer_768_32", "eva02_tiny_patch14_224", "davit_tiny",
         "focalnet_tiny_srf", "gcvit_xxtiny", "visformer_tiny", "sequencer2d_s", "starnet_s1",
         "mambaout_femto", "skresnet18", "inception_next_tiny", "nest_tiny", "shvit_s1",
+        "convnextv2_nano", "seresnext26t_32x4d", "hgnetv2_b0",
     ),
     240: ("crossvit_9_240",),
     256: (
         "cspdarknet53", "fastvit_t8", "edgenext_small", "swinv2_tiny_window8_256", "mobilevit_s",
         "mobilevitv2_100", "lambda_resnet26t", "botnet26t_256", "halonet26t",
+        "ecaresnet26t", "maxvit_rmlp_pico_rw_256", "mobilevit_xxs",
     ),
     299: ("xception41",),
+    300: ("efficientnet_b3",),
 }  # fmt: skip
 
 

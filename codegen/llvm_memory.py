@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from minicompiler.errors import CodegenError
-from minicompiler.ir.expr import FALSE, TRUE, ZERO, Binary, Const, Expr, Load, Var, free_vars
+from minicompiler.ir.expr import FALSE, TRUE, Binary, Const, Expr, Load, Var, free_vars
 from minicompiler.ir.polynomials import Poly, plus
 from minicompiler.ir.tir import Buffer, Prefetch, PrimFunc, Scope, Store
 from minicompiler.ir.types import DType
@@ -41,11 +41,7 @@ class Memory(Values):
         key = (buffer, indices)
         found = self.offsets.get(key)
         if found is None:
-            physical = indices if buffer.layout is None else buffer.layout.apply(indices)
-            flat: Expr = ZERO
-            for i, n in zip(physical, buffer.physical_shape, strict=True):
-                flat = flat * n + i
-            found = self.offsets[key] = self.arith.poly(flat)
+            found = self.offsets[key] = self.arith.poly(buffer.offset(indices))
         return found
 
     def lanes_of(self, buffer: Buffer, indices: Indices) -> tuple[str, Poly]:

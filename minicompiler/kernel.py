@@ -194,8 +194,12 @@ def lower_kernel(fn: Function, constant: tuple[bool, ...], ctx: Context) -> Prim
     the function itself may change its code, which other models use as well.
     """
     facts = [fact for fact, _ in run_time_guards(fn)]
-    lowered = keep_shape(join_axes(lower_function(fn, constant, ctx.options.max_error)))
-    return guard_accesses(lowered, facts)
+    return guard_accesses(plain_loops(fn, constant, ctx.options.max_error), facts)
+
+
+def plain_loops(fn: Function, constant: tuple[bool, ...], max_error: float) -> PrimFunc:
+    """The loop nest of a fused function over the axes that suit schedules best."""
+    return keep_shape(join_axes(lower_function(fn, constant, max_error)))
 
 
 def rules_of(ctx: Context) -> tuple[Rule, ...]:

@@ -30,10 +30,9 @@ from minicompiler.ir.tir import (
     sub_statements,
 )
 from minicompiler.ir.types import Loc
+from minicompiler.kernel import plain_loops
 from minicompiler.lower.cost import flops, traffic
-from minicompiler.lower.join_axes import join_axes
 from minicompiler.lower.lift_constants import lift_constants
-from minicompiler.lower.reshaped import keep_shape
 from minicompiler.lower.to_tir import lower_function
 from minicompiler.schedules.cpu import schedule
 from minicompiler.target import Target
@@ -131,7 +130,7 @@ def read_nest(
 ) -> Nest:
     """The nests of a fused function. `constant`: which of its arguments are constants. They are
     made again, because what the disk cache holds is machine code."""
-    lowered = keep_shape(join_axes(lower_function(fused, constant, max_error)))
+    lowered = plain_loops(fused, constant, max_error)
     s = schedule(lowered, target)
     scheduled, _ = lift_constants(s.func)
     meaning = lower_function(fused, constant)

@@ -52,6 +52,7 @@ _NAMED_CORES = 8
 # What a thread that is awake needs to join in, and fetches from another's caches, takes about as
 # long as storing so many elements.
 WORTH_SHARING = 1024
+LINE_BYTES = 64  # of a cache line
 _DEFAULT_CACHES = (32 << 10, 1 << 20, 32 << 20)
 _SYS_CPU = Path("/sys/devices/system/cpu")
 _CGROUP = Path("/sys/fs/cgroup")

@@ -15,7 +15,6 @@ from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import (
     ZERO,
     Binary,
-    Const,
     Expr,
     Load,
     Select,
@@ -121,17 +120,6 @@ def arith_of(func: PrimFunc) -> Arith:
 def values_of(block: Block) -> dict[Expr, Expr]:
     """Iterator variable -> its value in loop variables."""
     return {i.var: i.value for i in block.iters}
-
-
-def address(block: Block) -> Expr:
-    """The element of its buffer's memory that a block writes, in loop variables."""
-    buffer, values = block.body.buffer, values_of(block)
-    at = block.body.indices
-    at = at if buffer.layout is None else tuple(buffer.layout.apply(at))
-    flat: Expr = Const(0)
-    for i, n in zip(at, buffer.physical_shape, strict=True):
-        flat = flat * n + substitute(i, values)
-    return flat
 
 
 def accesses(s: Stmt | PrimFunc, arith: Arith, buffer: Buffer | None = None) -> list[Access]:

@@ -48,19 +48,19 @@ def applies(s: Schedule) -> bool:
 def _can_follow(s: Schedule, main: Block) -> bool:
     """Whether all that waits for the sum reads it (and what follows it) at its own points."""
     arith = analysis.arith_of(s.func)
-    names = [b.name for b in analysis.blocks(s.func)]
-    later = {b.body.buffer for b in list(analysis.blocks(s.func))[names.index(main.name) :]}
-    made = {main.body.buffer, *[s.block(n)[0].body.buffer for n in _followers(s, main.name)]}
-    for name in _followers(s, main.name):
-        block, _ = s.block(name)
-        sizes: dict[Expr, Iter] = {i.var: i for i in block.iters if not i.reduce}
+    every = list(analysis.blocks(s.func))
+    later = {b.body.buffer for b in every[every.index(main) :]}
+    followers = [s.block(n)[0] for n in _followers(s, main.name)]
+    made = {b.body.buffer for b in (main, *followers)}
+    for block in followers:
+        own: dict[Expr, Iter] = {i.var: i for i in block.iters if not i.reduce}
         for load in analysis.block_loads(block):
             if load.buffer not in made:
                 if load.buffer in later:
                     return False
                 continue
             for index, size in zip(load.indices, load.buffer.shape, strict=True):
-                it = sizes.get(index)
+                it = own.get(index)
                 if it is None and const_int(index) is None:
                     return False
                 if it is not None and not analysis.stays_within(it, size, arith):

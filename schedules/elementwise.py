@@ -15,7 +15,6 @@ from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import (
     Binary,
     Call,
-    Const,
     Expr,
     Select,
     Var,
@@ -69,13 +68,8 @@ def follow_readers(s: Schedule) -> None:
 
 def strides(buffer: Buffer, indices: tuple[Expr, ...], var: Expr, arith: Arith) -> int | None:
     """The distance in elements between neighbouring values of `var`: 0 when it does not matter,
-    None
-    when it varies or is not known."""
-    physical = indices if buffer.layout is None else buffer.layout.apply(indices)
-    flat: Expr = Const(0)
-    for i, n in zip(physical, buffer.physical_shape, strict=True):
-        flat = flat * n + i
-    poly = arith.poly(flat)
+    None when it varies or is not known."""
+    poly = arith.poly(buffer.offset(indices))
     stride = 0
     for m, c in poly.items():
         if m == (var,):

@@ -38,13 +38,13 @@ from minicompiler.ir.tir import (
     seq,
     statements,
 )
+from minicompiler.target import LINE_BYTES
 
 from . import analysis, elementwise
 
 if TYPE_CHECKING:
     from .schedule import Schedule
 
-LINE_BYTES = 64
 MOST_LINES = 64
 
 

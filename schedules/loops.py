@@ -155,7 +155,7 @@ def split_at_lines(s: Schedule, name: str, factor: int, block: str, line: int) -
     writer, path = s.block(block)
     if loop not in path:
         s.refuse(f"block {block} is not inside loop {name}", loop)
-    at = analysis.address(writer)
+    at = substitute(writer.body.buffer.offset(writer.body.indices), analysis.values_of(writer))
     start = arith.simplify(substitute(at, {loop.var: Const(0)}))
     if arith.simplify(at - start) is not loop.var:
         s.refuse(f"neighbouring iterations of {name} do not write neighbouring elements", writer)

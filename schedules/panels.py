@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from minicompiler.ir.expr import Load, const_int, free_vars
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import VECTOR, Iter, Scope, Store
+from minicompiler.target import LINE_BYTES
 
 from . import analysis, elementwise
-from .hints import LINE_BYTES, MOST_LINES
+from .hints import MOST_LINES
 
 if TYPE_CHECKING:
     from .contraction import Nest

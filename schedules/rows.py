@@ -26,8 +26,9 @@ from minicompiler.ir.expr import (
     walk,
 )
 from minicompiler.ir.tir import PARALLEL, SERIAL, UNROLL, VECTOR, Block, Buffer, Iter, Scope
+from minicompiler.target import LINE_BYTES
 
-from . import analysis, elementwise, hints, streaming
+from . import analysis, elementwise, streaming
 from .schedule import Schedule
 
 DEEP = 32  # rows that are added up: from here on it pays to keep partial sums in memory
@@ -131,9 +132,9 @@ def _fetch_ahead(s: Schedule, top: str) -> None:
         at = tuple(_unclamped(substitute(i, values)) for i in places.pop())
         steps = [elementwise.strides(buffer, at, s.loop(n)[0].var, arith) for n in (top, loop)]
         row_size, step = [(n or 0) * buffer.dtype.bytes for n in steps]
-        if 0 < step <= LINES * hints.LINE_BYTES and 0 < row_size <= near // 4:
+        if 0 < step <= LINES * LINE_BYTES and 0 < row_size <= near // 4:
             rows = max(1, -(-AHEAD // row_size))
-            lines = -(-step // hints.LINE_BYTES)
+            lines = -(-step // LINE_BYTES)
             s.prefetch(buffer.name, loop, rows * row_size // buffer.dtype.bytes, lines=lines)
 
 

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING
 
 from minicompiler.ir.expr import FALSE, Expr, wrap
 from minicompiler.ir.tir import UNROLL, VECTOR, Scope, Stmt
+from minicompiler.target import LINE_BYTES
 
 from . import analysis
 
 if TYPE_CHECKING:
     from .schedule import Schedule
-
-
-LINE = 64  # bytes of a cache line
 
 
 def apply(s: Schedule) -> None:
@@ -74,7 +72,7 @@ def broken_lines(s: Schedule, name: str, loop: str) -> int:
     `loop` is the innermost one."""
     block, _ = s.block(name)
     buffer = block.body.buffer
-    line = LINE // buffer.dtype.bytes
+    line = LINE_BYTES // buffer.dtype.bytes
     if buffer.scope is not Scope.PARAM or buffer.layout is not None or not is_large(s, name):
         return 0
     arith, (inner, _) = analysis.arith_of(s.func), s.loop(loop)

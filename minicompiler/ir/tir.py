@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator
 
-from .expr import FALSE, TRUE, Dim, Expr, Load, Var, substitute, walk
+from .expr import FALSE, TRUE, ZERO, Dim, Expr, Load, Var, substitute, walk
 from .layout import IndexMap
 from .node import Node, node
 from .types import DType, Loc
@@ -65,6 +65,14 @@ class Buffer(Node):
     def padded_shape(self) -> tuple[Expr, ...]:
         """Logical indices below this have memory (but no meaning beyond `shape`)."""
         return self.shape if self.layout is None else self.layout.padded_shape(self.shape)
+
+    def offset(self, indices: tuple[Expr, ...]) -> Expr:
+        """The place of an element in memory, counted in elements."""
+        at = indices if self.layout is None else self.layout.apply(indices)
+        flat: Expr = ZERO
+        for i, n in zip(at, self.physical_shape, strict=True):
+            flat = flat * n + i
+        return flat
 
     def __str__(self) -> str:
         where = f" {self.layout}" if self.layout is not None else ""
