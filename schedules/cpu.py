@@ -20,6 +20,7 @@ from minicompiler.target import Target
 from . import (
     analysis,
     attention,
+    columns,
     contraction,
     depthwise,
     elementwise,
@@ -47,6 +48,7 @@ RULES: tuple[Rule, ...] = (
     Rule("depthwise", depthwise.applies, depthwise.apply),
     Rule("contraction", contraction.applies, contraction.apply),
     Rule("windows", windows.applies, windows.apply),
+    Rule("columns", columns.applies, columns.apply),
     Rule("rows", rows.applies, rows.apply),
     Rule("elementwise", lambda s: True, elementwise.apply),
 )

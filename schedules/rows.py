@@ -54,7 +54,7 @@ def apply(s: Schedule) -> None:
     row = None
     if len(results) == 1 and len(names) > 1 and not analysis.is_reduction(s.block(last)[0]):
         for n in names[:-1]:
-            if _cheap(s.block(n)[0]):
+            if is_cheap(s.block(n)[0]):
                 s.inline(n)
         row = _row_loops(s, last) or _group_loops(s, last)
     if row is None or _side_by_side(s):
@@ -68,7 +68,7 @@ def apply(s: Schedule) -> None:
     for n in reversed(names[:-1]):
         s.compute_at(n, top)
     for n in names:
-        _one_row(s, n, top)
+        _one_row(s, n, top, together > 1)
     _hold(s, names[:-1], top)
     if together > 1:
         _hold_several(s, names, top)
@@ -79,7 +79,7 @@ def apply(s: Schedule) -> None:
         work *= const_int(x.extent) or 64
     if work >= elementwise.WORTH_A_THREAD:
         s.mark(top, PARALLEL)
-    _fetch_ahead(s, top)
+    fetch_ahead(s, top, s.target.caches[1] // 4)
     streaming.apply(s)
 
 
@@ -113,9 +113,9 @@ def _side_by_side(s: Schedule) -> bool:
     return False
 
 
-def _fetch_ahead(s: Schedule, top: str) -> None:
-    """The last of the passes over a row asks for what a row ahead reads: the memory is idle from
-    when a row is in the caches until the next one begins."""
+def fetch_ahead(s: Schedule, top: str, most: int) -> None:
+    """The last of the passes over a row asks for what a row ahead reads, where that is at most so
+    many bytes: the memory is idle from when a row is in the caches until the next one begins."""
     arith = analysis.arith_of(s.func)
     row = s.loop(top)[0]
     near = s.target.caches[1]
@@ -132,7 +132,7 @@ def _fetch_ahead(s: Schedule, top: str) -> None:
         at = tuple(_unclamped(substitute(i, values)) for i in places.pop())
         steps = [elementwise.strides(buffer, at, s.loop(n)[0].var, arith) for n in (top, loop)]
         row_size, step = [(n or 0) * buffer.dtype.bytes for n in steps]
-        if 0 < step <= LINES * LINE_BYTES and 0 < row_size <= near // 4:
+        if 0 < step <= LINES * LINE_BYTES and 0 < row_size <= most:
             rows = max(1, -(-AHEAD // row_size))
             lines = -(-step // LINE_BYTES)
             s.prefetch(buffer.name, loop, rows * row_size // buffer.dtype.bytes, lines=lines)
@@ -144,7 +144,7 @@ def _unclamped(index: Expr) -> Expr:
     return index.a if clamped else index  # type: ignore[attr-defined]
 
 
-def _cheap(block: Block) -> bool:
+def is_cheap(block: Block) -> bool:
     """True for an element that is computed again in less time than stored and loaded."""
     if analysis.is_reduction(block):
         return False
@@ -248,8 +248,9 @@ def _rows_together(s: Schedule, last: str, row: list[str]) -> int:
     return min(SIDE_BY_SIDE, fit) if long and not few else 1
 
 
-def _one_row(s: Schedule, name: str, top: str) -> None:
-    """Schedules the part of a block inside the row loop."""
+def _one_row(s: Schedule, name: str, top: str, several: bool) -> None:
+    """Schedules the part of a block inside the row loop, or inside a loop over several rows: each
+    begins with a vector of its own, as the buffers do that hold them."""
     inner = s.loops_of(name, top)
     if not inner:
         return
@@ -258,7 +259,7 @@ def _one_row(s: Schedule, name: str, top: str) -> None:
         schedule_reduction(s, name, top)
         return
     vector = s.target.vector_bytes // 4
-    loop = _joined(s, name, inner)[-1]
+    loop = _joined(s, name, inner[several:] or inner)[-1]
     extent = const_int(s.loop(loop)[0].extent)
     lanes = vector * elementwise.LONG_VECTORS
     if extent is not None and extent <= vector:

@@ -1,4 +1,4 @@
-"""Lines and pixels of an image that a product walks through as one are one axis.
+"""Lines and pixels of an image that a reduction walks through as one are one axis.
 
     for o: for h in 28: for w in 28: for c: r[o, h, w] += x[c, h, w] * p[o, c]
       ->   for o: for f in 784: for c: r[o, f] += x[c, f] * p[o, c]
@@ -20,19 +20,20 @@ Access = tuple[Buffer, tuple[Expr, ...]]
 
 
 def join_axes(func: PrimFunc) -> PrimFunc:
-    """Joins the last two axes of a product's result, where all buffers that share them can follow,
-    and again as long as that works (a volume has three). No other function changes."""
+    """Joins the last two axes of what a product or another reduction gives, where all buffers that
+    share them can follow, and again as long as that works (a volume has three)."""
     while True:
-        product = next(filter(_is_product, every_statement(func)), None)
-        pairs = _pairs(func, product) if isinstance(product, Block) else None
+        found = [s for s in every_statement(func) if isinstance(s, Block) and s.init is not None]
+        first = next(filter(_is_product, found), found[0] if found else None)
+        pairs = _pairs(func, first) if first is not None else None
         if not pairs:
             return func
         func = _joined(func, pairs)
 
 
-def _is_product(s: Stmt) -> bool:
+def _is_product(s: Block) -> bool:
     """A block that sums products of two loads."""
-    if not isinstance(s, Block) or s.init is None or type(s.body.value) is not Binary:
+    if type(s.body.value) is not Binary:
         return False
     term = s.body.value.b
     return factors(term) is not None and len(list(loads(term))) == 2
@@ -45,7 +46,7 @@ def _accesses(block: Block) -> Iterator[Access]:
             yield from ((x.buffer, x.indices) for x in loads(store.value))
 
 
-def _pairs(func: PrimFunc, product: Block) -> dict[Block, Pair] | None:
+def _pairs(func: PrimFunc, reduction: Block) -> dict[Block, Pair] | None:
     """Per block the iterators that become one; None where a block does not walk through both axes
     of all it touches as through one, or there is more than loops and blocks."""
     parts = list(every_statement(func))
@@ -53,7 +54,7 @@ def _pairs(func: PrimFunc, product: Block) -> dict[Block, Pair] | None:
         return None
     nested = {(s.var, s.body.var) for s in parts if isinstance(s, For) and isinstance(s.body, For)}
     blocks = [s for s in parts if isinstance(s, Block)]
-    shared, found = {product.body.buffer}, dict[Block, Pair]()
+    shared, found = {reduction.body.buffer}, dict[Block, Pair]()
     while True:
         before = len(shared), len(found)
         for block in blocks:

@@ -68,6 +68,7 @@ COMBINE = {
     "or": "or",
 }  # fmt: skip
 CHEAP = 6  # arithmetic operations worth repeating rather than storing
+DEAR = 7  # from here on, a division alone, they are done once for all who need the same
 
 
 def from_tensors(
@@ -295,6 +296,16 @@ def _inline_once(order: list[te.Tensor], results: Sequence[te.Tensor]) -> list[t
     return final
 
 
+def _in_columns(t: te.Tensor, consumer: te.Tensor) -> bool:
+    """True where a reader uses an element of t for many of its own, but no two neighbours use the
+    same, so that what is computed once for each stays no number outside of a loop."""
+    if consumer.body is None or not consumer.axes:
+        return False
+    loads = [e for e in walk(consumer.body) if type(e) is Load and e.buffer is t]
+    used = frozenset[Expr]().union(*map(free_of, loads))
+    return consumer.axes[-1] in used and not set(consumer.axes) <= used | _unit_axes(consumer)
+
+
 def _worth_inlining(t: te.Tensor, original: te.Tensor, consumers: list[te.Tensor]) -> bool:
     assert t.body is not None
     if type(t.body) is Reduce:
@@ -310,6 +321,9 @@ def _worth_inlining(t: te.Tensor, original: te.Tensor, consumers: list[te.Tensor
         cost += 2 if type(e) is Select else 0
         if type(e) is Load and any(type(x) is Load for i in e.indices for x in walk(i)):
             gathers = True
+    total = any(type(i.body) is Reduce for i in te.inputs(t))
+    if total and cost >= DEAR and any(_in_columns(original, c) for c in consumers):
+        return False
     for c in consumers:
         sites = (
             sum(1 for e in walk(c.body) if type(e) is Load and e.buffer is original)

@@ -380,3 +380,60 @@ def test_pieces_are_cut_beside_conditions_on_data() -> None:
     assert [(str(x.extent), x.kind) for x in statements(func) if isinstance(x, For)][1:] == [
         ("3", UNROLL), ("16", VECTOR)
     ]  # fmt: skip
+
+
+def test_several_rows_of_what_is_not_reduced() -> None:
+    """Each row of the products begins with a vector, however many rows there are."""
+    x = np.random.default_rng(4).standard_normal((3, 9, 14, 33), np.float32)
+    net = Builder("gated", {"n": (1, 5000)})
+    v = net.input("x", (3, 9, "n", 33))
+    fn = net.function(y=net.softmax(net.mul(net.tanh(v), v)))
+    wide = np.tanh(x.astype(np.float64)) * x
+    e = np.exp(wide - wide.max(-1, keepdims=True))
+    for threads in (1, 2):
+        (y,) = mc.compile(fn, threads=threads, checked=True)(x)
+        np.testing.assert_allclose(y, e / e.sum(-1, keepdims=True), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((21, 8, 5, 15), (2,)),  # less than a vector: another rule, with several rows
+        ((2, 3, 5, 40), (2,)),
+        ((2, 21, 40, 50), (1,)),
+        ((1, 19, 64, 65), (1,)),
+        ((5, 2100), (0,)),
+        ((2, 9, 10, 33), (1, 2)),
+        ((3, 4, 5, 6, 21), (1, 3)),
+    ],
+)
+def test_normalisations_over_other_axes_than_the_last(
+    shape: tuple[int, ...], axes: tuple[int, ...], dynamic: bool
+) -> None:
+    x = np.random.default_rng(5).standard_normal(shape, np.float32)
+    last = len(shape) - 1
+    net = Builder("norm", {"n": (1, 5000)})
+    v = net.input("x", (*shape[:last], "n" if dynamic else shape[last]))
+    d = net.sub(v, net.reduce_mean(v, axes=axes, keepdims=True))
+    variance = net.reduce_mean(net.mul(d, d), axes=axes, keepdims=True)
+    deviation = net.sqrt(net.add(variance, net.constant(np.float32(1e-3))))
+    fn = net.function(y=net.div(d, deviation))
+    wide = x - x.astype(np.float64).mean(axes, keepdims=True)
+    wide /= np.sqrt((wide * wide).mean(axes, keepdims=True) + 1e-3)
+    found = [mc.compile(fn, threads=t, checked=True)(x)[0] for t in (1, 2)]
+    np.testing.assert_allclose(found[0], wide, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_softmax_over_channels_goes_row_by_row() -> None:
+    """One nest for all passes, vectors along memory, the sums of four or three rows at a time."""
+    net = Builder("classes")
+    v = net.input("x", (1, 21, 64, 96))
+    m = mc.compile(net.function(y=net.softmax(v, axis=1)), checked=True)
+    (nest,) = [s.text for s in m.stages if s.name == "schedule"]
+    assert "---" not in nest and "parallel" in nest
+    assert nest.count("1.0/") == 1 and "block inverse" in nest  # a division per column
+    x = np.random.default_rng(6).standard_normal((1, 21, 64, 96), np.float32)
+    e = np.exp(x.astype(np.float64))
+    np.testing.assert_allclose(m(x)[0], e / e.sum(1, keepdims=True), rtol=1e-5)

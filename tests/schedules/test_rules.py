@@ -39,7 +39,7 @@ from minicompiler.ir.verify_tir import verify_tir
 from minicompiler.lower.to_tir import from_tensors
 from minicompiler.ops.conv import ConvAttrs
 from minicompiler.ops.pool import PoolAttrs
-from minicompiler.ops.reduce import ArgAttrs, ReduceAttrs
+from minicompiler.ops.reduce import ArgAttrs, AxisAttrs, ReduceAttrs
 from minicompiler.schedules.cpu import RULES, Rule, schedule
 from minicompiler.target import Target
 
@@ -105,6 +105,15 @@ def normalised_products() -> PrimFunc:
     return from_tensors("normalised", [a, b, c], [product(x / te.sum(x, -1), c)])
 
 
+def normalised_channels(axes: tuple[int, ...], *shape: int | Expr) -> PrimFunc:
+    """Less its mean over some axes, divided by its deviation over them."""
+    x = tensor("x", *shape)
+    count = te.sum(te.map_elements(lambda e: e * 0.0 + 1.0, x), axes)
+    d = x - te.sum(x, axes) / count
+    deviation = te.sqrt(te.sum(d * d, axes) / count + 1e-5)
+    return from_tensors("normalised", [x], [d / deviation])
+
+
 LENGTH = 128
 BIG: dict[str, Callable[[], Sample]] = {
     "matmul_big": lambda: Sample(matmul_of(13, 40, 35)),
@@ -132,6 +141,15 @@ BIG: dict[str, Callable[[], Sample]] = {
     ),
     "normalised_products": lambda: Sample(normalised_products()),
     "softmax_big": lambda: Sample(softmax_of(5, 45)),
+    "softmax_of_columns": lambda: Sample(operator("softmax", [(2, 9, 35)], AxisAttrs(1))),
+    "softmax_of_long_columns": lambda: Sample(operator("softmax", [(6, 1300)], AxisAttrs(0))),
+    "softmax_of_points": lambda: Sample(operator("softmax", [(2, 3, 40, 41)], AxisAttrs(1))),
+    "log_softmax_of_columns_dynamic": lambda: Sample(
+        operator("log_softmax", [(Dim("n", 1, 64), 5, Dim("m", 1, 4096))], AxisAttrs(1)),
+        {"n": 2, "m": 519},
+    ),
+    "normalised_channels": lambda: Sample(normalised_channels((1,), 2, 5, 4, 19)),
+    "normalised_pixels": lambda: Sample(normalised_channels((1, 2), 2, 3, 5, 19)),
     "max_pool": lambda: Sample(
         operator("max_pool", [(1, 8, 6, 6)], PoolAttrs(kernel=(2, 2), strides=(2, 2)))
     ),
