@@ -117,6 +117,19 @@ def arith_of(func: PrimFunc) -> Arith:
     return Arith(ranges)
 
 
+def strides(buffer: Buffer, indices: tuple[Expr, ...], var: Expr, arith: Arith) -> int | None:
+    """The distance in elements between neighbouring values of `var`: 0 when it does not matter,
+    None when it varies or is not known."""
+    poly = arith.poly(buffer.offset(indices))
+    stride = 0
+    for m, c in poly.items():
+        if m == (var,):
+            stride = c
+        elif any(var in free_vars(a) for a in m):
+            return None
+    return stride
+
+
 def values_of(block: Block) -> dict[Expr, Expr]:
     """Iterator variable -> its value in loop variables."""
     return {i.var: i.value for i in block.iters}

@@ -405,7 +405,7 @@ def _pack(s: Schedule, name: str, lane: Expr, width: int, at: str | None, rows: 
     if len(axes) != 1 or axes[0] in depth or buffer not in s.func.params or len(readers) > 1:
         return None
     arith = analysis.arith_of(s.func)
-    if elementwise.strides(buffer, load.indices, lane, arith) == 1 and rows < WORTH_A_COPY:
+    if analysis.strides(buffer, load.indices, lane, arith) == 1 and rows < WORTH_A_COPY:
         return None
     (axis,) = axes
     start = arith.simplify(load.indices[axis] - lane)

@@ -19,7 +19,7 @@ from minicompiler.ir.expr import ONE, Expr, Var, const_int
 from minicompiler.ir.tir import PARALLEL, VECTOR, Scope
 from minicompiler.target import LINE_BYTES
 
-from . import analysis, elementwise, rows, streaming
+from . import ahead, analysis, elementwise, rows, streaming
 from .schedule import Schedule
 
 ROWS = (4, 5, 3)  # that are added to what lies in cache at a time: the first that divides, or 4
@@ -68,7 +68,7 @@ def apply(s: Schedule) -> None:
     work = math.prod(const_int(x.extent) or LEAST for x in analysis.loops(s.func.phases[0]))
     if work >= elementwise.WORTH_A_THREAD:
         s.mark(top, PARALLEL)
-    rows.fetch_ahead(s, top, s.target.caches[2] // 4)
+    ahead.fetch_rows(s, top, s.target.caches[2] // 4)
     streaming.apply(s)
 
 

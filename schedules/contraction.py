@@ -459,7 +459,7 @@ def fetch_ahead(s: Schedule, name: str, operand: str, loop: str, turns: str, pan
     load = next(x for x in analysis.operand_loads(block) if x.buffer is buffer)
     values = analysis.values_of(block)
     at = tuple(substitute(i, values) for i in load.indices)
-    panel = elementwise.strides(buffer, at, s.loop(panels)[0].var, arith)
+    panel = analysis.strides(buffer, at, s.loop(panels)[0].var, arith)
     around = s.loop(turns)[0]
     passes = const_int(around.extent)
     if panel is None or panel <= 0 or (passes is not None and passes < 2):
@@ -485,7 +485,7 @@ def _fetch_rows(s: Schedule, nest: Nest, loop: str, rows: int) -> None:
     if len(nest.reduce) != 1 or buffer.scope is not Scope.PARAM or passes is None:
         return
     arith = analysis.arith_of(s.func)
-    step = elementwise.strides(buffer, nest.broad.indices, nest.rows[-1].var, arith)
+    step = analysis.strides(buffer, nest.broad.indices, nest.rows[-1].var, arith)
     # It pays where the operand comes from beyond the second-level cache, and not once in many.
     if step is None or step <= 0 or size <= s.target.caches[1] or passes > 512:
         return
@@ -494,7 +494,7 @@ def _fetch_rows(s: Schedule, nest: Nest, loop: str, rows: int) -> None:
     # Blocks that lie a multiple of 4 KB apart share the same few lines of the first-level cache.
     block, _ = s.block(nest.block.name)
     at = tuple(substitute(i, analysis.values_of(block)) for i in nest.broad.indices)
-    apart = elementwise.strides(buffer, at, s.loop(loop)[0].var, arith)
+    apart = analysis.strides(buffer, at, s.loop(loop)[0].var, arith)
     if apart is not None and apart * buffer.dtype.bytes % shares.PAGE == 0:
         return
     lines = -(-rows * step * buffer.dtype.bytes // 64)

@@ -33,7 +33,7 @@ def applies(s: Schedule, nest: Nest) -> bool:
     arith = analysis.arith_of(s.func)
     depth = nest.reduce[0].var
     sides = (nest.broad, nest.wide)
-    return all(elementwise.strides(x.buffer, x.indices, depth, arith) == 1 for x in sides)
+    return all(analysis.strides(x.buffer, x.indices, depth, arith) == 1 for x in sides)
 
 
 def apply(s: Schedule, nest: Nest) -> None:

@@ -11,7 +11,6 @@ import itertools
 import math
 from typing import TYPE_CHECKING
 
-from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import (
     Binary,
     Call,
@@ -25,10 +24,10 @@ from minicompiler.ir.expr import (
     substitute,
     walk,
 )
-from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, For, Scope
+from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, For, Scope
 from minicompiler.target import WORTH_SHARING
 
-from . import analysis, streaming, transposed
+from . import ahead, analysis, streaming, transposed
 
 if TYPE_CHECKING:
     from .schedule import Schedule
@@ -66,19 +65,6 @@ def follow_readers(s: Schedule) -> None:
                 break
 
 
-def strides(buffer: Buffer, indices: tuple[Expr, ...], var: Expr, arith: Arith) -> int | None:
-    """The distance in elements between neighbouring values of `var`: 0 when it does not matter,
-    None when it varies or is not known."""
-    poly = arith.poly(buffer.offset(indices))
-    stride = 0
-    for m, c in poly.items():
-        if m == (var,):
-            stride = c
-        elif any(var in free_vars(a) for a in m):
-            return None
-    return stride
-
-
 def steps(s: Schedule, name: str, loop: Expr) -> list[int | None]:
     """How far each access of a block moves in memory with a loop; the store comes first."""
     block, _ = s.block(name)
@@ -87,7 +73,8 @@ def steps(s: Schedule, name: str, loop: Expr) -> list[int | None]:
     own = [(block.body.buffer, block.body.indices)]
     loads = [(x.buffer, x.indices) for x in analysis.operand_loads(block)]
     return [
-        strides(b, tuple(substitute(i, values) for i in at), loop, arith) for b, at in own + loads
+        analysis.strides(b, tuple(substitute(i, values) for i in at), loop, arith)
+        for b, at in own + loads
     ]
 
 
@@ -181,6 +168,8 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
         else:
             big, small = s.split(inner, lanes, "mask")
         s.mark(small, VECTOR)
+        if _takes_long(block) and streaming.is_large(s, name):
+            ahead.fetch_soon(s, name)
         outer = [*outer, big]
     if parallel:
         shared = itertools.takewhile(lambda n: s.loop(n)[0].kind is not UNROLL, outer)
@@ -235,8 +224,12 @@ def lanes_for(s: Schedule, block: Block) -> int:
     result is large (a load right behind a store may have to wait for it, where their addresses
     differ by a multiple of 4 KB)."""
     lanes = s.target.vector_bytes // max(4, block.body.buffer.dtype.bytes)
-    calls = any(type(e) is Call for e in walk(block.body.value))
-    return lanes * (LONG_VECTORS if calls or streaming.is_large(s, block.name) else 1)
+    long = _takes_long(block) or streaming.is_large(s, block.name)
+    return lanes * (LONG_VECTORS if long else 1)
+
+
+def _takes_long(block: Block) -> bool:
+    return any(type(e) is Call for e in walk(block.body.value))
 
 
 def threads_over(s: Schedule, outer: list[str], block: str) -> None:
@@ -323,7 +316,6 @@ __all__ = [
     "apply",
     "memory_order",
     "one_block",
-    "strides",
     "substitute",
     "threads_over",
 ]

@@ -40,7 +40,7 @@ from minicompiler.ir.tir import (
 )
 from minicompiler.target import LINE_BYTES
 
-from . import analysis, elementwise
+from . import analysis
 
 if TYPE_CHECKING:
     from .schedule import Schedule
@@ -161,7 +161,7 @@ def _inside(place: Load, arith: Arith) -> Load:
 
 def _lines_between(s: Schedule, place: Load, loop: For, arith: Arith) -> int:
     """Cache lines from what one iteration reads to what the next one does."""
-    stride = elementwise.strides(place.buffer, place.indices, loop.var, arith)
+    stride = analysis.strides(place.buffer, place.indices, loop.var, arith)
     if not stride or stride < 0:
         s.refuse(f"iterations of {loop.var} do not walk forward through {place.buffer.name}", loop)
     return -(-stride * place.buffer.dtype.bytes // LINE_BYTES)

@@ -82,11 +82,11 @@ def rows_conflict(s: Schedule, nest: Nest) -> bool:
     wide = nest.wide
     if (
         not wide.buffer.constant
-        and elementwise.strides(wide.buffer, wide.indices, nest.vector.var, arith) == 1
+        and analysis.strides(wide.buffer, wide.indices, nest.vector.var, arith) == 1
     ):
         return False  # tiles of rows stay near while a group of panels goes by
-    depth = elementwise.strides(load.buffer, load.indices, nest.reduce[0].var, arith)
-    step = elementwise.strides(load.buffer, load.indices, nest.rows[-1].var, arith)
+    depth = analysis.strides(load.buffer, load.indices, nest.reduce[0].var, arith)
+    step = analysis.strides(load.buffer, load.indices, nest.rows[-1].var, arith)
     return depth == 1 and step is not None and step * load.buffer.dtype.bytes % 4096 == 0
 
 
@@ -117,7 +117,7 @@ def way_of(
     if any(free_vars(i) & reduce for k, i in enumerate(load.indices) if k not in known):
         return Way.IN_PLACE
     arith = analysis.arith_of(s.func)
-    if buffer.constant or elementwise.strides(buffer, load.indices, nest.vector.var, arith) != 1:
+    if buffer.constant or analysis.strides(buffer, load.indices, nest.vector.var, arith) != 1:
         return Way.FIRST
     reuse = row_extent or 64
     plain = len(nest.reduce) == 1 and len(depth) > 0 and buffer.layout is None
@@ -183,7 +183,7 @@ def pack_near(s: Schedule, nest: Nest, packed: str, rows: str, depth: str, width
     s.reorder(row, panel, lanes)
     s.mark(lanes, VECTOR)
     arith = analysis.arith_of(s.func)
-    apart = elementwise.strides(load.buffer, load.indices, nest.reduce[0].var, arith)
+    apart = analysis.strides(load.buffer, load.indices, nest.reduce[0].var, arith)
     lines = -(-(piece or 0) * load.buffer.dtype.bytes // LINE_BYTES)
     if apart is not None and 0 < lines <= MOST_LINES:
         s.prefetch(load.buffer.name, row, _ROWS_AHEAD * apart, None, lines)
@@ -200,8 +200,8 @@ def copy_panels(s: Schedule, name: str) -> bool:
         return False
     panels, rows = block.iters[-1], block.iters[0]
     arith = analysis.arith_of(s.func)
-    along = elementwise.strides(load.buffer, load.indices, panels.var, arith)
-    apart = elementwise.strides(load.buffer, load.indices, rows.var, arith)
+    along = analysis.strides(load.buffer, load.indices, panels.var, arith)
+    apart = analysis.strides(load.buffer, load.indices, rows.var, arith)
     width = block_of(block.body.buffer.layout, len(block.iters) - 1)
     count = const_int(rows.extent)
     columns = const_int(panels.extent)

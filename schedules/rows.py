@@ -22,13 +22,11 @@ from minicompiler.ir.expr import (
     Var,
     const_int,
     free_vars,
-    substitute,
     walk,
 )
 from minicompiler.ir.tir import PARALLEL, SERIAL, UNROLL, VECTOR, Block, Buffer, Iter, Scope
-from minicompiler.target import LINE_BYTES
 
-from . import analysis, elementwise, streaming
+from . import ahead, analysis, elementwise, streaming
 from .schedule import Schedule
 
 DEEP = 32  # rows that are added up: from here on it pays to keep partial sums in memory
@@ -36,8 +34,6 @@ ROWS = 4  # of them are added to the sums at a time
 PART = 16384  # elements of a long reduction that are added up by themselves
 SIDE_BY_SIDE = 4  # rows: the lanes of one are combined while the next one is read
 CHEAP = 4  # operations on one element
-AHEAD = 8192  # bytes that are asked for before they are needed
-LINES = 16  # of them are asked for at a time, at most
 ACCUMULATORS = 4  # vectors of partial results, enough to hide the latency of an addition
 
 
@@ -79,7 +75,7 @@ def apply(s: Schedule) -> None:
         work *= const_int(x.extent) or 64
     if work >= elementwise.WORTH_A_THREAD:
         s.mark(top, PARALLEL)
-    fetch_ahead(s, top, s.target.caches[1] // 4)
+    ahead.fetch_rows(s, top, s.target.caches[1] // 4)
     streaming.apply(s)
 
 
@@ -111,37 +107,6 @@ def _side_by_side(s: Schedule) -> bool:
                 if modulus > 0 and not free_vars(load.indices[axis]) & summed:
                     return True
     return False
-
-
-def fetch_ahead(s: Schedule, top: str, most: int) -> None:
-    """The last of the passes over a row asks for what a row ahead reads, where that is at most so
-    many bytes: the memory is idle from when a row is in the caches until the next one begins."""
-    arith = analysis.arith_of(s.func)
-    row = s.loop(top)[0]
-    near = s.target.caches[1]
-    for buffer in s.func.params:
-        last, places = "", set()
-        for block in analysis.blocks(row):
-            found = [x for x in analysis.operand_loads(block) if x.buffer is buffer]
-            if found:
-                last, places = block.name, {x.indices for x in found}
-        if len(places) != 1 or math.prod(const_int(n) or near for n in buffer.shape) < near // 2:
-            continue
-        loop = next(n for n in reversed(s.loops_of(last)) if s.loop(n)[0].kind is not VECTOR)
-        values = analysis.values_of(s.block(last)[0])
-        at = tuple(_unclamped(substitute(i, values)) for i in places.pop())
-        steps = [elementwise.strides(buffer, at, s.loop(n)[0].var, arith) for n in (top, loop)]
-        row_size, step = [(n or 0) * buffer.dtype.bytes for n in steps]
-        if 0 < step <= LINES * LINE_BYTES and 0 < row_size <= most:
-            rows = max(1, -(-AHEAD // row_size))
-            lines = -(-step // LINE_BYTES)
-            s.prefetch(buffer.name, loop, rows * row_size // buffer.dtype.bytes, lines=lines)
-
-
-def _unclamped(index: Expr) -> Expr:
-    """An index without the limit that keeps the excess lanes of a tail in memory."""
-    clamped = type(index) is Binary and index.op == "min" and const_int(index.b) is not None
-    return index.a if clamped else index  # type: ignore[attr-defined]
 
 
 def is_cheap(block: Block) -> bool:
@@ -309,9 +274,9 @@ def _contiguous(block: Block, loops, arith):  # type: ignore[no-untyped-def]
     for it in block.iters:
         if it.reduce or not isinstance(it.value, Var) or it.value not in {x.var for x in loops}:
             continue
-        own = elementwise.strides(block.body.buffer, block.body.indices, it.var, arith)
+        own = analysis.strides(block.body.buffer, block.body.indices, it.var, arith)
         steps = [
-            elementwise.strides(x.buffer, x.indices, it.var, arith)
+            analysis.strides(x.buffer, x.indices, it.var, arith)
             for x in analysis.operand_loads(block)
             if any(reduced & free_vars(i) for i in x.indices)
         ]

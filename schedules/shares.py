@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from minicompiler.ir.expr import Expr, const_int, substitute
 
-from . import analysis, elementwise
+from . import analysis
 from .panels import axis_of, block_of, from_near
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def planes_together(s: Schedule, nest: Nest, depth: list[str]) -> int | None:
     }
     at = tuple(substitute(i, values) for i in nest.broad.indices)
     arith = analysis.arith_of(s.func)
-    apart = elementwise.strides(nest.broad.buffer, at, s.loop(depth[0])[0].var, arith)
+    apart = analysis.strides(nest.broad.buffer, at, s.loop(depth[0])[0].var, arith)
     if len(depth) == 1 or apart is None:
         return None
     apart *= nest.broad.buffer.dtype.bytes
@@ -155,7 +155,7 @@ def leaves_gaps(s: Schedule, nest: Nest) -> bool:
     buffer = nest.broad.buffer
     runs = [block_of(buffer.layout, k) for k in range(len(buffer.shape))]
     arith = analysis.arith_of(s.func)
-    step = elementwise.strides(buffer, nest.broad.indices, nest.rows[-1].var, arith)
+    step = analysis.strides(buffer, nest.broad.indices, nest.rows[-1].var, arith)
     return max(runs) > 1 and step is not None and step > max(runs)
 
 

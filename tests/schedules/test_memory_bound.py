@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from typing import Any
 
 import numpy as np
@@ -437,3 +438,25 @@ def test_a_softmax_over_channels_goes_row_by_row() -> None:
     x = np.random.default_rng(6).standard_normal((1, 21, 64, 96), np.float32)
     e = np.exp(x.astype(np.float64))
     np.testing.assert_allclose(m(x)[0], e / e.sum(1, keepdims=True), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("op", "rows", "wanted"),
+    [
+        ("exp", 4096, {512}),
+        ("exp", 64, set()),
+        ("neg", 4096, set()),
+        ("layer_norm", 4096, {512, 4096}),
+    ],
+)
+def test_large_operands_are_asked_for_early(op: str, rows: int, wanted: set[int]) -> None:
+    """Where an element takes a while, and in the first and last pass over rows."""
+    net = Builder("large")
+    x = net.input("x", (rows, 4096))
+    ones = np.ones(4096, np.float32)
+    y = net.layer_norm(x, ones, ones) if op == "layer_norm" else getattr(net, op)(x)
+    (nest,) = [
+        s.text for s in mc.compile(net.function(y=y), checked=True).stages if s.name == "schedule"
+    ]
+    distances = re.findall(r"prefetch p0\[.*\] \+ (\d+)", nest)
+    assert {int(d) // 512 * 512 for d in distances} == wanted  # of the first of some lines
