@@ -252,6 +252,12 @@ class _Planner:
         needed += [placement.total, shared, local, *[s for g in placed for s in g.sizes]]
         needed += [d for c in self.calls for d in c.dims]
         dims, binds = self.bind([substitute(e, self.most) for e in needed])
+        # What they read may be constants that no kernel has: these are numbered before the end.
+        counts = tuple(x for c in self.counts if (x := self.counted(c)) is not None)
+        regions = tuple(
+            rt.Region(start, end, self.location(r.flag), r.wanted, r.repeat)
+            for r, start, end in self.regions
+        )
         plan = rt.Plan(
             inputs=tuple(_tensor(p.name, p.type) for p in self.fn.params),
             outputs=tuple(
@@ -267,12 +273,9 @@ class _Planner:
             arena=to_size(placement.total),
             shared=to_size(shared),
             local=to_size(local),
-            counts=tuple(x for c in self.counts if (x := self.counted(c)) is not None),
+            counts=counts,
             caches=tuple(rt.Cache(i, o, axis) for i, o, axis, _ in self.caches),
-            regions=tuple(
-                rt.Region(start, end, self.location(r.flag), r.wanted, r.repeat)
-                for r, start, end in self.regions
-            ),
+            regions=regions,
         )
         return plan, self.constants
 
