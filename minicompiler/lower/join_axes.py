@@ -76,7 +76,7 @@ def _pairs(func: PrimFunc, reduction: Block) -> dict[Block, Pair] | None:
 def _pair_of(block: Block, walked: set[tuple[Expr, ...]]) -> Pair | None:
     if len(walked) != 1:
         return None
-    indices = walked.pop()
+    (indices,) = walked
     its = [i for at in indices for i in block.iters if i.var is at and not i.reduce]
     return (its[0], its[1]) if len(its) == 2 and its[0] is not its[1] else None
 
