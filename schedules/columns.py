@@ -20,6 +20,7 @@ from minicompiler.ir.tir import PARALLEL, VECTOR, Scope
 from minicompiler.target import LINE_BYTES
 
 from . import ahead, analysis, elementwise, rows, streaming
+from .loops import kept_apart
 from .schedule import Schedule
 
 ROWS = (4, 5, 3)  # that are added to what lies in cache at a time: the first that divides, or 4
@@ -210,5 +211,8 @@ def _sum_at_once(s: Schedule, name: str, top: str, depth: int) -> None:
         if analysis.is_reduction(b):
             own, other = [s.loops_of(n, top)[:depth] for n in (b.name, name)]
             for second, first in zip(own, other, strict=True):
-                if s.loop(first)[0].extent is not ONE:
-                    s.compute_with(second, first)
+                if s.loop(first)[0].extent is ONE:
+                    continue
+                if kept_apart(s, second, first):  # what it needs besides is not known so early
+                    break
+                s.compute_with(second, first)

@@ -303,26 +303,40 @@ def compute_with(s: Schedule, name: str, other: str) -> None:
 
     (for k: E[k] = ..; for k: sum += E[k])   ->   for k: (E[k] = ..; sum += E[k])
     """
+    refused = kept_apart(s, name, other)
+    (second, path), (first, _) = s.loop(name), s.loop(other)
+    if refused:
+        s.refuse(refused, second)
+    around = path[-1]
+    assert isinstance(around, Seq)
+    body = substitute_stmt(second.body, {second.var: first.var})
+    joined = first.with_(body=seq([first.body, body]))
+    rest = [joined if x is second else x for x in around.stmts if x is not first]
+    s.swap(around, seq(rest))
+
+
+def kept_apart(s: Schedule, name: str, other: str) -> str:
+    """Why iterations of loop `name` cannot run right after those of `other`; "" where they can."""
     (second, path), (first, _) = s.loop(name), s.loop(other)
     around = path[-1] if path else None
     stmts = list(around.stmts) if isinstance(around, Seq) else []
     at = {id(x): k for k, x in enumerate(stmts)}
     start, end = at.get(id(first), -1), at.get(id(second), -1)
     if start < 0 or start >= end:
-        s.refuse(f"loop {other} does not stand before {name} in one sequence", second)
+        return f"loop {other} does not stand before {name} in one sequence"
     if first.kind is not SERIAL or second.kind is not SERIAL:
-        s.refuse("only serial loops can run together", second)
+        return "only serial loops can run together"
     arith = analysis.arith_of(s.func)
     if arith.simplify(first.extent - second.extent) is not Const(0):
-        s.refuse(f"loops {other} and {name} have different extents", second)
+        return f"loops {other} and {name} have different extents"
     body = substitute_stmt(second.body, {second.var: first.var})
     between = seq(stmts[start + 1 : end])
     made, read = written_buffers(first), read_buffers(first)
     for x in (between, body):
         if written_buffers(x) & (made | read):
-            s.refuse(f"what {other} reads or writes is written again up to {name}", second)
+            return f"what {other} reads or writes is written again up to {name}"
     if made & read_buffers(between):
-        s.refuse(f"what {other} writes is read before {name}", second)
+        return f"what {other} writes is read before {name}"
     for buffer in sorted(made & read_buffers(body), key=lambda b: b.name):
         stores = [a for a in analysis.accesses(first.body, arith, buffer) if a.is_store]
         box = analysis.region(first.body, buffer, arith, stores)
@@ -330,10 +344,8 @@ def compute_with(s: Schedule, name: str, other: str) -> None:
         if not any(
             _apart(made, used, first.var, arith) for made, used in zip(box, wanted, strict=True)
         ):
-            s.refuse(f"iterations of {name} do not read what the same of {other} writes", second)
-    joined = first.with_(body=seq([first.body, body]))
-    assert around is not None
-    s.swap(around, seq([*stmts[:start], *stmts[start + 1 : end], joined, *stmts[end + 1 :]]))
+            return f"iterations of {name} do not read what the same of {other} writes"
+    return ""
 
 
 def _apart(made: tuple[Expr, Expr], used: tuple[Expr, Expr], var: Var, arith: Arith) -> bool:

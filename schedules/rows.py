@@ -24,9 +24,10 @@ from minicompiler.ir.expr import (
     free_vars,
     walk,
 )
-from minicompiler.ir.tir import PARALLEL, SERIAL, UNROLL, VECTOR, Block, Buffer, Iter, Scope
+from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Iter, Scope
 
 from . import ahead, analysis, elementwise, streaming
+from .loops import kept_apart
 from .schedule import Schedule
 
 DEEP = 32  # rows that are added up: from here on it pays to keep partial sums in memory
@@ -52,8 +53,8 @@ def apply(s: Schedule) -> None:
         for n in names[:-1]:
             if is_cheap(s.block(n)[0]):
                 s.inline(n)
-        row = _row_loops(s, last) or _group_loops(s, last)
-    if row is None or _side_by_side(s):
+        row = None if _side_by_side(s) else _row_loops(s, last) or _group_loops(s, last)
+    if row is None:
         elementwise.apply(s)
         return
     names = [b.name for b in analysis.blocks(s.func)]
@@ -87,14 +88,9 @@ def _sum_at_once(s: Schedule, top: str) -> None:
             if not analysis.is_reduction(block) or len(makers) != 1 or block.init is not None:
                 continue
             own, other = [s.loops_of(b.name, top) for b in (block, makers[0])]
-            while own and other and _like(s, own[0], other[0]):
+            while own and other and not kept_apart(s, own[0], other[0]):
                 s.compute_with(own[0], other[0])
                 own, other = own[1:], other[1:]
-
-
-def _like(s: Schedule, name: str, other: str) -> bool:
-    (a, around), (b, path) = s.loop(name), s.loop(other)
-    return around[-1] is path[-1] and a.extent is b.extent and a.kind is b.kind is SERIAL
 
 
 def _side_by_side(s: Schedule) -> bool:
