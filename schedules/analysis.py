@@ -231,8 +231,8 @@ def _least(access: Access, d: int, inner: Sequence[Expr], arith: Arith) -> Expr 
     """The lowest index along axis d where a select says it: select(0 <= i + k - 1, C[i + k - 1],
     0)."""
     for c in access.chosen:
-        if not isinstance(c, Binary) or c.op != "le":
-            continue
+        if not isinstance(c, Binary) or c.op != "le" or c.b.dtype is not access.indices[d].dtype:
+            continue  # data may be compared as well
         between = arith.simplify(access.indices[d] - c.b)
         if free_vars(between).isdisjoint(inner) and free_vars(c.a).isdisjoint(inner):
             return arith.simplify(c.a + between)

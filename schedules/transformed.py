@@ -41,7 +41,10 @@ def applies(s: Schedule) -> bool:
     last = list(analysis.blocks(s.func))[-1]
     if not main.body.indices or not _windows(last):
         return False
-    known = {*_channel(main, last), *_planes(main, last)}
+    channels = _channel(main, last)
+    if len(channels & {i.var for i in last.iters}) != 1:
+        return False
+    known = {*channels, *_planes(main, last)}
     varying = {i.var for i in last.iters if const_int(i.extent) is None}
     return (
         main.body.buffer in s.func.buffers

@@ -64,6 +64,7 @@ def trimmed(v: Apply) -> Value | None:
         high = size + (w.end[k] if include else 0)
         taps = min(w.kernel[k], -(-(high + w.begin[k]) // step))
         start = 0 if include else max(0, -(-(w.begin[k] - last) // step))
+        start = min(start, w.begin[k] // step)  # there are no borders of negative size
         if (start, taps) == (0, w.kernel[k]) or start >= taps:
             continue
         first[k], kernel[k], begin[k] = start, taps - start, w.begin[k] - start * step
