@@ -86,10 +86,21 @@ def _sum_at_once(s: Schedule, top: str) -> None:
             makers = analysis.writers(s.func, load.buffer)
             if not analysis.is_reduction(block) or len(makers) != 1 or block.init is not None:
                 continue
+            if _made_later(s, block, makers[0]):
+                continue
             own, other = [s.loops_of(b.name, top) for b in (block, makers[0])]
             while own and other and _like(s, own[0], other[0]):
                 s.compute_with(own[0], other[0])
                 own, other = own[1:], other[1:]
+
+
+def _made_later(s: Schedule, block: Block, maker: Block) -> bool:
+    """True where a block also reads what is made after the one that made its operand: the sum of
+    squared distances from a mean, beside the rows that the mean is of."""
+    order = [b.name for b in analysis.blocks(s.func)]
+    read = {x.buffer for x in analysis.operand_loads(block)} - {maker.body.buffer}
+    later = order[order.index(maker.name) + 1 : order.index(block.name)]
+    return any(s.block(n)[0].body.buffer in read for n in later)
 
 
 def _like(s: Schedule, name: str, other: str) -> bool:
