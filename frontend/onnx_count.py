@@ -5,8 +5,10 @@ NonZero(x) -> head(positions, n; axis=1) with positions, n = nonzero(x)
 
 from __future__ import annotations
 
+import numpy as np
+
 from minicompiler.ir.expr import Expr, const_int, product
-from minicompiler.ir.graph import Value, type_of
+from minicompiler.ir.graph import Apply, Value, type_of
 from minicompiler.ops import count as ct
 from minicompiler.ops import index as ix
 from minicompiler.ops import shape as sh
@@ -24,8 +26,23 @@ def _head(n: OnnxNode, x: Value, count: Value, axis: int, name: str | None = Non
 
 
 def _nonzero(n: OnnxNode) -> Value:
-    places, count = items(n.apply(ct.nonzero, n.arg(0), name=""))
-    return _head(n, places, count, 1)
+    """Where the numbers are always the same, so are the places. Exporters write the positions
+    along an axis as those of a line of ones, whose length may be symbolic."""
+    x = n.arg(0)
+    t = type_of(x)
+    if isinstance(x, Apply) and x.op is sh.full and t.rank == 1 and x.attrs.value:
+        line = n.apply(sh.shape_, attrs=sh.ShapeAttrs(values=t.shape), name="")
+        size = n.apply(sh.squeeze, line, attrs=sh.SqueezeAttrs((0,)), name="")
+        ends = n.constant(0, np.int64), size, n.constant(1, np.int64)
+        positions = n.apply(sh.arange, *ends, name="")
+        return n.apply(sh.unsqueeze, positions, attrs=sh.UnsqueezeAttrs((0,)))
+    known = n.values.of(x)
+    if known is not None:
+        n.table(known.size * t.rank)
+        places = np.array(np.nonzero(np.atleast_1d(known)))[: t.rank]
+        return n.constant(places, np.int64, n.outputs[0])
+    found, count = items(n.apply(ct.nonzero, x, name=""))
+    return _head(n, found, count, 1)
 
 
 def _compress(n: OnnxNode) -> Value:

@@ -16,6 +16,7 @@ from minicompiler.ops.evaluate import run_reference
 
 X = np.array([[0, 3, 0, 5], [7, 0, 0, 0], [1, 1, 0, 2]], np.float32)
 NOTHING = np.zeros_like(X)
+ONE = np.array([1])
 
 
 def positions() -> onnx.ModelProto:
@@ -90,6 +91,45 @@ def test_sizes_that_must_agree_but_are_both_counted_are_refused() -> None:
     nodes = [node("NonZero", "x", "a"), node("NonZero", "z", "b"), node("Add", "a b", "y")]
     with pytest.raises(ShapeError, match="depends on data"):
         mc.compile(model(nodes, {"x": X, "z": X}, ["y"]))
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_positions_along_an_axis_are_those_of_a_line_of_ones(symbolic: bool) -> None:
+    """Two such lines of the same length go together, and what they pick has its size."""
+    nodes = [
+        node("Shape", "x", "sizes"),
+        node("Gather", "sizes zero", "rows", axis=0),
+        *(
+            n
+            for k in "ab"
+            for n in (
+                node(
+                    "ConstantOfShape", "rows", f"ones_{k}", value=onnx.numpy_helper.from_array(ONE)
+                ),
+                node("NonZero", f"ones_{k}", f"places_{k}"),
+            )
+        ),
+        node("Add", "places_a places_b", "sum"),
+        node("Squeeze", "places_a first", "line"),
+        node("Gather", "x line", "picked", axis=0),
+    ]
+    constants = {"zero": np.array([0]), "first": np.array([0])}
+    m = model(nodes, {"x": X}, ["sum", "picked"], constants)
+    if symbolic:
+        m.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "n"
+    module = mc.compile(m, threads=1)
+    for x in (X, X[:2]) if symbolic else (X,):
+        total, picked = module(x)
+        np.testing.assert_array_equal(total, 2 * np.arange(len(x))[None])
+        np.testing.assert_array_equal(picked, x)
+
+
+def test_places_in_what_is_constant() -> None:
+    nodes = [node("NonZero", "c", "places"), node("Add", "places x", "y")]
+    x = np.array([[10, 20, 30], [40, 50, 60]])
+    constant = np.array([[0, 3, 0], [1, 0, 2]], np.float32)
+    y = mc.compile(model(nodes, {"x": x}, ["y"], {"c": constant}), threads=1)(x)[0]
+    np.testing.assert_array_equal(y, np.array(np.nonzero(constant)) + x)
 
 
 def test_an_output_array_cannot_be_given() -> None:

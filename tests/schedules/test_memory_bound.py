@@ -129,6 +129,26 @@ def test_a_group_norm_is_one_loop_over_groups(groups: int) -> None:
     assert "---" not in nest
 
 
+@pytest.mark.parametrize("rows", [50, 1])
+def test_a_normalisation_of_a_normalisation(rows: int) -> None:
+    """The second one's rows are added up where they are made; the distances from their mean are
+    not."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((rows, 128)).astype(np.float32)
+    scale = (rng.random((2, 128)) + 0.5).astype(np.float32)
+    net = Builder("twice")
+    v = net.input("x", x.shape)
+    for k in range(2):
+        v = net.layer_norm(v, scale[k], scale[1 - k], axis=1, epsilon=1e-5)
+    want = x.astype(np.float64)
+    for k in range(2):
+        centred = want - want.mean(1, keepdims=True)
+        deviation = np.sqrt((centred**2).mean(1, keepdims=True) + 1e-5)
+        want = centred / deviation * scale[k] + scale[1 - k]
+    found = mc.compile(net.function(y=v), threads=2, checked=True)(x)[0]
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("columns", [31, 100, 1000])
 def test_the_row_of_a_softmax_is_not_copied(columns: int) -> None:
     """Its vectors end beyond the row; what they read there is not wanted."""
