@@ -15,7 +15,7 @@ from minicompiler.ir.expr import Binary, Expr, const_int, substitute
 from minicompiler.ir.tir import VECTOR, Buffer
 from minicompiler.target import LINE_BYTES
 
-from . import analysis
+from . import analysis, hints
 
 if TYPE_CHECKING:
     from .schedule import Schedule
@@ -80,6 +80,9 @@ def _unclamped(index: Expr) -> Expr:
 
 
 def _fetch(s: Schedule, name: str, buffer: Buffer, distance: int, step: int) -> None:
-    if 0 < step <= LINES * LINE_BYTES:
+    """Not where other blocks in the loop read elsewhere, or data decides where."""
+    loop = _loop(s, name)
+    places = hints.starts(buffer, s.loop(loop)[0], analysis.arith_of(s.func))
+    if 0 < step <= LINES * LINE_BYTES and len(places) == 1 and hints.known_early(places[0]):
         lines = -(-step // LINE_BYTES)
-        s.prefetch(buffer.name, _loop(s, name), distance // buffer.dtype.bytes, lines=lines)
+        s.prefetch(buffer.name, loop, distance // buffer.dtype.bytes, lines=lines)

@@ -123,8 +123,8 @@ def prefetch_next(s: Schedule, name: str, loop_name: str, around_name: str) -> N
     s.swap(loop, loop.with_(body=seq([*parts, loop.body])))
 
 
-def _place(s: Schedule, buffer: Buffer, loop: For, arith: Arith) -> Load:
-    """Where an iteration of a loop begins to read a buffer."""
+def starts(buffer: Buffer, loop: For, arith: Arith) -> list[Load]:
+    """Where an iteration of a loop begins to read a buffer, each place once."""
     inner: dict[Expr, Expr] = {x.var: ZERO for x in analysis.loops(loop.body)}
     places: dict[tuple[Expr, ...], Load] = {}
     for block in analysis.blocks(loop.body):
@@ -135,12 +135,22 @@ def _place(s: Schedule, buffer: Buffer, loop: For, arith: Arith) -> Load:
                     arith.simplify(substitute(substitute(i, values), inner)) for i in load.indices
                 )
                 places[at] = Load(buffer, at)
+    return list(places.values())
+
+
+def known_early(place: Load) -> bool:
+    """Whether a place does not depend on data."""
+    return not any(type(e) is Load for i in place.indices for e in walk(i))
+
+
+def _place(s: Schedule, buffer: Buffer, loop: For, arith: Arith) -> Load:
+    places = starts(buffer, loop, arith)
     if len(places) != 1:
         s.refuse(
             f"{buffer.name} is read at {len(places)} places inside {loop.var}, not at one", loop
         )
-    (place,) = places.values()
-    if any(type(e) is Load for i in place.indices for e in walk(i)):
+    (place,) = places
+    if not known_early(place):
         s.refuse(f"where {buffer.name} is read depends on what is read elsewhere", loop)
     return place
 
@@ -188,4 +198,4 @@ def mend(s: Schedule, before: PrimFunc) -> None:
     s.edit(one)
 
 
-__all__ = ["mend", "prefetch", "prefetch_next"]
+__all__ = ["known_early", "mend", "prefetch", "prefetch_next", "starts"]

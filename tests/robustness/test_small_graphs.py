@@ -84,3 +84,20 @@ def test_groups_behind_a_norm_whose_channels_lie_in_blocks() -> None:
     x = numbers(2, 24, 16)
     known = {"w": numbers(24, 7, 1), "s": numbers(21), "v": numbers(126, 1, 1)}
     check(model(nodes, {"x": x}, ["y"], known), x, length=500)
+
+
+def test_narrow_rows_that_passes_read_at_two_places() -> None:
+    """Nothing is asked for before it is needed where the loop does not read one place."""
+    nodes = [
+        node("Split", "x", "a b", axis=1, num_outputs=2), node("ReduceMax", "a axes", "m"),
+        node("Sub", "b m", "d"), node("Tanh", "d", "e"), node("Mul", "e m", "y"),
+    ]  # fmt: skip
+    x = numbers(60000, 6)
+    check(model(nodes, {"x": x}, ["y"], {"axes": np.array([1])}), x)
+
+
+def test_narrow_rows_whose_place_data_decide() -> None:
+    """The place is not known early enough to ask for it before it is needed."""
+    nodes = [node("Gather", "x i", "g"), node("Softmax", "g", "s"), node("Add", "s g", "y")]
+    x, i = numbers(30000, 17, 3), np.array(2)
+    check(model(nodes, {"x": x, "i": i}, ["y"]), x, i)
