@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .bounds import eliminate
-from .expr import ZERO, Binary, Const, Dim, Expr, Select, Var, fold, free_vars
+from .expr import ZERO, Binary, Const, Dim, Expr, Select, Var, fold, free_vars, walk
 from .polynomials import Monomial, Poly, add, clean, mul, plus, subtract
 
 if TYPE_CHECKING:
@@ -231,6 +231,9 @@ def without_quotient(arith: Arith, p: Poly) -> Poly | None:
         if not others and type(atom) is Binary and atom.op == "floordiv"
     ]
     quotients.sort(key=lambda t: arith.ranges.keys().isdisjoint(free_vars(t[0])))
+    # One inside of another goes after it: (x//3*3 + y)//5 + x//3 < 5 is x//3*8 + y < 25.
+    inside = {x for a, _ in quotients for x in walk(a) if x is not a}
+    quotients.sort(key=lambda t: t[0] in inside)
     for atom, c in quotients:
         d = arith.poly(atom.b)
         low = arith.poly_interval(d)[0]

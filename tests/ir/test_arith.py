@@ -271,6 +271,15 @@ def test_points_of_fused_axes_whose_size_may_be_nothing() -> None:
     assert arith.prove(I // rows + 1 < b) is None
 
 
+def test_a_quotient_beside_another_one_of_it() -> None:
+    """(x//3*8 + y)//5, whose canonical form is (x//3*3 + y)//5 + x//3."""
+    x, y = Var("x"), Var("y")
+    last = minimum(Const(8), 25 - x // 3 * 8) - 1
+    arith = Arith({x: (ZERO, Const(11)), y: (ZERO, last)})
+    assert arith.prove((x // 3 * 8 + y) // 5 < 5) is True
+    assert arith.prove((x // 3 * 8 + y) // 5 < 4) is None
+
+
 def test_quotients_by_sums() -> None:
     """What a flattened and unfolded axis leads to: the sum of several terms divides exactly, or
     all but what is smaller than it."""
