@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from minicompiler.ir.arith import Arith
-from minicompiler.ir.expr import ZERO, Const, Dim, Expr, const_int, free_vars, maximum
+from minicompiler.ir.expr import ZERO, Const, Dim, Expr, const_int, free_vars, maximum, substitute
 from minicompiler.ir.graph import (
+    Apply,
     Constant,
     Function,
     Input,
@@ -54,11 +55,12 @@ def if_(n: OnnxNode) -> tuple[Value, ...]:
     names = ("then_branch", "else_branch")
     branches = [_tensors(n, n.branch(name, len(n.outputs))) for name in names]
     first, second = branches
+    limits = _counted(branches, around)
     sizes: dict[Place, Expr] = {}
     for k, (a, b) in enumerate(zip(first, second, strict=True)):
         for axis, (s, t) in enumerate(_axes(n, type_of(a), type_of(b))):
             if not _same(s, t):
-                sizes[k, axis] = maximum(s, t)
+                sizes[k, axis] = maximum(substitute(s, limits), substitute(t, limits))
     bodies = []
     for values in branches:
         counts = [size_value(n, type_of(values[k]).shape[axis]) for k, axis in sizes]
@@ -67,6 +69,17 @@ def if_(n: OnnxNode) -> tuple[Value, ...]:
     attrs = ct.CondAttrs(*functions)
     made = items(n.apply(ct.cond, _flag(n, n.arg(0)), *captured, attrs=attrs, name=""))
     return tuple(_cut(n, made[: len(first)], made[len(first) :], sizes))
+
+
+def _counted(branches: Sequence[Sequence[Value]], around: Sequence[Value]) -> dict[Expr, Expr]:
+    """The dimensions that are counted in branches, which nobody knows outside, and what they are at
+    most."""
+    outside = {id(v) for v in topological(around)}
+    most: dict[Expr, Expr] = {}
+    for v in topological([v for values in branches for v in values]):
+        if isinstance(v, Apply) and isinstance(v.attrs, Counted) and id(v) not in outside:
+            most[v.attrs.dim] = substitute(v.attrs.most, most)
+    return most
 
 
 # ---- Loop and Scan ------------------------------------------------------------------------------

@@ -171,6 +171,28 @@ def test_branches_of_different_sizes() -> None:
     check(m, *[{"x": numbers(3, 4), "c": np.array(c)} for c in (True, False)])
 
 
+def test_a_size_that_is_counted_in_a_branch() -> None:
+    """Outside of the branch nobody knows it: not in what follows, nor where memory is reserved."""
+    then = graph(
+        "",
+        [
+            node("Greater", "x zero", "c"), node("Compress", "x c", "a", axis=0),
+            node("Less", "a one", "d"), node("Compress", "a d", "t", axis=0),
+        ],
+        "t:f?",
+    )  # fmt: skip
+    els = graph("", [node("Slice", "x from to", "e")], "e:f?", {"from": [0], "to": [2]})
+    nodes = [
+        node("If", "go", "y", then_branch=then, else_branch=els),
+        node("Slice", "y start end", "z"), node("Add", "z z", "w"),
+    ]  # fmt: skip
+    x = np.float32([0.5, -1, 2, 0.25, 0.75, 3])
+    known = {"zero": np.float32(0), "one": np.float32(1), "start": np.array([0]), "end": [2]}
+    known = {k: np.asarray(v) for k, v in known.items()}
+    m = model(nodes, {"go": np.array(True), "x": x}, ["y", "w"], known)
+    check(m, *[{"go": np.array(go), "x": v} for go in (True, False) for v in (x, -x, x * 9)])
+
+
 def test_a_condition_inside_a_loop_inside_a_loop() -> None:
     then = graph("", [node("Add", "s x", "a")], "a:f2")
     els = graph("", [node("Mul", "s w", "b")], "b:f2")
