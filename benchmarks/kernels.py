@@ -223,7 +223,8 @@ def cases() -> Iterator[Case]:
     yield Case("stream", "silu_4096x4096", silu, {"x": draw(*large)})
     for shape in (rows, (131072, 128), (4096, 4096), (16384, 1000)):
         yield unary("rows", "Softmax", shape, None)
-    yield unary("rows", "Softmax", (64, 512, 512), None, axis=1)
+    for shape in ((64, 512, 512), (1, 21, 512, 512)):
+        yield unary("rows", "Softmax", shape, None, axis=1)
     yield normalised("LayerNormalization", rows)
     yield normalised("LayerNormalization", (16384, 768))
     yield normalised("LayerNormalization", (4096, 4096))

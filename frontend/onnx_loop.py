@@ -73,12 +73,13 @@ def if_(n: OnnxNode) -> tuple[Value, ...]:
 
 def _counted(branches: Sequence[Sequence[Value]], around: Sequence[Value]) -> dict[Expr, Expr]:
     """The dimensions that are counted in branches, which nobody knows outside, and what they are at
-    most."""
+    most, where anything limits them."""
     outside = {id(v) for v in topological(around)}
     most: dict[Expr, Expr] = {}
     for v in topological([v for values in branches for v in values]):
-        if isinstance(v, Apply) and isinstance(v.attrs, Counted) and id(v) not in outside:
-            most[v.attrs.dim] = substitute(v.attrs.most, most)
+        a = v.attrs if isinstance(v, Apply) and id(v) not in outside else None
+        if isinstance(a, Counted) and a.most is not None:
+            most[a.dim] = substitute(a.most, most)
     return most
 
 

@@ -16,7 +16,7 @@ from onnx_models import NUMBER, graph, model, node, numbers
 from tolerance import assert_close
 
 import minicompiler as mc
-from minicompiler.errors import ImportModelError
+from minicompiler.errors import ImportModelError, ShapeError
 from minicompiler.frontend.onnx import load
 from minicompiler.ops.evaluate import run_reference
 from minicompiler.runtime.module import load as load_module
@@ -191,6 +191,18 @@ def test_a_size_that_is_counted_in_a_branch() -> None:
     known = {k: np.asarray(v) for k, v in known.items()}
     m = model(nodes, {"go": np.array(True), "x": x}, ["y", "w"], known)
     check(m, *[{"go": np.array(go), "x": v} for go in (True, False) for v in (x, -x, x * 9)])
+
+
+def test_an_input_cannot_limit_a_loop_in_a_branch() -> None:
+    body = graph(
+        "k:i go:b s:f2", [node("Add", "s s", "t"), node("Identity", "go", "on")], "on:b t:f2"
+    )
+    then = graph("", [node("Loop", "n - x", "a", body=body)], "a:f2")
+    els = graph("", [node("Neg", "x", "e")], "e:f2")
+    nodes = [node("If", "c", "y", then_branch=then, else_branch=els)]
+    m = model(nodes, {"n": NUMBER, "c": np.array(True), "x": numbers(2)}, ["y"])
+    with pytest.raises(ShapeError, match=r"n\.value is computed from data, and nothing limits it"):
+        mc.compile(m, threads=1)
 
 
 def test_a_condition_inside_a_loop_inside_a_loop() -> None:
