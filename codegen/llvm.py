@@ -58,6 +58,7 @@ from .repeats import Repeated, repeated
 
 STACK_LIMIT = 16384  # bytes; larger thread-local buffers come from the workspace
 ALIGN = 64
+PAGE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,8 +357,13 @@ class _Emitter(Memory):
             return
         if self.on_stack(b):
             name = self.fresh(b.name + "_")
-            size = const_int(self.bytes_of(b))
-            self.allocas.append(f"{name} = alloca [{size} x i8], align {ALIGN}")
+            size = const_int(self.bytes_of(b)) or 0
+            if size < PAGE:
+                self.allocas.append(f"{name} = alloca [{size} x i8], align {ALIGN}")
+            else:  # a load waits for an earlier store to the same place of another page
+                whole = self.fresh(f"{b.name}_page")
+                self.allocas.append(f"{whole} = alloca [{size + PAGE // 2} x i8], align {PAGE}")
+                self.allocas.append(f"{name} = getelementptr i8, ptr {whole}, i64 {PAGE // 2}")
             self.pointers[b] = name
             return
         base = self.index(self.shared, 0)

@@ -19,7 +19,7 @@ from minicompiler.ir.expr import ONE, Expr, Var, const_int
 from minicompiler.ir.tir import PARALLEL, VECTOR, Scope
 from minicompiler.target import LINE_BYTES
 
-from . import ahead, analysis, elementwise, rows, streaming
+from . import ahead, analysis, elementwise, overlapping, rows, streaming
 from .loops import kept_apart
 from .schedule import Schedule
 
@@ -62,13 +62,15 @@ def apply(s: Schedule) -> None:
         s.stage(buffer.name, top, Scope.LOCAL)
     depth = len(axes.reduced)
     made = [b.name for b in whole if b.name in names]
+    grouped = [*made, last.name] if streaming.is_large(s, last.name) else made
     for n in names:
-        _row_by_row(s, n, top, height, depth if n in made else 0)
+        _row_by_row(s, n, top, height, depth if n in grouped else 0)
     for n in made:
         _sum_at_once(s, n, top, depth)
     work = math.prod(const_int(x.extent) or LEAST for x in analysis.loops(s.func.phases[0]))
+    shared, top = overlapping.write_late(s, last.name, top)
     if work >= elementwise.WORTH_A_THREAD:
-        s.mark(top, PARALLEL)
+        s.mark(shared, PARALLEL)
     ahead.fetch_rows(s, top, s.target.caches[2] // 4)
     streaming.apply(s)
 

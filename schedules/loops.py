@@ -34,6 +34,7 @@ from minicompiler.ir.tir import (
     VECTOR,
     Alloc,
     Block,
+    Buffer,
     For,
     LoopKind,
     Prefetch,
@@ -41,6 +42,7 @@ from minicompiler.ir.tir import (
     Seq,
     Stmt,
     Store,
+    map_exprs,
     map_statements,
     read_buffers,
     seq,
@@ -126,7 +128,8 @@ def split(s: Schedule, name: str, factor: int, tail: str, multiple: int = 1) -> 
         if whole is Const(0):
             s.refuse(f"the extent {extent} is less than {factor}: all of it would be tail", loop)
         rest_var = s.fresh_var(name + "_t")
-        rest_body = substitute_stmt(_renamed(s, loop.body), {loop.var: whole * factor + rest_var})
+        behind: dict[Expr, Expr] = {loop.var: whole * factor + rest_var}
+        rest_body = substitute_stmt(renamed(s, loop.body, "t"), behind)
         main = For(outer, whole, SERIAL, For(inner, Const(factor), SERIAL, body))
         s.swap(loop, Seq((main, For(rest_var, arith.simplify(extent % factor), SERIAL, rest_body))))
     return outer.name, inner.name
@@ -192,23 +195,36 @@ def add_condition(body: Stmt, cond: Expr) -> Stmt:
     return map_statements(body, one)
 
 
-def _renamed(s: Schedule, body: Stmt) -> Stmt:
-    """A copy with fresh loop, block and buffer names."""
+def renamed(s: Schedule, body: Stmt, suffix: str) -> Stmt:
+    """A copy with fresh loop, block and buffer names, which end in `_suffix`."""
     mapping: dict[Expr, Expr] = {}
+    copies: dict[Buffer, Buffer] = {}
     for x in statements(body):
         if isinstance(x, For):
-            mapping[x.var] = s.fresh_var(x.var.name + "_t")
+            mapping[x.var] = s.fresh_var(f"{x.var.name}_{suffix}")
         elif isinstance(x, Alloc):
-            s.refuse("a nest that holds a staged buffer cannot be cut", x, "split before staging")
+            copies[x.buffer] = x.buffer.with_(name=s.fresh(f"{x.buffer.name}_{suffix}"))
+
+    def load(e: Expr) -> Expr | None:
+        made = copies.get(e.buffer) if type(e) is Load else None
+        return None if made is None else Load(made, e.indices, e.mask)  # type: ignore[attr-defined]
+
+    def store(x: Store) -> Store:
+        return x.with_(buffer=copies.get(x.buffer, x.buffer))
 
     def one(x: Stmt) -> Stmt | None:
         if isinstance(x, For):
             return x.with_(var=mapping[x.var])
+        if isinstance(x, Alloc):
+            return x.with_(buffer=copies[x.buffer])
         if isinstance(x, Block):
-            return x.with_(name=s.fresh(x.name + "_t"))
+            init = None if x.init is None else store(x.init)
+            name = s.fresh(f"{x.name}_{suffix}")
+            return x.with_(name=name, init=init, body=store(x.body))
         return None
 
-    return substitute_stmt(map_statements(body, one), mapping)
+    copied = substitute_stmt(map_statements(body, one), mapping)
+    return map_exprs(copied, lambda e: rewrite(e, load)) if copies else copied
 
 
 def fuse(s: Schedule, names: list[str]) -> str:
@@ -329,26 +345,42 @@ def kept_apart(s: Schedule, name: str, other: str) -> str:
     arith = analysis.arith_of(s.func)
     if arith.simplify(first.extent - second.extent) is not Const(0):
         return f"loops {other} and {name} have different extents"
-    body = substitute_stmt(second.body, {second.var: first.var})
+    same: dict[Expr, Expr] = {second.var: first.var}
+    body = substitute_stmt(second.body, same)
     between = seq(stmts[start + 1 : end])
     made, read = written_buffers(first), read_buffers(first)
-    for x in (between, body):
-        if written_buffers(x) & (made | read):
-            return f"what {other} reads or writes is written again up to {name}"
+    if written_buffers(between) & (made | read) or written_buffers(body) & made:
+        return f"what {other} reads or writes is written again up to {name}"
+    for buffer in sorted(written_buffers(body) & read, key=lambda b: b.name):
+        if not _own_places(body, first.body, buffer, same, arith):
+            return f"what {other} reads is written in another iteration of {name}"
     if made & read_buffers(between):
         return f"what {other} writes is read before {name}"
     for buffer in sorted(made & read_buffers(body), key=lambda b: b.name):
-        stores = [a for a in analysis.accesses(first.body, arith, buffer) if a.is_store]
-        box = analysis.region(first.body, buffer, arith, stores)
-        wanted = analysis.region(body, buffer, arith)
-        if not any(
-            _apart(made, used, first.var, arith) for made, used in zip(box, wanted, strict=True)
-        ):
+        if not _own_places(first.body, body, buffer, same, arith):
             return f"iterations of {name} do not read what the same of {other} writes"
     return ""
 
 
-def _apart(made: tuple[Expr, Expr], used: tuple[Expr, Expr], var: Var, arith: Arith) -> bool:
+def _own_places(
+    writer: Stmt, reader: Stmt, buffer: Buffer, same: dict[Expr, Expr], arith: Arith
+) -> bool:
+    """True when iterations of a loop write apart from each other, and each reads of a buffer only
+    what lies where it writes itself. same: the variable of one loop -> that of the other."""
+    (var,) = same.values()
+    stores = [a for a in analysis.accesses(writer, arith, buffer) if a.is_store]
+    loads = [a for a in analysis.accesses(reader, arith, buffer) if not a.is_store]
+    made, used = (
+        [(substitute(low, same), substitute(size, same)) for low, size in box]
+        for box in (
+            analysis.region(writer, buffer, arith, stores),
+            analysis.region(reader, buffer, arith, loads),
+        )
+    )
+    return any(_apart(m, u, var, arith) for m, u in zip(made, used, strict=True))
+
+
+def _apart(made: tuple[Expr, Expr], used: tuple[Expr, Expr], var: Expr, arith: Arith) -> bool:
     """True when iterations of a loop write apart from each other along an axis, where (lowest,
     extent) of one is `made`, and what is used lies within that."""
     (low, size), (start, count) = made, used

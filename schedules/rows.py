@@ -26,7 +26,7 @@ from minicompiler.ir.expr import (
 )
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Iter, Scope
 
-from . import ahead, analysis, elementwise, streaming
+from . import ahead, analysis, elementwise, overlapping, streaming
 from .loops import kept_apart
 from .schedule import Schedule
 
@@ -74,8 +74,9 @@ def apply(s: Schedule) -> None:
     work = 1
     for x in analysis.loops(s.func.phases[0]):
         work *= const_int(x.extent) or 64
+    shared, top = overlapping.write_late(s, last, top)
     if work >= elementwise.WORTH_A_THREAD:
-        s.mark(top, PARALLEL)
+        s.mark(shared, PARALLEL)
     ahead.fetch_rows(s, top, s.target.caches[1] // 4)
     streaming.apply(s)
 

@@ -36,7 +36,18 @@ from minicompiler.ir.tir import (
 )
 from minicompiler.target import Target
 
-from . import analysis, blocks, hints, loops, reductions, rolling, staging, streaming, truncate
+from . import (
+    analysis,
+    blocks,
+    hints,
+    loops,
+    pipelining,
+    reductions,
+    rolling,
+    staging,
+    streaming,
+    truncate,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +243,17 @@ class Schedule:
         """Each iteration of `loop` runs right after the same one of `other`, a loop before it."""
         self._apply(
             "compute_with", lambda: loops.compute_with(self, loop, other), loop=loop, other=other
+        )
+
+    def delay(self, block: str, loop: str, before: str) -> None:
+        """The statement with a block, the last one in `loop`, runs in the next iteration, just
+        before the loop `before`."""
+        self._apply(
+            "delay",
+            lambda: pipelining.delay(self, block, loop, before),
+            block=block,
+            loop=loop,
+            before=before,
         )
 
     def relayout(self, buffer: str, layout: IndexMap | Sequence[Sequence[int]]) -> None:

@@ -87,6 +87,17 @@ def compute_with(s: Schedule, pick: Pick) -> None:
     s.compute_with(*pick(pairs or [(loop_names(s)[0], loop_names(s)[-1])]))
 
 
+def delay(s: Schedule, pick: Pick) -> None:
+    """Mostly something that ends a loop, before something that stands directly in it."""
+    nests = [
+        (last.name, x.var.name, y.var.name)
+        for x in analysis.loops(s.func)
+        for last in list(analysis.blocks(x.body))[-1:]
+        for y in analysis.loops(x.body)
+    ]
+    s.delay(*pick(nests or [(pick(block_names(s)), *[pick(loop_names(s)) for _ in range(2)])]))
+
+
 def decompose_reduction(s: Schedule, pick: Pick) -> None:
     block = pick(block_names(s))
     s.decompose_reduction(block, pick(s.loops_of(block) or loop_names(s)))
@@ -147,7 +158,7 @@ def prefetch_next(s: Schedule, pick: Pick) -> None:
 
 STEPS = (
     split, split, split, fuse, reorder, reorder, mark, inline, compute_at, compute_at,
-    split_at_lines, compute_with, compute_with,
+    split_at_lines, compute_with, compute_with, delay, delay,
     decompose_reduction, decompose_reduction, stage, stage, stage, relayout, rfactor, rolling,
     prefetch, prefetch, prefetch_next, skip,
 )  # fmt: skip

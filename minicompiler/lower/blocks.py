@@ -9,6 +9,10 @@ it is inside, so that only the last tile pays for conditions.
 
 from __future__ import annotations
 
+import itertools
+import math
+import operator
+
 from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import (
     FALSE,
@@ -49,6 +53,7 @@ from minicompiler.ir.tir import (
 )
 
 MOST_EXCEPTIONS = 4  # incomplete tiles that get code of their own
+MOST_TURNS = 1024  # of an outer loop that are looked at for them
 
 
 def _arith(func: PrimFunc) -> Arith:
@@ -199,49 +204,69 @@ def _split_tile(nest: Stmt, arith: Arith) -> Stmt:
     incomplete = _exceptions(asked, arith)
     if incomplete is None:
         return If(all_of(asked), complete, nest)
-    loop, extent, values = incomplete
-    rest = [c for c in asked if loop not in free_vars(c)]
+    loops, places = incomplete
+    rest = [c for c in asked if not free_vars(c) & set(loops)]
     made = If(all_of(rest), complete, nest) if rest else complete
-    for k in reversed(values):
-        here = substitute_stmt(nest, {loop: wrap(k)})
-        made = here if len(values) == extent and k == values[-1] else If(eq(loop, k), here, made)
+    count = const_int(arith.simplify(arith.ranges[loops[0]][1] + 1)) if len(loops) == 1 else None
+    for place in reversed(places):
+        here = substitute_stmt(nest, {x: wrap(k) for x, k in zip(loops, place, strict=True)})
+        there = all_of(eq(x, wrap(k)) for x, k in zip(loops, place, strict=True))
+        made = here if count == len(places) and place is places[-1] else If(there, here, made)
     return made
 
 
-def _exceptions(asked: list[Expr], arith: Arith) -> tuple[Var, int, list[int]] | None:
-    """The only loop on which conditions depend, its extent, and the iterations in which they do not
-    all hold, if these are few. Conditions on outer dimensions besides are left out."""
+def _exceptions(asked: list[Expr], arith: Arith) -> tuple[list[Var], list[tuple[int, ...]]] | None:
+    """The only loop on which conditions depend, and its iterations in which they do not all hold,
+    if these are few; or the only two loops, if it is one. Conditions on outer dimensions besides
+    are left out."""
     loops = {v for c in asked for v in free_vars(c) if isinstance(v, Var) and v in arith.ranges}
-    alone = [v for v in loops if any(free_vars(c) == {v} for c in asked)]
-    if len(alone) != 1:
+    alone = [[v] for v in loops if any(free_vars(c) == {v} for c in asked)]
+    pairs = {free_vars(c) for c in asked if len(free_vars(c)) == 2 and free_vars(c) <= loops}
+    if len(alone) != 1 and (alone or len(pairs) != 1):
         return None
-    (loop,) = alone
-    extent = const_int(arith.simplify(arith.ranges[loop][1] + 1))
-    if extent is None:
-        return None
-    values: set[int] = set()
+    chosen = set(alone[0]) if alone else next(iter(pairs))
+    inward = [v for v in arith.ranges if isinstance(v, Var) and v in chosen]
+    most = MOST_EXCEPTIONS if alone else 1
+    places: set[tuple[int, ...]] = set()
     for c in asked:
-        if loop not in free_vars(c):
-            continue
-        wrong = _where_not(c, loop, extent, arith)
-        if wrong is None or len(wrong) > MOST_EXCEPTIONS:
-            return None
-        values.update(wrong)
-    return (loop, extent, sorted(values)) if len(values) <= MOST_EXCEPTIONS else None
+        if free_vars(c) & chosen:
+            wrong = _where_not(c, inward, arith)
+            if wrong is None or len(wrong) > most:
+                return None
+            places.update(wrong)
+    return (inward, sorted(places)) if len(places) <= most else None
 
 
-def _where_not(cond: Expr, loop: Var, extent: int, arith: Arith) -> range | None:
-    """The values of a loop variable for which a comparison that is linear in it does not hold."""
+def _where_not(cond: Expr, loops: list[Var], arith: Arith) -> list[tuple[int, ...]] | None:
+    """The iterations of loops, each inside of those before it, in which a comparison that is linear
+    in their variables does not hold; None where it is not linear, or there are many."""
     if type(cond) is not Binary or cond.op not in ("lt", "le"):
         return None
-    line = arith.poly(cond.b - cond.a)  # slope * loop + start, at least 0 or 1
-    slope = line.get((loop,), 0)
+    line = arith.poly(cond.b - cond.a)  # slope * loop + ... + start, at least 0 or 1
     start = line.get((), 0) - (1 if cond.op == "lt" else 0)
-    if slope == 0 or line.keys() - {(loop,), ()}:
+    slopes = [line.get((x,), 0) for x in loops]
+    if line.keys() - {(), *((x,) for x in loops)} or slopes[-1] == 0:
         return None
-    if slope > 0:
-        return range(min(extent, max(0, -(start // slope))))
-    return range(max(0, min(extent, start // -slope + 1)), extent)
+    extents = [arith.simplify(arith.ranges[x][1] + 1) for x in loops]
+    counts = [const_int(n) for n in extents[:-1]]
+    if None in counts or math.prod(n or 1 for n in counts) > MOST_TURNS:
+        return None
+    found: list[tuple[int, ...]] = []
+    for before in itertools.product(*[range(n or 0) for n in counts]):
+        here: dict[Expr, Expr] = {x: wrap(k) for x, k in zip(loops, before, strict=False)}
+        n = const_int(arith.simplify(substitute(extents[-1], here)))
+        if n is None:
+            return None
+        at, slope = start + sum(map(operator.mul, slopes, before)), slopes[-1]
+        wrong = (
+            range(min(n, max(0, -(at // slope))))
+            if slope > 0
+            else range(max(0, min(n, at // -slope + 1)), n)
+        )
+        found += [(*before, k) for k in wrong]
+        if len(found) > MOST_EXCEPTIONS:
+            return None
+    return found
 
 
 def _for_all(cond: Expr, inner: set[Expr], arith: Arith) -> Expr | None:

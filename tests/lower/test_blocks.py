@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minicompiler.ir import interp
-from minicompiler.ir.expr import Const, Expr, Load, Var, const, eq, wrap
+from minicompiler.ir.expr import Const, Expr, Load, Var, const, eq, minimum, wrap
 from minicompiler.ir.tir import (
     SERIAL,
     UNROLL,
@@ -91,6 +92,22 @@ def test_many_incomplete_tiles_share_their_code() -> None:
     func = unswitch(nest((40, 1, 4), [v * 4 + i >= wrap(4 * MOST_EXCEPTIONS + 1)]))
     assert special(func) == []
     assert sum(isinstance(s, For) and s.kind is UNROLL for s in statements(func)) == 2
+
+
+@pytest.mark.parametrize(("count", "place"), [(12, "v == 2 and w == 3"), (11, "v == 2 and w == 2")])
+def test_the_last_tile_of_pieces_has_its_own_code(count: int, place: str) -> None:
+    """Pieces of four tiles, the last one shorter: 11 of 12 tiles, and a part of the last one."""
+    x, r = (Buffer(n, float32, (Const(48),)) for n in ("x", "r"))
+    at = (v * 4 + w) * 4 + i
+    store = If(at < wrap(count * 4 - 1), Store(r, (at,), Load(x, (at,))))
+    tile = For(i, Const(4), UNROLL, store)
+    clear = For(j, Const(48), SERIAL, Store(r, (j,), const(0.0, float32)))
+    inner = For(w, minimum(Const(4), count - v * 4), SERIAL, tile)
+    func = PrimFunc("f", (x, r), 1, (), (), (clear, For(v, Const(3), SERIAL, inner)))
+    made = unswitch(func)
+    assert special(made) == [place]
+    values = np.arange(1, 49, dtype=np.float32)
+    np.testing.assert_array_equal(*(interp.run(f, [values])[0] for f in (made, func)))
 
 
 def test_conditions_leave_loops_that_they_do_not_concern() -> None:

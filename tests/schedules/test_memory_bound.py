@@ -480,3 +480,32 @@ def test_large_operands_are_asked_for_early(op: str, rows: int, wanted: set[int]
     ]
     distances = re.findall(r"prefetch p0\[.*\] \+ (\d+)", nest)
     assert {int(d) // 512 * 512 for d in distances} == wanted  # of the first of some lines
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "late"),
+    [
+        ((2048, 4096), 1, True),
+        ((2048, 4099), 1, True),  # a tail
+        ((4096, 1024), 1, False),  # short rows wait for nothing
+        ((64, 4096), 1, False),  # results that fit the caches
+        ((24, 256, 1024), 1, True),  # down the columns
+    ],
+)
+def test_long_rows_are_written_while_the_next_one_is_computed(
+    shape: tuple[int, ...], axis: int, late: bool
+) -> None:
+    def softmax(shape: tuple[int, ...], x: np.ndarray) -> tuple[str, np.ndarray]:
+        net = Builder("rows")
+        fn = net.function(y=net.softmax(net.input("x", shape), axis=axis))
+        m = mc.compile(fn, target="cpu:avx2,cores=2", threads=2, checked=True)
+        (nest,) = [s.text for s in m.stages if s.name == "schedule"]
+        return nest, m(x)[0]
+
+    x = np.random.default_rng(7).standard_normal(shape, np.float32)
+    nest, y = softmax(shape, x)
+    assert ("_last in" in nest) == late
+    few = slice(1, 3)
+    np.testing.assert_array_equal(y[few], softmax(x[few].shape, x[few])[1])  # for any batch
+    e = np.exp(x[-3:].astype(np.float64))
+    np.testing.assert_allclose(y[-3:], e / e.sum(axis, keepdims=True), rtol=1e-5)

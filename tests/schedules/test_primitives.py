@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_steps import step
-from tir_samples import SAMPLES, Sample, matmul_of
+from tir_samples import SAMPLES, Sample, matmul_of, softmax_of
 from tolerance import assert_close
 
 from minicompiler.errors import ScheduleError, VerifyError
@@ -141,6 +141,15 @@ def added_at_once(s: Schedule) -> None:
     s.compute_with(summed, made)
 
 
+def written_late(s: Schedule) -> None:
+    """Terms of the next row take the places of those that are divided."""
+    softmax_row(s)
+    s.stage("exp", "i0_4", "local")
+    terms, results = (s.loops_of(b)[-1] for b in ("exp", "div"))
+    s.delay("div", "i0_4", terms)
+    s.compute_with(terms, results)
+
+
 def partial_sums(s: Schedule) -> None:
     s.split("k0", 3, "mask")
     s.rfactor("sum", "k0_i")
@@ -176,6 +185,7 @@ PRIMITIVES: dict[str, tuple[str, Callable[[Schedule], Any]]] = {
     "compute_at_row": ("softmax", softmax_row),
     "compute_at_once": ("matmul", packed_once),
     "compute_with": ("softmax", added_at_once),
+    "delay": ("softmax", written_late),
     "decompose_reduction": ("matmul", lambda s: s.decompose_reduction("matmul", "i1")),
     "stage_register": ("matmul", lambda s: s.stage("matmul", "i1")),
     "stage_local": ("conv", lambda s: s.stage("pad", "i2_2", "local")),
@@ -316,6 +326,40 @@ def test_what_would_be_wrong_is_refused(name: str) -> None:
     s = schedule_after(before)
     with pytest.raises(ScheduleError):
         getattr(s, primitive)(*args)
+
+
+LATE: dict[str, tuple[str, str, str, str]] = {
+    "what it reads is made again": ("div", "i0_4", "k0_2_2", "changes or reads what"),
+    "not the last statement": ("sum", "i0_4", "i1_3", "not in the last one of several statements"),
+    "no loop before it": ("div", "i0_4", "i1_2", "does not stand before block div"),
+    "a loop that is shared": ("div", "shared", "i1_3", "is marked parallel already"),
+    "a loop inside another one": ("div", "i0_4", "inner", "is not directly in i0_4"),
+    "no row at all": ("div", "rows", "i1_3", "may have no iteration"),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_block_is_not_delayed(name: str) -> None:
+    block, loop, before, message = LATE[name]
+    s = start(softmax_of(Dim("n", 0, 9), 10) if loop == "rows" else sample("softmax").func)
+    softmax_row(s)
+    if loop == "shared":
+        s.mark("i0_4", "parallel")
+    if before == "inner":
+        before = s.split("i1_3", 5)[1]
+    with pytest.raises(ScheduleError, match=message):
+        s.delay(block, "i0_4", before)
+
+
+def test_what_is_made_in_another_iteration_is_not_overwritten() -> None:
+    """Each row is divided in another order: terms of the next one cannot take its places."""
+    s = start(sample("softmax").func)
+    softmax_row(s)
+    s.stage("exp", "i0_4", "local")
+    s.reorder(*reversed(s.split("i1_2", 5)))
+    s.delay("div", "i0_4", "i1_3")
+    with pytest.raises(ScheduleError, match="reads is written in another iteration of i1_3_o"):
+        s.compute_with(s.split("i1_3", 2)[0], "i1_2_i")
 
 
 def test_a_consumer_waits_for_all_its_operands() -> None:
