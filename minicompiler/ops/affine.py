@@ -66,7 +66,7 @@ def _read_compute(x: te.Tensor, a: AffineAttrs) -> te.Tensor:
             at.append(sum(terms, Const(0)) + start)
         return x[(*i[:axis], *at, *i[axis + count :])]
 
-    new = (*x.shape[:axis], *a.shape, *x.shape[axis + depth :])
+    new = (*x.shape[:axis], *map(Const, a.shape), *x.shape[axis + depth :])
     return te.compute(new, body, "read_affine")
 
 
@@ -76,7 +76,8 @@ def _read_reference(x: Array, a: AffineAttrs) -> Array:
         np.tensordot(np.array(steps, np.int64), places, 1) + start
         for start, steps in zip(a.starts, a.steps, strict=True)
     ]
-    return np.asarray(x[(*[slice(None)] * (a.axis % x.ndim), *at)])
+    where: list[slice | Array] = [slice(None)] * (a.axis % x.ndim)
+    return np.asarray(x[(*where, *at)])
 
 
 def _read_samples(draw: Draw) -> tuple[list[Array], AffineAttrs]:

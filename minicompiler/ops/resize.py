@@ -136,7 +136,7 @@ def _resize_compute(x: te.Tensor, a: ResizeAttrs) -> te.Tensor:
     axes = [k for k, (s, o) in enumerate(zip(x.shape, shape, strict=True)) if _changes(s, o, a, k)]
     if a.mode != "nearest":
         y = widened(x)
-        for k in axes:
+        for k in _in_order(axes, x.shape, shape):
             y = (_linear if a.mode == "linear" else _cubic)(y, shape[k], a, k)
         return te.astype(y, x.dtype)
 
@@ -149,6 +149,15 @@ def _resize_compute(x: te.Tensor, a: ResizeAttrs) -> te.Tensor:
         return x[tuple(at)]
 
     return te.compute(shape, body, "resize")
+
+
+def _in_order(axes: list[int], size: Shape, out: Shape) -> list[int]:
+    """One axis is done after the other. Along the last one neighbours are read from anywhere, along
+    the others whole lines are added: it comes where there are fewest lines, first unless they
+    become fewer."""
+    lines = axes[:-1]
+    fewer = [k for k in lines if Arith().prove(out[k] < size[k])]
+    return [*fewer, *axes[-1:], *(k for k in lines if k not in fewer)]
 
 
 def _linear(x: te.Tensor, out: Expr, a: ResizeAttrs, axis: int) -> te.Tensor:
