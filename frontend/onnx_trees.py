@@ -212,10 +212,19 @@ def _votes(n: OnnxNode, forest: _Forest, targets: int, aggregate: str) -> Value:
     ]  # fmt: skip
     kind = "sum" if aggregate == "AVERAGE" else aggregate.lower()
     x = cast_to(n, n.arg(0), exact)
-    made: Value = n.apply(trees, x, *tables, attrs=TreesAttrs(targets, kind), name="")
+    attrs = TreesAttrs(targets, kind, *_outcomes(forest))
+    made: Value = n.apply(trees, x, *tables, attrs=attrs, name="")
     if aggregate == "AVERAGE":
         made = n.apply(el.mul, made, n.constant(1 / len(forest.roots), sums.numpy), name="")
     return made
+
+
+def _outcomes(forest: _Forest) -> tuple[int, int]:
+    """The outcomes of comparisons that pass at every node, and those that pass at some."""
+    own = np.arange(len(forest.yes))
+    passes = forest.passes[(forest.yes != own) | (forest.no != own)].astype(np.int64)
+    always, ever = np.bitwise_and.reduce(passes), np.bitwise_or.reduce(passes)
+    return (int(always), int(always ^ ever)) if passes.size else (0, 0)
 
 
 def _dtype(a: Array) -> DType:

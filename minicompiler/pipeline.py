@@ -19,6 +19,7 @@ from .ir.tir import PrimFunc
 from .ir.verify import verify_function
 from .lower.blocks import hoist_conditions, lower_blocks, unswitch
 from .lower.few_rows import few_rows
+from .lower.wraps import unwrap_lines
 from .passes.caches import append_in_place
 from .passes.clean import drop_identities, eliminate_common_subexpr
 from .passes.fold import fold_constants
@@ -70,7 +71,13 @@ GRAPH_PASSES: dict[int, tuple[Pass[Function], ...]] = {
         fuse,
     ),
 }
-TIR_PASSES: tuple[Pass[PrimFunc], ...] = (lower_blocks, hoist_conditions, few_rows, unswitch)
+TIR_PASSES: tuple[Pass[PrimFunc], ...] = (
+    lower_blocks,
+    hoist_conditions,
+    few_rows,
+    unwrap_lines,
+    unswitch,
+)
 
 
 def run(passes: Sequence[Pass[T]], subject: T, ctx: Context | None = None) -> T:

@@ -28,6 +28,7 @@ from minicompiler.ir.expr import (
     Var,
     binary,
     const,
+    const_int,
     eq,
     factors,
     free_vars,
@@ -68,6 +69,7 @@ COMBINE = {
     "or": "or",
 }  # fmt: skip
 CHEAP = 6  # arithmetic operations worth repeating rather than storing
+LOOKUP = 4  # what an element counts that does not lie beside that of the neighbour
 DEAR = 7  # from here on, a division alone, they are done once for all who need the same
 
 
@@ -311,16 +313,22 @@ def _worth_inlining(t: te.Tensor, original: te.Tensor, consumers: list[te.Tensor
     if type(t.body) is Reduce:
         return False
     cost = 0
-    gathers = False
+    gathers = divides = False
     for e in walk(t.body):
         if e.dtype.is_float:
             cost += 1 if type(e) is Binary else 12 if type(e) is Call else 0
             cost += 6 if type(e) is Binary and e.op in ("div", "pow") else 0
         elif type(e) is Select and any(type(x) is Load for x in walk(e)):
             gathers = True
+        elif type(e) is Binary and e.op in ("floordiv", "mod") and const_int(e.b) is None:
+            divides = True
         cost += 2 if type(e) is Select else 0
         if type(e) is Load and any(type(x) is Load for i in e.indices for x in walk(i)):
             gathers = True
+            # Neighbours from anywhere are loaded one by one.
+            cost += LOOKUP if any(type(x) is Load for x in walk(e.indices[-1])) else 0
+    if divides and not te.inputs(t):  # a table of places
+        return False
     total = any(type(i.body) is Reduce for i in te.inputs(t))
     if total and cost >= DEAR and any(_in_columns(original, c) for c in consumers):
         return False

@@ -7,6 +7,7 @@ underscore where Python uses the name): `ops.elementwise.add`, `ops.conv.conv`, 
 from ..ir.op import REGISTRY
 from . import (
     activations,
+    affine,
     append,
     codes,
     contract,
@@ -38,8 +39,7 @@ OWN = frozenset(REGISTRY.values())
 
 __all__ = [
     "OWN",
-    "activations", "append", "codes", "contract", "control", "conv", "count", "elementwise",
-    "evaluate", "index", "linalg", "norm", "order", "pairs", "pieces", "pool", "quant",
-    "recurrent", "reduce", "resize", "roi", "sample", "scatter", "shape",
-    "trees",
+    "activations", "affine", "append", "codes", "contract", "control", "conv", "count",
+    "elementwise", "evaluate", "index", "linalg", "norm", "order", "pairs", "pieces", "pool",
+    "quant", "recurrent", "reduce", "resize", "roi", "sample", "scatter", "shape", "trees",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ from ..ir.expr import Const, Expr, all_of, binary, const, const_int, minimum, se
 from ..ir.op import Arg, Op, register
 from ..ir.types import TensorType
 from .draws import Draw, array, choice, flag, integer, shape
+from .many_parts import joined
 from .rules import (
     Shape,
     Size,
@@ -69,6 +70,7 @@ def _concat_infer(*rest: Any) -> TensorType:
 
 
 MANY_PARTS = 16  # of a concatenation: more make expressions too deep if asked for one by one
+MOST_PARTS = 64  # each element asks for its part; more of them are copied one after the other
 
 
 def _concat_compute(*rest: Any) -> te.Tensor:
@@ -77,6 +79,8 @@ def _concat_compute(*rest: Any) -> te.Tensor:
     starts: list[Expr] = [Const(0)]
     for x in xs:
         starts.append(simplified(starts[-1] + x.shape[axis]))
+    if len(xs) > MOST_PARTS:
+        return joined(xs, axis, starts)
 
     def body(*i: Expr) -> Expr:
         def of(k: int) -> Expr:

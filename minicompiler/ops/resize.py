@@ -9,6 +9,7 @@ for a factor of 2 the index above simplifies to h // 2.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -136,7 +137,7 @@ def _resize_compute(x: te.Tensor, a: ResizeAttrs) -> te.Tensor:
     axes = [k for k, (s, o) in enumerate(zip(x.shape, shape, strict=True)) if _changes(s, o, a, k)]
     if a.mode != "nearest":
         y = widened(x)
-        for k in axes:
+        for k in _in_order(axes, x.shape, shape):
             y = (_linear if a.mode == "linear" else _cubic)(y, shape[k], a, k)
         return te.astype(y, x.dtype)
 
@@ -151,14 +152,44 @@ def _resize_compute(x: te.Tensor, a: ResizeAttrs) -> te.Tensor:
     return te.compute(shape, body, "resize")
 
 
+def _in_order(axes: list[int], size: Shape, out: Shape) -> list[int]:
+    """One axis is done after the other. Along the last one neighbours are read from anywhere, along
+    the others whole lines are added: it comes where there are fewest lines, first unless they
+    become fewer."""
+    lines = axes[:-1]
+    fewer = [k for k in lines if Arith().prove(out[k] < size[k])]
+    return [*fewer, *axes[-1:], *(k for k in lines if k not in fewer)]
+
+
+def _places(
+    x: te.Tensor, out: Expr, a: ResizeAttrs, axis: int
+) -> Callable[[Expr], tuple[Expr, Expr]]:
+    """Of an output index: the element of x before its position, and how far behind that it lies.
+
+    Without numbers for the sizes that takes divisions, which are done once per axis.
+    """
+
+    def low(i: Expr) -> Expr:
+        n, d = _position(i, x.shape[axis], out, a, axis)
+        return n // d
+
+    def weight(i: Expr) -> Expr:
+        n, d = _position(i, x.shape[axis], out, a, axis)
+        return number(n - low(i) * d, x.dtype) / number(d, x.dtype)
+
+    if const_int(simplified(_position(Const(0), x.shape[axis], out, a, axis)[1])) is not None:
+        return lambda i: (low(i), weight(i))
+    lows, weights = te.compute((out,), low, "place"), te.compute((out,), weight, "weight")
+    return lambda i: (lows[i], weights[i])
+
+
 def _linear(x: te.Tensor, out: Expr, a: ResizeAttrs, axis: int) -> te.Tensor:
     """Linear interpolation along one axis; several axes are done one after the other."""
     size = x.shape[axis]
+    place = _places(x, out, a, axis)
 
     def body(*i: Expr) -> Expr:
-        n, d = _position(i[axis], size, out, a, axis)
-        low = n // d
-        weight = number(n - low * d, x.dtype) / number(d, x.dtype)
+        low, weight = place(i[axis])
         first, second = (x[(*i[:axis], clamped(k, size), *i[axis + 1 :])] for k in (low, low + 1))
         return first + (second - first) * weight
 
@@ -168,11 +199,10 @@ def _linear(x: te.Tensor, out: Expr, a: ResizeAttrs, axis: int) -> te.Tensor:
 def _cubic(x: te.Tensor, out: Expr, a: ResizeAttrs, axis: int) -> te.Tensor:
     """Cubic interpolation (Keys 1981) along one axis, with the edges repeated."""
     size = x.shape[axis]
+    place = _places(x, out, a, axis)
 
     def body(*i: Expr) -> Expr:
-        n, d = _position(i[axis], size, out, a, axis)
-        low = n // d
-        t = number(n - low * d, x.dtype) / number(d, x.dtype)
+        low, t = place(i[axis])
         total: Expr | None = None
         for k, weight in zip(range(-1, 3), _keys(t, a.cubic), strict=True):
             at = (*i[:axis], clamped(low + k, size), *i[axis + 1 :])

@@ -71,7 +71,7 @@ def over(shape: Sequence[Expr], fresh: Fresh, body: Callable[..., Stmt]) -> Stmt
     return made
 
 
-def _strips(extent: Expr, fresh: Fresh, body: Callable[[Expr, Expr], Stmt]) -> Stmt:
+def strips(extent: Expr, fresh: Fresh, body: Callable[[Expr, Expr], Stmt]) -> Stmt:
     """body(first element, one past the last) for strips of an axis, shared out between threads.
     Two cache lines at least: with shorter ones the threads would write the same lines in turns."""
     width = 2 * LANES if (const_int(extent) or 1 << 30) < 8 * LANES else 4 * LANES
@@ -81,7 +81,7 @@ def _strips(extent: Expr, fresh: Fresh, body: Callable[[Expr, Expr], Stmt]) -> S
     )
 
 
-def _along(low: Expr, high: Expr, fresh: Fresh, body: Callable[[Expr], Stmt]) -> Stmt:
+def along(low: Expr, high: Expr, fresh: Fresh, body: Callable[[Expr], Stmt]) -> Stmt:
     """body(j) for low <= j < high, `LANES` at a time; the bodies must not depend on each other."""
     part, lane, rest = fresh("part"), fresh("lane"), fresh("rest")
     whole = (high - low) // LANES
@@ -154,7 +154,7 @@ def _elements_compute(
             return Store(made, i, Load(source, i))
 
         def rows(low: Expr, high: Expr, *i: Expr) -> Stmt:
-            return _along(low, high, fresh, lambda j: copy(*i, j))
+            return along(low, high, fresh, lambda j: copy(*i, j))
 
         whole = partial(rows, Const(0), source.shape[-1])
         if len(source.shape) == 1:
@@ -176,7 +176,7 @@ def _elements_compute(
             own = over(where.shape[:-1], fresh, some)
             return seq([over(source.shape[:-1], fresh, partial(rows, low, high)), own])
 
-        return _strips(source.shape[-1], fresh, strip)
+        return strips(source.shape[-1], fresh, strip)
 
     inputs = (x, indices, updates)
     return te.extern("scatter_elements", inputs, [(x.shape, x.dtype)], build)[0]
@@ -263,7 +263,7 @@ def _nd_compute(x: te.Tensor, indices: te.Tensor, updates: te.Tensor, a: Scatter
         if depth == len(source.shape):
             low, high = Const(0), source.shape[-1]
             all_of_it = over(
-                source.shape[:-1], fresh, lambda *i: _along(low, high, fresh, lambda j: copy(*i, j))
+                source.shape[:-1], fresh, lambda *i: along(low, high, fresh, lambda j: copy(*i, j))
             )
             return seq([all_of_it, over(where.shape[:-1], fresh, put)])
 
@@ -271,13 +271,13 @@ def _nd_compute(x: te.Tensor, indices: te.Tensor, updates: te.Tensor, a: Scatter
             """Columns low .. high of all rows."""
 
             def row(body: Callable[..., Stmt]) -> Callable[..., Stmt]:
-                return lambda *i: _along(low, high, fresh, lambda j: body(*i, j))
+                return lambda *i: along(low, high, fresh, lambda j: body(*i, j))
 
             return seq([
                 over(source.shape[:-1], fresh, row(copy)), over(values.shape[:-1], fresh, row(put))
             ])  # fmt: skip
 
-        return _strips(source.shape[-1], fresh, strip)
+        return strips(source.shape[-1], fresh, strip)
 
     return te.extern("scatter_nd", (x, indices, updates), [(x.shape, x.dtype)], build)[0]
 

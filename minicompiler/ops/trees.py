@@ -32,7 +32,7 @@ from ..ir.expr import (
     select,
 )
 from ..ir.op import Arg, Op, register
-from ..ir.tir import PARALLEL, SERIAL, VECTOR, Alloc, Buffer, For, Scope, Stmt, Store, seq
+from ..ir.tir import PARALLEL, SERIAL, UNROLL, Alloc, Buffer, For, Scope, Stmt, Store, seq
 from ..ir.types import DType, TensorType, index
 from .draws import Draw, array, choice, integer
 from .rules import clamped, direct, fail, need_dtype, need_rank, need_same, result, same_dtype
@@ -51,16 +51,19 @@ _NP = {"sum": np.add, "min": np.minimum, "max": np.maximum}
 @dataclass(frozen=True)
 class TreesAttrs:
     """targets: numbers per row. aggregate: sum, min or max of the votes for each of them; 0 where
-    there are none.
+    there are none. passing: outcomes of the comparison that pass at every node; open: those that
+    pass at some.
 
     The tables: roots[t] and depths[t] of the trees; of each node splits[m], asks[m], which is 16
-    times its feature plus the outcomes of the comparison that pass, and the next node: next[m, 0]
-    where it passes, else next[m, 1]; votes first[m] to first[m + 1] are those of a leaf; whom[v]
-    and weights[v] of each vote.
+    times its feature plus the open outcomes that pass, and the next node: next[m, 0] where it
+    passes, else next[m, 1]; votes first[m] to first[m + 1] are those of a leaf; whom[v] and
+    weights[v] of each vote.
     """
 
     targets: int = 1
     aggregate: str = "sum"
+    passing: int = 0
+    open: int = LESS | EQUAL | GREATER | UNORDERED
 
 
 def _start(aggregate: str, dtype: np.dtype) -> float:
@@ -95,6 +98,24 @@ def _trees_infer(
     return result((x.type.shape[0], a.targets), weights.type.dtype)
 
 
+def _passed(value: Expr, split: Expr, asked: Expr, a: TreesAttrs) -> Expr:
+    """Whether a node passes. No choices: under a condition everything would be read once more."""
+    certain = {
+        LESS | EQUAL: value <= split, GREATER | EQUAL: split <= value, LESS: value < split,
+        EQUAL: eq(value, split), GREATER: split < value, UNORDERED: ne(value, value),
+    }  # fmt: skip
+    passed: Expr = FALSE
+    left = a.passing
+    for outcomes, holds in certain.items():
+        if outcomes & left == outcomes:
+            passed, left = binary("or", passed, holds), left & ~outcomes
+    for outcome in (LESS, EQUAL, GREATER, UNORDERED):
+        if a.open & outcome:
+            wanted = ne(binary("and", asked, outcome), 0)
+            passed = binary("or", passed, binary("and", certain[outcome], wanted))
+    return passed
+
+
 def _trees_compute(x: te.Tensor, *rest: Any) -> te.Tensor:
     *tables, a = rest
     dtype: DType = tables[-1].dtype
@@ -114,7 +135,7 @@ def _trees_compute(x: te.Tensor, *rest: Any) -> te.Tensor:
         def together(to: Buffer, value: Callable[[Expr], Expr]) -> Stmt:
             """to[lane] = value(lane), for the rows of a group."""
             lane = fresh("lane")
-            return For(lane, Const(TOGETHER), VECTOR, Store(to, (lane,), value(lane)))
+            return For(lane, Const(TOGETHER), UNROLL, Store(to, (lane,), value(lane)))
 
         def following(lane: Expr) -> Expr:
             """The node after the one that a row has come to; rows behind the last are as this."""
@@ -123,15 +144,7 @@ def _trees_compute(x: te.Tensor, *rest: Any) -> te.Tensor:
             row = minimum(top + lane, rows - 1)
             value = Load(data, (row, clamped(binary("shr", asked, 4), data.shape[1])))
             split = Load(splits, at)
-            # Not choices: under a condition everything would be read once more.
-            outcomes = {
-                LESS: value < split, EQUAL: eq(value, split), GREATER: split < value,
-                UNORDERED: ne(value, value),
-            }  # fmt: skip
-            passed: Expr = FALSE
-            for bit, holds in outcomes.items():
-                wanted = ne(binary("and", asked, bit), 0)
-                passed = binary("or", passed, binary("and", holds, wanted))
+            passed = _passed(value, split, asked, a)
             return number(next_, *at, select(passed, const(0), const(1)))
 
         at = (clamped(Load(leaf, (i,)), nodes),)
@@ -185,7 +198,7 @@ def _trees_reference(
                 LESS * (value < split) + EQUAL * (value == split) + GREATER * (value > split)
                 + UNORDERED * np.isnan(value)
             )  # fmt: skip
-            at = next_[at, np.where(relation & asks[at], 0, 1)]
+            at = next_[at, np.where(relation & (asks[at] & a.open | a.passing), 0, 1)]
         for row, leaf in enumerate(at):
             for v in range(first[leaf], first[leaf + 1]):
                 old = made[row, whom[v]]
@@ -220,7 +233,9 @@ def _trees_samples(draw: Draw) -> tuple[list[Array], TreesAttrs]:
         numbers["next"].reshape(-1, 2), numbers["first"],
         array(draw, (room,), "int32", 0, targets - 1),
         array(draw, (room,), choice(draw, ("float32", "float64"))),
-    ], TreesAttrs(targets, choice(draw, sorted(AGGREGATES)))  # fmt: skip
+    ], TreesAttrs(
+        targets, choice(draw, sorted(AGGREGATES)), integer(draw, 0, 15), choice(draw, (0, 8, 15))
+    )  # fmt: skip
 
 
 trees = register(

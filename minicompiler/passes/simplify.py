@@ -30,8 +30,8 @@ from ..ir.graph import (
 )
 from ..ir.op import Op
 from ..ir.types import TensorType, float32
-from ..ops import activations, conv, elementwise, pieces, pool, scatter, shape
-from . import borders
+from ..ops import activations, conv, elementwise, index, pieces, pool, scatter, shape
+from . import borders, positions
 
 Rule = Callable[[Apply], Value | None]
 
@@ -365,5 +365,7 @@ RULES: dict[Op, tuple[Rule, ...]] = {
     pool.max_pool: (borders.padded_max_pool, borders.trimmed),
     pool.avg_pool: (borders.padded_avg_pool, borders.trimmed),
     scatter.scatter_elements: (_scattered_rows,),
-    scatter.scatter_nd: (_flat_rows,),
+    scatter.scatter_nd: (positions.assigned, _flat_rows),
+    index.gather: (positions.gathered,),
+    index.gather_nd: (positions.gathered_points,),
 }

@@ -14,6 +14,9 @@ from tolerance import assert_close
 
 import minicompiler as mc
 from minicompiler.errors import ImportModelError
+from minicompiler.frontend import onnx
+from minicompiler.ir.graph import applies
+from minicompiler.ops.trees import EQUAL, GREATER, LESS, UNORDERED, trees
 
 ROWS, WIDTH = 70, 5
 DOMAIN = "ai.onnx.ml"
@@ -108,6 +111,22 @@ def test_regressor(aggregate: str, targets: int) -> None:
         base_values=base, **trees.nodes, **more,
     )  # fmt: skip
     check(m, rows())
+
+
+@pytest.mark.parametrize(
+    ("modes", "passing", "open_"),
+    [(MODES[:1], LESS | EQUAL, 0), (MODES[3:4], GREATER, 0), (MODES[:2], LESS, EQUAL),
+     (MODES, 0, LESS | EQUAL | GREATER)],
+)  # fmt: skip
+def test_nodes_are_asked_only_for_outcomes_in_which_they_differ(
+    modes: tuple[str, ...], passing: int, open_: int
+) -> None:
+    of = forest(30, modes=modes)
+    m = model("TreeEnsembleRegressor", ["y"], n_targets=1,
+              **of.nodes, **votes(of, "target", "target_ids", 1))  # fmt: skip
+    (found,) = (v.attrs for v in applies(onnx.load(m)) if v.op is trees)
+    missing = UNORDERED if found.open & UNORDERED else 0  # some nodes of a random forest have it
+    assert (found.passing, found.open & ~missing) == (passing, open_)
 
 
 @pytest.mark.parametrize("modes", [(m,) for m in MODES] + [MODES], ids=lambda m: m[0] + str(len(m)))

@@ -350,15 +350,6 @@ def test_concatenations(lead: int, sizes: tuple[int, ...], rest: tuple[int, ...]
         np.testing.assert_array_equal(y, np.concatenate(parts, 1))
 
 
-def test_a_concatenation_of_hundreds() -> None:
-    """The depth of its expression is the logarithm of their number."""
-    net = Builder("many")
-    parts = [np.full((1 + k % 3, 8), k, np.float32) for k in range(300)]
-    y = net.concat(*[net.input(f"x{k}", x.shape) for k, x in enumerate(parts)], axis=0)
-    (got,) = mc.compile(net.function(y=y), threads=1)(*parts)
-    np.testing.assert_array_equal(got, np.concatenate(parts))
-
-
 def test_a_concatenation_copies_long_pieces() -> None:
     a, b = (te.placeholder(n, (64, 64, 15, 15), float32) for n in "ab")
     y = te.compute(
