@@ -133,7 +133,8 @@ def _table(
     mode = n.attr("coordinate_transformation_mode", "half_pixel")
     full = scale * size
     rows: list[np.ndarray] = []
-    places, outside = [], []
+    places: list[np.ndarray] = []
+    outside = []
     for o in range(out):
         n.table(len(rows[0]) if rows else 1)
         at = _coordinate(mode, o, size, out, scale, full, roi)
@@ -146,7 +147,8 @@ def _table(
             weights = weights / weights.sum()
         rows.append(weights)
         places.append(np.clip(taps, 0, size - 1))
-    return np.array(rows), np.array(places), np.array(outside)
+    shape = out, len(rows[0]) if rows else 1
+    return np.reshape(rows, shape), np.reshape(places, shape), np.array(outside)
 
 
 def _coordinate(
@@ -223,7 +225,7 @@ def _deform_conv(n: OnnxNode) -> Value:
     d = len(kernel)
     strides = tuple(n.attr("strides", (1,) * d))
     dilations = tuple(n.attr("dilations", (1,) * d))
-    begin, _ = padding(n, [k or 1 for k in kernel], strides, dilations)
+    begin, _ = padding(n, len(kernel))
     attrs = sp.DeformConvAttrs(
         strides, begin, dilations, n.attr("group", 1), n.attr("offset_group", 1)
     )

@@ -170,6 +170,7 @@ class _Run:
         found = ctypes.c_int64.from_address(self._address(c.place)).value
         found = max(min(found, evaluate(c.most, self.names)), 0)
         self.names[c.dim] = found
+        self.plan.refuse_counts(c.dim, self.names)
         self.table[self.layout.dims + len(self.plan.dims) + at] = found
 
     def _counts_some(self) -> bool:
