@@ -17,6 +17,7 @@ from minicompiler.ops.rules import known_nonneg
 
 from .onnx_math import Converter
 from .onnx_node import OnnxNode, items
+from .onnx_shape import positions
 
 
 def _head(n: OnnxNode, x: Value, count: Value, axis: int, name: str | None = None) -> Value:
@@ -33,11 +34,7 @@ def _nonzero(n: OnnxNode) -> Value:
     x = n.arg(0)
     t = type_of(x)
     if isinstance(x, Apply) and x.op is sh.full and t.rank == 1 and x.attrs.value:
-        line = n.apply(sh.shape_, attrs=sh.ShapeAttrs(values=t.shape), name="")
-        size = n.apply(sh.squeeze, line, attrs=sh.SqueezeAttrs((0,)), name="")
-        ends = n.constant(0, np.int64), size, n.constant(1, np.int64)
-        positions = n.apply(sh.arange, *ends, name="")
-        return n.apply(sh.unsqueeze, positions, attrs=sh.UnsqueezeAttrs((0,)))
+        return n.apply(sh.unsqueeze, positions(n, t.shape[0]), attrs=sh.UnsqueezeAttrs((0,)))
     known = n.values.of(x)
     if known is not None:
         n.table(known.size * t.rank)

@@ -1,4 +1,4 @@
-"""Windows over symbolic axes with auto_pad, windows that do not fit, and images of no size."""
+"""Images: windows over symbolic axes and such as do not fit, grids of points, norms."""
 
 from __future__ import annotations
 
@@ -78,3 +78,41 @@ def test_an_image_that_shrinks_to_nothing(mode: str) -> None:
     scales = np.array([1, 1, 0.2, 1], np.float32)
     m = model([node("Resize", "x - s", "y", mode=mode)], {"x": x}, ["y"], {"s": scales})
     assert mc.compile(m)(x)[0].shape == (1, 1, 0, 3)
+
+
+@pytest.mark.parametrize("align_corners", [0, 1])
+@pytest.mark.parametrize("spatial", [(4, 5), (3, 4, 5)])
+def test_points_of_an_image_that_an_affine_map_moves(
+    spatial: tuple[int, ...], align_corners: int
+) -> None:
+    """For one image and for several: the definition by other operators has no axis for one."""
+    d = len(spatial)
+    lines = [
+        np.linspace(-1, 1, n) if align_corners else (2 * np.arange(n) + 1) / n - 1 for n in spatial
+    ]
+    points = np.stack([*np.meshgrid(*lines, indexing="ij")[::-1], np.ones(spatial)], -1)
+    for images in (1, 3):
+        theta = numbers(images, d, d + 1)
+        size = {"s": np.array([images, 2, *spatial])}
+        grid = node("AffineGrid", "t s", "y", align_corners=align_corners)
+        (got,) = mc.compile(model([grid], {"t": theta}, ["y"], size, opset=20))(theta)
+        want = np.einsum("nij,...j->n...i", theta, points)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_points_of_an_image_of_any_size() -> None:
+    nodes = [node("Shape", "x", "s"), node("AffineGrid", "t s", "g"),
+             node("GridSample", "x g", "y")]  # fmt: skip
+    x, t = numbers(2, 3, 4, 6), np.tile(np.eye(2, 3, dtype=np.float32), (2, 1, 1))
+    shapes = {"t": ("n", 2, 3), "x": ("n", 3, "h", "w")}
+    m = mc.compile(model(nodes, {"t": t, "x": x}, ["y"], opset=20, shapes=shapes))
+    for image in (x, numbers(2, 3, 7, 5)):
+        np.testing.assert_allclose(m(t, image)[0], image, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_norms_of_whole_images(p: int) -> None:
+    x = numbers(2, 5, 7, 3)
+    (got,) = mc.compile(model([node("GlobalLpPool", "x", "y", p=p)], {"x": x}, ["y"]))(x)
+    want = (np.abs(x) ** p).sum((2, 3), keepdims=True) ** (1 / p)
+    np.testing.assert_allclose(got, want, rtol=1e-5)

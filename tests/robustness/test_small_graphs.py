@@ -101,3 +101,12 @@ def test_narrow_rows_whose_place_data_decide() -> None:
     nodes = [node("Gather", "x i", "g"), node("Softmax", "g", "s"), node("Add", "s g", "y")]
     x, i = numbers(30000, 17, 3), np.array(2)
     check(model(nodes, {"x": x, "i": i}, ["y"]), x, i)
+
+
+@pytest.mark.parametrize("upper", [0, 1])
+def test_a_triangle_whose_diagonal_data_decide(upper: int) -> None:
+    x, k = numbers(2, 5, 7), np.array(0)
+    m = mc.compile(model([node("Trilu", "x k", "y", upper=upper)], {"x": x, "k": k}, ["y"],
+                         shapes={"x": (2, "h", "w")}))  # fmt: skip
+    for k in map(np.array, (-9, -2, 0, 1, 3, 20)):
+        np.testing.assert_array_equal(m(x, k)[0], (np.triu if upper else np.tril)(x, k))
