@@ -12,7 +12,7 @@ calls; between two of them all threads meet at the barrier. A kernel is called a
 from __future__ import annotations
 
 from minicompiler.errors import CodegenError
-from minicompiler.runtime.plan import MAIN, Call, Count, Location, Plan, Region, Size
+from minicompiler.runtime.plan import MAIN, Call, Count, Guard, Location, Plan, Region, Size
 
 _FLOOR = """
 define internal i64 @mc_floordiv(i64 %a, i64 %b) #0 {
@@ -46,6 +46,7 @@ _FORMATS = {
     "min": "call i64 @llvm.smin.i64(i64 {}, i64 {})",
     "max": "call i64 @llvm.smax.i64(i64 {}, i64 {})",
 }
+_COMPARISONS = {"eq": "eq", "ne": "ne", "lt": "slt", "le": "sle"}
 
 
 def emit_main(plan: Plan) -> str:
@@ -139,6 +140,23 @@ class _Main:
         size = self.sizes[c.dim] = self.op(_FORMATS["max"].format(most, 0))
         at = self.op(f"getelementptr i64, ptr %table, i64 {slot}")
         self.put(f"store i64 {size}, ptr {at}, align 8")
+        known = [name for name in self.sizes if isinstance(name, str)]
+        for number, g in self.plan.checks_of(c.dim, known):
+            self.check(g, number + 1)
+
+    def check(self, g: Guard, number: int) -> None:
+        """Leaves, with the number in the table, where a condition does not hold: for every thread
+        or for none."""
+        self.blocks += 1
+        name = str(self.blocks)
+        left, right = self.size(g.left), self.size(g.right)
+        holds = self.op(f"icmp {_COMPARISONS[g.relation]} i64 {left}, {right}")
+        self.put(f"br i1 {holds}, label %holds{name}, label %fails{name}")
+        self.lines.append(f"fails{name}:")
+        at = self.op(f"getelementptr i64, ptr %table, i64 {self.table.failed}")
+        self.put(f"store i64 {number}, ptr {at}, align 8")
+        self.put("ret void")
+        self.lines.append(f"holds{name}:")
 
     def call(self, call: Call) -> None:
         args = ["i32 %tid", "i32 %nthreads", "ptr %barrier"]

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from minicompiler.ir.expr import Expr, const_int, product
+from minicompiler.ir.expr import Expr, const_int, minimum, product
 from minicompiler.ir.graph import Apply, Value, type_of
 from minicompiler.ops import count as ct
 from minicompiler.ops import index as ix
+from minicompiler.ops import pieces as pc
 from minicompiler.ops import shape as sh
+from minicompiler.ops.rules import known_nonneg
 
 from .onnx_math import Converter
 from .onnx_node import OnnxNode, items
+from .onnx_shape import positions
 
 
 def _head(n: OnnxNode, x: Value, count: Value, axis: int, name: str | None = None) -> Value:
@@ -31,11 +34,7 @@ def _nonzero(n: OnnxNode) -> Value:
     x = n.arg(0)
     t = type_of(x)
     if isinstance(x, Apply) and x.op is sh.full and t.rank == 1 and x.attrs.value:
-        line = n.apply(sh.shape_, attrs=sh.ShapeAttrs(values=t.shape), name="")
-        size = n.apply(sh.squeeze, line, attrs=sh.SqueezeAttrs((0,)), name="")
-        ends = n.constant(0, np.int64), size, n.constant(1, np.int64)
-        positions = n.apply(sh.arange, *ends, name="")
-        return n.apply(sh.unsqueeze, positions, attrs=sh.UnsqueezeAttrs((0,)))
+        return n.apply(sh.unsqueeze, positions(n, t.shape[0]), attrs=sh.UnsqueezeAttrs((0,)))
     known = n.values.of(x)
     if known is not None:
         n.table(known.size * t.rank)
@@ -46,12 +45,21 @@ def _nonzero(n: OnnxNode) -> Value:
 
 
 def _compress(n: OnnxNode) -> Value:
-    """The indices along an axis where the condition holds."""
+    """The indices along an axis where the condition holds; what it says beyond its end is void."""
     x, axis = n.arg(0), n.attr("axis", None)
     if axis is None:
         x, axis = _flat(n, x), 0
-    n.shape(1, 1)
-    places, count = items(n.apply(ct.nonzero, n.arg(1), name=""))
+    size = type_of(x).shape[n.axis(axis, type_of(x).rank)]
+    (length,) = n.shape(1, 1)
+    condition = n.arg(1)
+    if not known_nonneg(size - length):
+        most = pc.SliceAttrs((0,), (minimum(length, size),), (0,), (1,))
+        condition = n.apply(pc.strided_slice, condition, attrs=most, name="")
+    known = n.values.of(condition)
+    if known is not None:
+        always = n.constant(np.flatnonzero(known), np.int64)
+        return n.apply(ix.gather, x, always, attrs=ix.GatherAttrs(axis))
+    places, count = items(n.apply(ct.nonzero, condition, name=""))
     where = n.apply(sh.squeeze, places, attrs=sh.SqueezeAttrs((0,)), name="")
     chosen = _head(n, where, count, 0, "")
     return n.apply(ix.gather, x, chosen, attrs=ix.GatherAttrs(axis))

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from minicompiler.ir.expr import const_int
+from minicompiler.ir.expr import Expr, const_int, maximum
 from minicompiler.ir.graph import Value, type_of
+from minicompiler.ir.types import DType
 from minicompiler.ops import elementwise as el
 from minicompiler.ops import index as ix
 from minicompiler.ops import linalg
@@ -27,7 +28,7 @@ from .onnx_data import element_type
 from .onnx_math import Converter, cast_to
 from .onnx_nn import padding
 from .onnx_node import OnnxNode, sizes_of
-from .onnx_shape import one_per_axis
+from .onnx_shape import one_per_axis, positions
 from .onnx_shape import resize as plain_resize
 
 MOST_TAPS = 1 << 16  # elements in one weighted mean
@@ -133,7 +134,8 @@ def _table(
     mode = n.attr("coordinate_transformation_mode", "half_pixel")
     full = scale * size
     rows: list[np.ndarray] = []
-    places, outside = [], []
+    places: list[np.ndarray] = []
+    outside = []
     for o in range(out):
         n.table(len(rows[0]) if rows else 1)
         at = _coordinate(mode, o, size, out, scale, full, roi)
@@ -146,7 +148,8 @@ def _table(
             weights = weights / weights.sum()
         rows.append(weights)
         places.append(np.clip(taps, 0, size - 1))
-    return np.array(rows), np.array(places), np.array(outside)
+    shape = out, len(rows[0]) if rows else 1
+    return np.reshape(rows, shape), np.reshape(places, shape), np.array(outside)
 
 
 def _coordinate(
@@ -218,12 +221,49 @@ def _roi_align(n: OnnxNode) -> Value:
     return n.apply(ro.roi_align, n.arg(0), n.arg(1), n.arg(2), attrs=attrs)
 
 
+def _affine_grid(n: OnnxNode) -> Value:
+    """theta[n, d, d + 1] times (x, y, ..., 1) at each point of an image, x along its last axis."""
+    theta, t, sizes = n.arg(0), n.type(0), sizes_of(n.arg(1))
+    if sizes is None:
+        n.fail("AffineGrid needs a size that is known while importing")
+    d = len(sizes) - 2
+    if d < 1 or t.rank != 3 or [const_int(s) for s in t.shape[1:]] != [d, d + 1]:
+        n.fail(f"AffineGrid for {len(sizes)} dimensions of images with theta {t}")
+    total: Value | None = None
+    for k in range(d + 1):
+        column = pc.SliceAttrs((k,), (k + 1,), (2,))
+        term: Value = n.apply(pc.strided_slice, theta, attrs=column, name="")
+        shape = sh.ReshapeAttrs((t.shape[0], *(1,) * d, d))
+        term = n.apply(sh.reshape, term, attrs=shape, name="")
+        if k < d:
+            line = _coordinates(n, sizes[-1 - k], t.dtype)
+            along = tuple(sizes[-1 - k] if axis == d - 1 - k else 1 for axis in range(d))
+            line = n.apply(sh.reshape, line, attrs=sh.ReshapeAttrs((*along, 1)), name="")
+            term = n.apply(el.mul, term, line, name="")
+        total = term if total is None else n.apply(el.add, total, term)
+    assert total is not None
+    return total
+
+
+def _coordinates(n: OnnxNode, size: Expr, dtype: DType) -> Value:
+    """-1 to 1 in equal steps: the centres of pixels, or with align_corners the ends as well."""
+    aligned = n.attr("align_corners", 0)
+    line = cast_to(n, positions(n, size), dtype)
+    steps = maximum(size - 1, 1) if aligned else size
+    count = n.apply(sh.shape_, attrs=sh.ShapeAttrs(values=(steps,)), name="")
+    two = n.apply(el.mul, line, n.constant(2, dtype.numpy), name="")
+    if not aligned:
+        two = n.apply(el.add, two, n.constant(1, dtype.numpy), name="")
+    share = n.apply(el.div, two, cast_to(n, count, dtype), name="")
+    return n.apply(el.sub, share, n.constant(1, dtype.numpy), name="")
+
+
 def _deform_conv(n: OnnxNode) -> Value:
     kernel = [const_int(s) for s in n.type(1).shape[2:]]
     d = len(kernel)
     strides = tuple(n.attr("strides", (1,) * d))
     dilations = tuple(n.attr("dilations", (1,) * d))
-    begin, _ = padding(n, [k or 1 for k in kernel], strides, dilations)
+    begin, _ = padding(n, len(kernel))
     attrs = sp.DeformConvAttrs(
         strides, begin, dilations, n.attr("group", 1), n.attr("offset_group", 1)
     )
@@ -354,6 +394,7 @@ def _ramp(column: np.ndarray, left: int, centre: int) -> None:
 
 
 IMAGE: dict[str, Converter] = {
+    "AffineGrid": _affine_grid,
     "DFT": _dft,
     "DeformConv": _deform_conv,
     "GridSample": _grid_sample,

@@ -28,7 +28,7 @@ _DECIDING: dict[str, tuple[int, ...]] = {
     "ReduceSum": (1,), "ReduceSumSquare": (1,), "Reshape": (1,), "Resize": (1, 2, 3),
     "STFT": (1, 3), "SequenceAt": (1,), "SequenceErase": (1,), "SequenceInsert": (2,),
     "Slice": (1, 2, 3, 4), "Split": (1,), "SplitToSequence": (1,), "Squeeze": (1,), "Tile": (1,),
-    "TopK": (1,), "Trilu": (1,), "Unsqueeze": (1,), "Upsample": (1,),
+    "TopK": (1,), "Unsqueeze": (1,), "Upsample": (1,),
 }  # fmt: skip
 _SHAPE_ONLY = ("Shape", "Size", "SequenceLength")
 

@@ -205,10 +205,16 @@ def _global(op: Op) -> Converter:
 
 
 def _global_lp(n: OnnxNode) -> Value:
-    p = n.attr("p", 2)
-    if p not in (1, 2):
-        n.fail(f"GlobalLpPool with p = {p} is not supported", "p may be 1 or 2")
-    return _global(red.reduce_l1 if p == 1 else red.reduce_l2)(n)
+    p, t = n.attr("p", 2), n.type(0)
+    if p < 1:
+        n.fail(f"GlobalLpPool: the norm of order {p} does not exist")
+    if p <= 2:
+        return _global(red.reduce_l1 if p == 1 else red.reduce_l2)(n)
+    size = n.apply(el.abs_, n.arg(0), name="")
+    powers = n.apply(el.power, size, n.constant(p, t.dtype.numpy), name="")
+    over = red.ReduceAttrs(tuple(range(2, t.rank)), True)
+    total = n.apply(red.reduce_sum, powers, attrs=over, name="")
+    return n.apply(el.power, total, n.constant(1 / p, t.dtype.numpy))
 
 
 def _lp_norm(n: OnnxNode) -> Value:

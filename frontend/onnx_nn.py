@@ -7,52 +7,78 @@ Gemm{transB=1} -> add(matmul(a, b){transpose_b=True}, c)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from minicompiler.ir.expr import Expr, const_int, product
+from minicompiler.ir.expr import Const, Expr, ceildiv, const_int, maximum, product, wrap
 from minicompiler.ir.graph import Constant, Value, type_of
 from minicompiler.ir.op import Op
+from minicompiler.ir.types import int64
 from minicompiler.ops import conv as cv
 from minicompiler.ops import elementwise as el
 from minicompiler.ops import linalg, norm
+from minicompiler.ops import pieces as pc
 from minicompiler.ops import pool as pl
 from minicompiler.ops import reduce as red
 from minicompiler.ops import shape as sh
+from minicompiler.ops.rules import Size, lowest, simplified
 
 from .onnx_math import Converter
 from .onnx_node import OnnxNode
 
-
 # ---- windows ------------------------------------------------------------------------------------
-def padding(
-    n: OnnxNode, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Padding before and after each spatial axis, from `pads` or `auto_pad`."""
-    rank = len(kernel)
+_SAME = ("SAME_UPPER", "SAME_LOWER")
+
+
+def padding(n: OnnxNode, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The padding before and after each spatial axis that a node states: none with `auto_pad`."""
     if n.type(0).rank != rank + 2:
         n.fail(f"{n.op_type} has a kernel of {rank} axes and an input of {n.type(0).rank}")
-    mode = n.attr("auto_pad", "NOTSET")
-    if mode in ("NOTSET", ""):
-        pads = tuple(n.attr("pads", (0,) * (2 * rank)))
-        if len(pads) != 2 * rank:
-            n.fail(f"{n.op_type} with {rank} spatial axes has {len(pads)} pads")
-        return pads[:rank], pads[rank:]
-    if mode == "VALID":
+    if n.attr("auto_pad", "NOTSET") not in ("NOTSET", ""):
         return (0,) * rank, (0,) * rank
-    begin, end = [], []
-    for k, size in enumerate(n.type(0).shape[2:]):
-        number = const_int(size)
-        if number is None and strides[k] != 1:
-            n.fail(f"auto_pad {mode} needs the size of spatial axis {k}, which is {size}")
+    pads = tuple(n.attr("pads", (0,) * (2 * rank)))
+    if len(pads) != 2 * rank:
+        n.fail(f"{n.op_type} with {rank} spatial axes has {len(pads)} pads")
+    return pads[:rank], pads[rank:]
+
+
+def bordered(
+    n: OnnxNode,
+    x: Value,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    value: float = 0,
+) -> tuple[Value, tuple[int, ...], tuple[int, ...]]:
+    """`x` and its padding before and after each spatial axis, from `pads` or `auto_pad`.
+
+    Where `auto_pad` depends on a symbolic size, the border of `value`s is already in the `x` that
+    is returned.
+    """
+    begin, end = map(list, padding(n, len(kernel)))
+    mode, sizes = n.attr("auto_pad", "NOTSET"), type_of(x).shape
+    if mode not in _SAME:
+        return x, tuple(begin), tuple(end)
+    before: list[Size] = [0] * len(sizes)
+    after: list[Size] = [0] * len(sizes)
+    for k, stride in enumerate(strides):
         # With stride 1 the padding does not depend on the size.
-        number = strides[k] if number is None else number
+        size = wrap(1) if stride == 1 else sizes[2 + k]
         span = (kernel[k] - 1) * dilations[k] + 1
-        total = max((-(-number // strides[k]) - 1) * strides[k] + span - number, 0)
-        small = total // 2
-        begin.append(small if mode == "SAME_UPPER" else total - small)
-        end.append(total - begin[-1])
-    return tuple(begin), tuple(end)
+        covered = ceildiv(size, stride) * stride + (span - stride)
+        # Windows that are no shorter than their distance reach the end.
+        total = simplified((covered if span >= stride else maximum(covered, size)) - size)
+        first = simplified((total if mode == "SAME_UPPER" else total + 1) // 2)
+        last = simplified(total - first)
+        if type(first) is Const and type(last) is Const:
+            begin[k], end[k] = int(first.value), int(last.value)
+        else:
+            before[2 + k], after[2 + k] = first, last
+    if any(isinstance(s, Expr) for s in before):
+        attrs = pc.PadAttrs(tuple(before), tuple(after), "constant", value)
+        x = n.apply(pc.pad, x, attrs=attrs, name="")
+    return x, tuple(begin), tuple(end)
 
 
 def _ones(n: OnnxNode, name: str, rank: int) -> tuple[int, ...]:
@@ -80,7 +106,7 @@ def convolution(n: OnnxNode, x: Value, w: Value, bias: Value | None) -> Value:
     """A convolution with the attributes of a node."""
     kernel = _kernel(n, w)
     strides, dilations = _ones(n, "strides", len(kernel)), _ones(n, "dilations", len(kernel))
-    begin, end = padding(n, kernel, strides, dilations)
+    x, begin, end = bordered(n, x, kernel, strides, dilations)
     attrs = cv.ConvAttrs(strides, begin, end, dilations, n.attr("group", 1))
     return n.apply(cv.conv, x, w, bias, attrs=attrs)
 
@@ -92,7 +118,7 @@ def _conv_transpose(n: OnnxNode) -> Value:
     extra = n.per_axis("output_padding", rank, 0)
     mode, wanted = n.attr("auto_pad", "NOTSET"), n.attr("output_shape", None)
     if wanted is None and mode in ("NOTSET", "", "VALID"):
-        begin, end = padding(n, kernel, strides, dilations)
+        begin, end = padding(n, rank)
     else:
         begin, end, extra = _transposed_padding(n, kernel, strides, dilations, extra, wanted)
     attrs = cv.ConvTransposeAttrs(strides, begin, end, dilations, extra, n.attr("group", 1))
@@ -113,11 +139,12 @@ def _transposed_padding(
         n.fail(f"'output_shape' of ConvTranspose has {len(wanted)} numbers")
     for k, size in enumerate(n.shape(0, 2 + len(kernel))[2:]):
         number = const_int(size)
-        if number is None:
-            n.fail(f"ConvTranspose needs the size of spatial axis {k}, which is {size}")
-        goal = number * strides[k] if wanted is None else wanted[len(wanted) - len(kernel) + k]
         span = (kernel[k] - 1) * dilations[k] + 1
-        spare = strides[k] * (number - 1) + extra[k] + span - goal
+        spare = extra[k] + span - strides[k]
+        if wanted is not None:
+            if number is None:
+                n.fail(f"ConvTranspose needs the size of spatial axis {k}, which is {size}")
+            spare += number * strides[k] - wanted[len(wanted) - len(kernel) + k]
         after.append(extra[k] + max(-spare, 0))
         total = max(spare, 0)
         small = total // 2
@@ -131,7 +158,8 @@ def _pool(op: Op) -> Converter:
     def convert(n: OnnxNode) -> Value:
         kernel = tuple(n.attr("kernel_shape"))
         strides, dilations = _ones(n, "strides", len(kernel)), _ones(n, "dilations", len(kernel))
-        begin, end = padding(n, kernel, strides, dilations)
+        low = lowest(n.type(0).dtype).value if op is pl.max_pool else 0
+        x, begin, end = bordered(n, n.arg(0), kernel, strides, dilations, low)
         given = (
             kernel,
             strides,
@@ -142,12 +170,35 @@ def _pool(op: Op) -> Converter:
             bool(n.attr("count_include_pad", 0)),
             n.attr("p", 2),
         )
-        if op is pl.max_pool and n.wants(1):
-            indexed = pl.IndexedPoolAttrs(*given, bool(n.attr("storage_order", 0)))
-            return n.apply(pl.max_pool_indices, n.arg(0), attrs=indexed)
-        return n.apply(op, n.arg(0), attrs=pl.PoolAttrs(*given))
+        indexed = op is pl.max_pool and n.wants(1)
+        attrs = pl.PoolAttrs(*given)
+        sizes = attrs.windows(n.op_type).output(type_of(x).shape[2:])
+        if any(type(s) is Const and s.value < 1 for s in sizes):
+            return _no_windows(n, sizes, indexed)
+        if indexed:
+            if x is not n.arg(0):
+                n.fail("the positions that MaxPool finds need sizes that are known with auto_pad")
+            columns = bool(n.attr("storage_order", 0))
+            return n.apply(pl.max_pool_indices, x, attrs=pl.IndexedPoolAttrs(*given, columns))
+        if op is not pl.avg_pool or x is n.arg(0) or n.attr("count_include_pad", 0):
+            return n.apply(op, x, attrs=attrs)
+        # The mean over the border as well, by the share of the window that is not border.
+        ones = sh.FullAttrs((1, 1, *n.type(0).shape[2:]), 1, n.type(0).dtype)
+        line = n.apply(sh.full, attrs=ones, name="")
+        share, _, _ = bordered(n, line, kernel, strides, dilations)
+        mean = n.apply(op, x, attrs=attrs, name="")
+        return n.apply(el.div, mean, n.apply(op, share, attrs=attrs, name=""))
 
     return convert
+
+
+def _no_windows(n: OnnxNode, sizes: Sequence[Expr], indexed: bool) -> Any:
+    """The empty results of windows that do not fit."""
+    shape = *n.type(0).shape[:2], *(maximum(s, 0) for s in sizes)
+    empty = n.apply(sh.full, attrs=sh.FullAttrs(shape, 0, n.type(0).dtype))
+    if not indexed:
+        return empty
+    return empty, n.apply(sh.full, attrs=sh.FullAttrs(shape, 0, int64), name=n.outputs[1])
 
 
 # ---- matrix products ----------------------------------------------------------------------------

@@ -8,6 +8,8 @@ Operators without a row are expanded where the ONNX specification defines them t
 
 from __future__ import annotations
 
+from .onnx_contrib import CONTRIB
+from .onnx_contrib_attention import ATTENTION
 from .onnx_control import CONTROL
 from .onnx_count import COUNT
 from .onnx_image import IMAGE
@@ -23,5 +25,5 @@ from .onnx_trees import TREES
 
 CONVERTERS: dict[str, Converter] = {
     **MATH, **NN, **SHAPE, **INDEX, **IMAGE, **QUANT, **RECURRENT, **CONTROL, **TRAIN, **COUNT,
-    **TREES, **ML,
+    **TREES, **ML, **CONTRIB, **ATTENTION,
 }  # fmt: skip

@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 
 from minicompiler.ir.arith import Arith
-from minicompiler.ir.expr import ZERO, Const, Expr, const_int, product
+from minicompiler.ir.expr import ZERO, Const, Expr, const_int, product, wrap
 from minicompiler.ir.graph import Constant, Value, type_of
 from minicompiler.ir.op import Op
+from minicompiler.ops import elementwise as el
 from minicompiler.ops import index as ix
 from minicompiler.ops import pieces as pc
 from minicompiler.ops import reduce as red
 from minicompiler.ops import resize as rs
 from minicompiler.ops import shape as sh
+from minicompiler.ops.rules import Size
 
 from .onnx_data import element_type
 from .onnx_math import Converter
@@ -48,6 +50,14 @@ def _constant_of_shape(n: OnnxNode) -> Value:
     value = np.asarray(n.attr("value", np.zeros(1, np.float32))).reshape(-1)
     dtype = type_of(n.constant(value)).dtype
     return n.apply(sh.full, n.arg(0), attrs=sh.FullAttrs((), value[0].item(), dtype))
+
+
+def positions(n: OnnxNode, size: Size) -> Value:
+    """0, 1, ... size - 1 as int64, for any size."""
+    line = n.apply(sh.shape_, attrs=sh.ShapeAttrs(values=(wrap(size),)), name="")
+    end = n.apply(sh.squeeze, line, attrs=sh.SqueezeAttrs((0,)), name="")
+    ends = n.constant(0, np.int64), end, n.constant(1, np.int64)
+    return n.apply(sh.arange, *ends, name="")
 
 
 def _range(n: OnnxNode) -> Value:
@@ -171,9 +181,17 @@ def _pad(n: OnnxNode) -> Value:
 
 
 def _trilu(n: OnnxNode) -> Value:
-    k = n.scalar(1)
-    attrs = pc.TriluAttrs(bool(n.attr("upper", 1)), 0 if k is None else k)
-    return n.apply(pc.trilu, n.arg(0), attrs=attrs)
+    upper, k = bool(n.attr("upper", 1)), n.opt(1)
+    if k is None or n.values.of(k) is not None:
+        return n.apply(pc.trilu, n.arg(0), attrs=pc.TriluAttrs(upper, n.scalar(1) or 0))
+    # A diagonal that data decides.
+    rows, columns = (positions(n, s) for s in n.type(0).shape[-2:])
+    rows = n.apply(sh.unsqueeze, rows, attrs=sh.UnsqueezeAttrs((1,)), name="")
+    diagonal = n.apply(sh.reshape, k, attrs=sh.ReshapeAttrs((1,)), name="")
+    first = n.apply(el.add, rows, diagonal, name="")
+    kept = n.apply(el.less_equal, first, columns, name="") if upper else None
+    kept = kept or n.apply(el.less_equal, columns, first, name="")
+    return n.apply(el.where, kept, n.arg(0), n.constant(0, n.type(0).dtype.numpy))
 
 
 def _blocks(op: Op) -> Converter:

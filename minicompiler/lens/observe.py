@@ -162,6 +162,7 @@ class _Run:
             if c.before == k and c.depth == depth:
                 found = ctypes.c_int64.from_address(self.address(c.place)).value
                 self.names[c.dim] = max(min(found, evaluate(c.most, self.names)), 0)
+                self.plan.refuse_counts(c.dim, self.names)
 
     def call(self, made: KernelCall, k: int, kept: bool) -> None:
         call = self.plan.calls[k]

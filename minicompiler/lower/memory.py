@@ -217,6 +217,7 @@ class _Planner:
         for c in counts:
             assert c.most is not None
             self.most[c.dim] = substitute(c.most, self.most)
+        self.early: set[Dim] = set()  # read as soon as they are known, because of a condition
         self.groups: dict[Key, _Group] = {}
         self.now = -1  # the number of the last call
         self.regions: list[tuple[Region, int, int]] = []  # with the calls it begins and ends before
@@ -243,11 +244,7 @@ class _Planner:
             calls.append(rt.Call(c.kernel, tuple(args), tuple(d.name for d in c.dims)))
         shared = largest([substitute(c.shared, self.most) for c in self.calls])
         local = largest([substitute(c.local, self.most) for c in self.calls])
-        for condition, text in guards:
-            if not self.most.keys().isdisjoint(free_vars(condition)):
-                raise ShapeError(
-                    f"{text}: one of them depends on data, so this cannot be checked before a call"
-                )
+        checks = self.checked([g for g in guards if self.counted_in(g[0])])
         needed = [s for t in outputs for s in t.shape] + [g for g, _ in guards]
         needed += [placement.total, shared, local, *[s for g in placed for s in g.sizes]]
         needed += [d for c in self.calls for d in c.dims]
@@ -265,7 +262,7 @@ class _Planner:
             ),
             dims=dims,
             binds=binds,
-            guards=tuple(_guard(condition, text) for condition, text in guards),
+            guards=tuple(_guard(*g) for g in guards if not self.counted_in(g[0])),
             named=tuple((v.name, to_size(e)) for v, e in placement.named),
             calls=tuple(calls),
             results=tuple(results),
@@ -274,6 +271,7 @@ class _Planner:
             shared=to_size(shared),
             local=to_size(local),
             counts=counts,
+            checks=checks,
             caches=tuple(rt.Cache(i, o, axis) for i, o, axis, _ in self.caches),
             regions=regions,
         )
@@ -288,6 +286,23 @@ class _Planner:
             raise self.error(f"a part of {place} {start} is written")
         return place, ("add", start, to_size(at))
 
+    def counted_in(self, condition: Expr) -> bool:
+        """Whether a condition is on a dimension that kernels count."""
+        return not self.most.keys().isdisjoint(free_vars(condition))
+
+    def checked(self, guards: Sequence[tuple[Expr, str]]) -> tuple[rt.Guard, ...]:
+        """Conditions that are looked at during a call."""
+        for c in self.counts:
+            users = [text for condition, text in guards if c.dim in free_vars(condition)]
+            if users and self.home.get(_key(c.value), ()):
+                raise ShapeError(
+                    f"{users[0]}: one of them is counted in a branch or a loop, so this cannot be "
+                    "checked"
+                )
+            if users:
+                self.early.add(c.dim)
+        return tuple(_guard(*g) for g in guards)
+
     def counted(self, c: Count) -> rt.Count | None:
         """Where a dimension is read; None if nothing needs it."""
         home = self.home.get(_key(c.value), ())
@@ -295,6 +310,8 @@ class _Planner:
         if not users and home:
             return None
         before = users[0] if users else len(self.calls)
+        if c.dim in self.early:  # no kernel may run with sizes that do not fit
+            before = max(self.group(c.value).start, -1) + 1
         # Not inside a region that its value is not made in: it may be needed again later.
         for number, (_, start, end) in enumerate(self.regions):
             if number not in home and start <= before < end:

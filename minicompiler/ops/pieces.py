@@ -249,7 +249,10 @@ tile = register(
 # ---- strided_slice ------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class SliceAttrs:
-    """Python slices start:end:step of some axes; axes () are the first ones, steps () are 1."""
+    """Python slices start:end:step of some axes; axes () are the first ones, steps () are 1.
+
+    As in ONNX, and not in Python, a start before the first element is that element backwards too.
+    """
 
     starts: tuple[Size, ...] = ()
     ends: tuple[Size, ...] = ()
@@ -281,7 +284,8 @@ def _edge(value: Size, size: Expr, low: Size, high: Expr) -> Expr:
         at = at + size if negative else at if negative is False else select(at < 0, at + size, at)
     elif known is not None and known < 0:
         at = at + size
-    return simplified(binary("min", binary("max", at, low), high))
+    at, high = simplified(at), simplified(high)
+    return high if at is high else simplified(binary("min", binary("max", at, low), high))
 
 
 def _sliced(x: Shape, a: SliceAttrs) -> list[tuple[Expr, int, Expr]]:
@@ -300,7 +304,7 @@ def _sliced(x: Shape, a: SliceAttrs) -> list[tuple[Expr, int, Expr]]:
             first, last = _edge(start, size, 0, size), _edge(end, size, 0, size)
             span = last - first
         else:
-            first, last = _edge(start, size, -1, size - 1), _edge(end, size, -1, size - 1)
+            first, last = _edge(start, size, 0, size - 1), _edge(end, size, -1, size - 1)
             if (known := const_int(wrap(end))) is not None and -_FAR < known < 0:
                 last = simplified(binary("max", size + known, -1))
             span = first - last
@@ -329,7 +333,8 @@ def _slice_reference(x: Array, a: SliceAttrs) -> Array | None:
     axes = a.axes or range(len(a.starts))
     steps = a.steps or (1,) * len(a.starts)
     for start, end, axis, step in zip(numbers(a.starts), numbers(a.ends), axes, steps, strict=True):
-        where[axis] = slice(start, end, step)
+        first = max(start, -x.shape[axis]) if step < 0 else start
+        where[axis] = slice(first, end, step)
     return x[tuple(where)]
 
 

@@ -113,10 +113,11 @@ class _Run:
         self.names = {d.name: self.table[first + k] for k, d in enumerate(self.plan.dims)}
         for name, size in self.plan.named:
             self.names[name] = evaluate(size, self.names)
+        self.limits: dict[str, int] = {}
 
     def run(self, threads: int) -> None:
-        limits = {c.dim: evaluate(c.most, self.names) for c in self.plan.counts}
-        _poison(self.table[self.layout.arena], evaluate(self.plan.arena, self.names | limits))
+        self.limits = {c.dim: evaluate(c.most, self.names) for c in self.plan.counts}
+        _poison(self.table[self.layout.arena], evaluate(self.plan.arena, self.names | self.limits))
         for k, (call, check) in enumerate(zip(self.plan.calls, self.checks, strict=True)):
             for at, c in enumerate(self.plan.counts):
                 if c.before == k:
@@ -155,7 +156,8 @@ class _Run:
 
     def _array(self, t: Tensor, location: Location) -> np.ndarray:
         """The tensor's memory, in its dimensions there."""
-        shape = tuple(evaluate(s, self.names) for s in t.shape)
+        # What has not been counted yet may be as large as there is memory for.
+        shape = tuple(evaluate(s, self.limits | self.names) for s in t.shape)
         if t.parts is not None:
             shape = tuple(m or -(-shape[axis] // d) for axis, d, m in t.parts)
         dtype = numpy_dtype(t.dtype)
@@ -170,6 +172,7 @@ class _Run:
         found = ctypes.c_int64.from_address(self._address(c.place)).value
         found = max(min(found, evaluate(c.most, self.names)), 0)
         self.names[c.dim] = found
+        self.plan.refuse_counts(c.dim, self.names)
         self.table[self.layout.dims + len(self.plan.dims) + at] = found
 
     def _counts_some(self) -> bool:
@@ -197,9 +200,7 @@ class _Run:
                 if t is None or location[0] != "arena":
                     continue
                 at = self._address(location)
-                unknown = any(name not in self.names for s in t.shape for name in _names(s))
-                end = stop if unknown else at + self._array(t, location).nbytes
-                if at < stop and start < end:
+                if at < stop and start < at + self._array(t, location).nbytes:
                     return n < split
         return False
 
@@ -249,12 +250,6 @@ def _logical(array: np.ndarray | None, t: Tensor | None, names: Dims) -> np.ndar
     grid = np.ix_(*map(np.arange, shape))
     places = [grid[axis] // d % m if m else grid[axis] // d for axis, d, m in t.parts]
     return np.broadcast_to(array[tuple(places)], shape)
-
-
-def _names(size: Size) -> list[str]:
-    if isinstance(size, tuple):
-        return [*_names(size[1]), *_names(size[2])]
-    return [size] if isinstance(size, str) else []
 
 
 def _poison(start: int, size: int) -> None:

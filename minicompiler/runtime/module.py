@@ -132,6 +132,8 @@ class Module:
                 end = self._enter(context.address, arrays, given)
             if end == REFUSED:  # unusual, or wrong
                 arrays, given = self._call_checked(context, arrays, out)
+            if self.plan.checks:
+                self._refuse_counts(context)
             if self._trimmed:
                 given = self._trimmed_results(context, given)
         finally:
@@ -281,12 +283,24 @@ class Module:
             # An output may hold the same elements under another shape.
             np.copyto(results[i], sources[place][at].reshape(results[i].shape))
 
-    def _trimmed_results(self, context: _Context, results: Sequence[Any]) -> tuple[Any, ...]:
-        """Outputs with their shapes, now that the kernels have counted."""
+    def _counted(self, context: _Context) -> dict[str, int]:
+        """The dimensions of a call, those that kernels have counted included."""
         assert context.sizes is not None
         first = self._layout.dims + len(self.plan.dims)
         dims = dict(context.sizes.known)
         dims.update((c.dim, context.table[first + k]) for k, c in enumerate(self.plan.counts))
+        return dims
+
+    def _refuse_counts(self, context: _Context) -> None:
+        """Raises RunError where the native main found that a condition does not hold."""
+        failed = context.table[self._layout.failed]
+        if failed:
+            context.table[self._layout.failed] = 0
+            raise self.plan.checks[failed - 1].error(self._counted(context), "sizes of data")
+
+    def _trimmed_results(self, context: _Context, results: Sequence[Any]) -> tuple[Any, ...]:
+        """Outputs with their shapes, now that the kernels have counted."""
+        dims = self._counted(context)
         trimmed = list(results)
         for i in self._trimmed:
             shape = tuple(evaluate(s, dims) for s in self.outputs[i].shape)

@@ -12,7 +12,7 @@ calls that a flag in memory guards: they are left out, or repeated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Union
 
@@ -62,6 +62,13 @@ def evaluate(size: Size, dims: Mapping[str, int]) -> int:
         return dims[size]
     op, a, b = size
     return OPERATIONS[op](evaluate(a, dims), evaluate(b, dims))
+
+
+def names_in(size: Size) -> list[str]:
+    """The dimensions in a size, without repetition."""
+    if isinstance(size, tuple):
+        return list(dict.fromkeys([*names_in(size[1]), *names_in(size[2])]))
+    return [size] if isinstance(size, str) else []
 
 
 def size_text(size: Size) -> str:
@@ -137,6 +144,15 @@ class Guard:
     right: Size
     text: str
 
+    def error(self, dims: Mapping[str, int], what: str, hint: str = "") -> RunError:
+        """That it does not hold for these sizes of `what`."""
+        symbol, (left, right) = RELATIONS[self.relation][0], (self.left, self.right)
+        return RunError(
+            f"{what} do not fit together: {size_text(left)} {symbol} {size_text(right)} must "
+            f"hold, but they are {evaluate(left, dims)} and {evaluate(right, dims)} ({self.text})",
+            hint=hint,
+        )
+
 
 @dataclass(frozen=True)
 class Call:
@@ -194,6 +210,7 @@ class Table:
     arena: int
     workspace: int
     dims: int
+    failed: int
     constants: int
     kernels: Mapping[str, int]
     length: int
@@ -212,6 +229,8 @@ class Plan:
         constants: their number.
         counts: dimensions that become known while the calls run. The shapes of outputs may use
             them; memory sizes do not.
+        checks: conditions on them, looked at as soon as they are known: the calls end where one
+            does not hold.
         regions: in the order of their starts, outer ones first; two overlap only if one holds the
             other.
         caches: outputs that grow in place.
@@ -232,6 +251,7 @@ class Plan:
     shared: Size
     local: Size
     counts: tuple[Count, ...] = ()
+    checks: tuple[Guard, ...] = ()
     regions: tuple[Region, ...] = ()
     caches: tuple[Cache, ...] = ()
 
@@ -245,10 +265,28 @@ class Plan:
         outputs = len(self.inputs)
         arena = outputs + len(self.outputs)
         dims = arena + 2
-        constants = dims + len(self.dims) + len(self.counts)
+        failed = dims + len(self.dims) + len(self.counts)
+        constants = failed + 1
         first = constants + self.constants
         kernels = {name: first + k for k, name in enumerate(self.kernels)}
-        return Table(0, outputs, arena, arena + 1, dims, constants, kernels, first + len(kernels))
+        return Table(
+            0, outputs, arena, arena + 1, dims, failed, constants, kernels, first + len(kernels)
+        )
+
+    def checks_of(self, dim: str, known: Collection[str]) -> list[tuple[int, Guard]]:
+        """The checks that can be made once `dim` has been counted, with their numbers."""
+        found = []
+        for k, g in enumerate(self.checks):
+            names = {*names_in(g.left), *names_in(g.right)}
+            if dim in names and names.issubset(known):
+                found.append((k, g))
+        return found
+
+    def refuse_counts(self, dim: str, known: Mapping[str, int]) -> None:
+        """Raises RunError where a condition on the dimension, counted now, does not hold."""
+        for _, g in self.checks_of(dim, known):
+            if not RELATIONS[g.relation][1](evaluate(g.left, known), evaluate(g.right, known)):
+                raise g.error(known, "sizes of data")
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only; `from_json` is the inverse."""
@@ -266,6 +304,7 @@ class Plan:
             "shared": self.shared,
             "local": self.local,
             "counts": [[c.dim, c.place, c.most, c.before, c.depth] for c in self.counts],
+            "checks": [[g.left, g.relation, g.right, g.text] for g in self.checks],
             "regions": [[r.start, r.end, r.flag, r.wanted, r.repeat] for r in self.regions],
             "caches": [[c.input, c.output, c.axis] for c in self.caches],
         }
@@ -279,7 +318,7 @@ class Plan:
                 outputs=tuple(map(_tensor, data["outputs"])),
                 dims=tuple(DimSpec(*d) for d in data["dims"]),
                 binds=tuple(Bind(*b) for b in data["binds"]),
-                guards=tuple(Guard(_size(a), rel, _size(b), t) for a, rel, b, t in data["guards"]),
+                guards=tuple(map(_guard, data["guards"])),
                 named=tuple((name, _size(size)) for name, size in data["named"]),
                 calls=tuple(
                     Call(kernel, tuple(map(_location, args)), tuple(dims))
@@ -294,6 +333,7 @@ class Plan:
                     Count(dim, _location(place), _size(most), int(before), int(depth))
                     for dim, place, most, before, depth in data["counts"]
                 ),
+                checks=tuple(map(_guard, data["checks"])),
                 regions=tuple(
                     Region(int(start), int(end), _location(flag), bool(wanted), bool(repeat))
                     for start, end, flag, wanted, repeat in data["regions"]
@@ -337,6 +377,10 @@ class Plan:
                 wrong.append(f"relation {g.relation}")
         wrong += [name for s in sizes for name in _unknown_names(s, known)]
         known |= {c.dim for c in self.counts}
+        for g in self.checks:
+            wrong += [*_unknown_names(g.left, known), *_unknown_names(g.right, known)]
+            if g.relation not in RELATIONS:
+                wrong.append(f"relation {g.relation}")
         for place, at in [*places, *arguments]:
             if place != "arena" and not (isinstance(at, int) and 0 <= at < counts[place]):
                 wrong.append(f"{place} {at}")
@@ -377,6 +421,11 @@ def _size(data: Any) -> Size:
     if op not in OPERATIONS:
         raise ValueError(f"operation {op}")
     return op, _size(a), _size(b)
+
+
+def _guard(data: Any) -> Guard:
+    left, relation, right, text = data
+    return Guard(_size(left), relation, _size(right), text)
 
 
 def _location(data: Any) -> Location:

@@ -113,6 +113,7 @@ class _Run:
                 if c.before == k and c.depth == depth:
                     place = self.address(*c.place)
                     self.names[c.dim] = ctypes.c_int64.from_address(place).value
+                    self.plan.refuse_counts(c.dim, self.names)
             if ahead == len(regions) or regions[ahead].start != k:
                 self.call(k)
                 k += 1

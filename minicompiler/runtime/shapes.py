@@ -28,6 +28,7 @@ from minicompiler.runtime.plan import (
     Size,
     Tensor,
     evaluate,
+    names_in,
     nbytes,
     numpy_dtype,
     size_text,
@@ -286,13 +287,8 @@ class Shapes:
                     f"these inputs do not fit together: a size would be divided by 0 ({g.text})",
                     hint=self._origins_of(dims),
                 ) from None
-            symbol, holds = RELATIONS[g.relation]
-            if not holds(left, right):
-                raise RunError(
-                    f"these inputs do not fit together: {size_text(g.left)} {symbol} "
-                    f"{size_text(g.right)} must hold, but they are {left} and {right} ({g.text})",
-                    hint=self._origins_of(dims),
-                )
+            if not RELATIONS[g.relation][1](left, right):
+                raise g.error(dims, "these inputs", self._origins_of(dims))
 
     def _origins_of(self, dims: Mapping[str, int]) -> str:
         return ", ".join(f"{n} = {v} is {self._origins[n]}" for n, v in dims.items())
@@ -308,13 +304,6 @@ def number_in(array: np.ndarray) -> int:
     """The size, at least 1, that an input of one integer tells; another shape is refused when it
     is checked."""
     return max(int(array.reshape(-1)[0]), 1) if array.size else 1
-
-
-def names_in(size: Size) -> list[str]:
-    """The dimensions in a size, without repetition."""
-    if isinstance(size, tuple):
-        return list(dict.fromkeys([*names_in(size[1]), *names_in(size[2])]))
-    return [size] if isinstance(size, str) else []
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -87,10 +87,68 @@ def test_a_size_may_be_used_without_its_tensor() -> None:
     assert places.shape == (2, 6)
 
 
-def test_sizes_that_must_agree_but_are_both_counted_are_refused() -> None:
+@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sizes_that_must_agree_are_compared_once_they_are_counted(
+    threads: int, checked: bool
+) -> None:
     nodes = [node("NonZero", "x", "a"), node("NonZero", "z", "b"), node("Add", "a b", "y")]
-    with pytest.raises(ShapeError, match="depends on data"):
-        mc.compile(model(nodes, {"x": X, "z": X}, ["y"]))
+    m = mc.compile(model(nodes, {"x": X, "z": X}, ["y"]), threads=threads, checked=checked)
+    for _ in range(2):  # a call that failed leaves nothing behind
+        np.testing.assert_array_equal(m(X, X)[0], 2 * np.array(np.nonzero(X)))
+        with pytest.raises(RunError, match=r"must hold, but they are 6 and 12 \(Add"):
+            m(X, X + 1)
+
+
+def test_a_size_that_is_counted_and_that_of_an_input(tmp_path: Path) -> None:
+    """No kernel runs with sizes that do not fit: it would read behind the end of `u`."""
+    nodes = [node("Compress", "x c", "a", axis=0), node("Mul", "a u", "p"),
+             node("ReduceSum", "p", "y", keepdims=0)]  # fmt: skip
+    x, c, u = numbers(40), np.arange(40) % 3 > 0, numbers(26)
+    made = mc.compile(model(nodes, {"x": x, "c": c, "u": u}, ["y"], shapes={"u": ("n",)}))
+    made.save(tmp_path / "m.mc")
+    for m in (made, mc.load(tmp_path / "m.mc")):
+        np.testing.assert_allclose(m(x, c, u)[0], x[c] @ u, rtol=1e-5)
+        with pytest.raises(RunError, match="they are 26 and 3 "):
+            m(x, c, u[:3])
+        with pytest.raises(RunError, match="they are 0 and 26 "):
+            m(x, c & False, u)
+
+
+def test_sizes_that_a_branch_counts_cannot_be_compared() -> None:
+    def branch(of: str) -> onnx.GraphProto:
+        nodes = [node("NonZero", of, f"{of}_a"), node("NonZero", "z", f"{of}_b"),
+                 node("Add", f"{of}_a {of}_b", f"{of}_y"),
+                 node("ReduceSum", f"{of}_y", f"{of}_s", keepdims=0)]  # fmt: skip
+        out = onnx.helper.make_tensor_value_info(f"{of}_s", onnx.TensorProto.INT64, [])
+        return onnx.helper.make_graph(nodes, of, [], [out])
+
+    chosen = node("If", "c", "y", then_branch=branch("x"), else_branch=branch("w"))
+    m = model([chosen], {"c": np.array(True), "x": X, "w": X, "z": X}, ["y"])
+    with pytest.raises(ShapeError, match="counted in a branch"):
+        mc.compile(m)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_a_condition_that_is_constant_picks_a_number_of_rows(axis: int | None) -> None:
+    chosen = np.array([True, False, True, True])
+    attributes = {} if axis is None else {"axis": axis}
+    m = model([node("Compress", "x c", "a", **attributes), node("Add", "a b", "y")],
+              {"x": X.T, "b": numbers(3, 1) if axis == 0 else numbers(3)}, ["y"],
+              {"c": chosen})  # fmt: skip
+    x, b = X.T.copy(), numbers(3, 1) if axis == 0 else numbers(3)
+    (got,) = mc.compile(m)(x, b)
+    np.testing.assert_allclose(got, np.compress(chosen, x, axis) + b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_condition_that_is_longer_than_the_axis(constant: bool) -> None:
+    """What it says beyond the end picks nothing."""
+    x, chosen = numbers(2, 2), np.array([True, False, True, True, False, True])
+    given = {"x": x} if constant else {"x": x, "c": chosen}
+    known = {"c": chosen} if constant else {}
+    made = mc.compile(model([node("Compress", "x c", "y")], given, ["y"], known))
+    np.testing.assert_array_equal(made(*given.values())[0], x.reshape(-1)[[0, 2, 3]])
 
 
 @pytest.mark.parametrize("symbolic", [False, True])

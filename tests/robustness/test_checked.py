@@ -231,3 +231,16 @@ def test_a_selection_of_nothing_is_no_mistake() -> None:
     m = mc.compile(selection(), checked=True)
     assert m(numbers(4, 3), np.zeros(4, bool))[0].shape == (0, 3)
     assert np.array_equal(m(np.ones((4, 3), np.float32), np.ones(4, bool))[0], np.ones((4, 3)))
+
+
+def test_a_value_that_is_needed_behind_one_that_is_not_counted_yet() -> None:
+    """How large the positions are is not known when the last reader of the rows is looked for."""
+    nodes = [
+        node("Compress", "x c", "y", axis=1), node("Tile", "x twice", "u"),
+        node("NonZero", "u", "p"), node("Transpose", "p", "q"), node("GatherND", "u q", "z"),
+    ]  # fmt: skip
+    x, c = np.arange(640).reshape(5, 8, 16) % 7 - 3, np.arange(8) % 3 > 0
+    m = model(nodes, {"x": x, "c": c}, ["y", "z"], {"twice": np.array([2, 1, 1])})
+    y, z = mc.compile(m, threads=1, checked=True)(x, c)
+    np.testing.assert_array_equal(y, x[:, c])
+    np.testing.assert_array_equal(z, np.tile(x[x != 0], 2))

@@ -101,3 +101,27 @@ def test_narrow_rows_whose_place_data_decide() -> None:
     nodes = [node("Gather", "x i", "g"), node("Softmax", "g", "s"), node("Add", "s g", "y")]
     x, i = numbers(30000, 17, 3), np.array(2)
     check(model(nodes, {"x": x, "i": i}, ["y"]), x, i)
+
+
+@pytest.mark.parametrize("upper", [0, 1])
+def test_a_triangle_whose_diagonal_data_decide(upper: int) -> None:
+    x, k = numbers(2, 5, 7), np.array(0)
+    m = mc.compile(model([node("Trilu", "x k", "y", upper=upper)], {"x": x, "k": k}, ["y"],
+                         shapes={"x": (2, "h", "w")}))  # fmt: skip
+    for k in map(np.array, (-9, -2, 0, 1, 3, 20)):
+        np.testing.assert_array_equal(m(x, k)[0], (np.triu if upper else np.tril)(x, k))
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize(
+    ("start", "end", "count"), [(-22, -18, 1), (-(1 << 62), -9, 1), (3, -9, 4)]
+)
+def test_backwards_from_before_the_first_element(
+    start: int, end: int, count: int, symbolic: bool
+) -> None:
+    """ONNX moves a start that lies before the axis to its first element; numpy takes nothing."""
+    known = {"s": np.array([start]), "e": np.array([end]), "a": np.array([0]), "d": np.array([-1])}
+    shapes = {"x": ("n",)} if symbolic else None
+    m = mc.compile(model([node("Slice", "x s e a d", "y")], {"x": numbers(8)}, ["y"], known,
+                         shapes=shapes))  # fmt: skip
+    np.testing.assert_array_equal(m(numbers(8))[0], numbers(8)[:count][::-1])
