@@ -500,3 +500,16 @@ def test_long_rows_are_written_while_the_next_one_is_computed(
     np.testing.assert_array_equal(y[few], softmax(x[few].shape, x[few])[1])  # for any batch
     e = np.exp(x[-3:].astype(np.float64))
     np.testing.assert_allclose(y[-3:], e / e.sum(axis, keepdims=True), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("columns", "placed"), [(900, False), (2048, True)])
+def test_local_arrays_begin_in_the_middle_of_a_page(columns: int, placed: bool) -> None:
+    """What results, which begin at its start, never lie just before."""
+    net = Builder("row")
+    fn = net.function(y=net.softmax(net.input("x", (8, columns))))
+    (code,) = [s.text for s in mc.compile(fn, checked=True).stages if s.name == "llvm"]
+    found = re.findall(r"(%\S+) = alloca \[(\d+) x i8\], align 4096", code)
+    assert len(found) == placed
+    for name, size in found:
+        assert int(size) == columns * 4 + 2048
+        assert f"getelementptr i8, ptr {name}, i64 2048" in code
