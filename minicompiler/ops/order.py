@@ -25,12 +25,14 @@ from ..ir.expr import (
     const_int,
     maximum,
     minimum,
+    select,
     wrap,
 )
 from ..ir.op import Arg, Op, register
 from ..ir.tir import (
     PARALLEL,
     SERIAL,
+    VECTOR,
     Alloc,
     Buffer,
     For,
@@ -48,6 +50,7 @@ from .scatter import Fresh
 
 Array = np.ndarray
 _ONLY = (Const(0),)
+_SIDE = 8  # elements in order that move at a time
 _LEVELS = 40  # a run doubles at each level: enough for any tensor
 _FEW = (
     64  # elements that are kept in order; more are sorted, as a row in the wrong order enters all
@@ -154,42 +157,113 @@ def selecting(x: Buffer, first: Buffer, axis: int, largest: bool, fresh: Fresh) 
     """Fills `first` with the positions of as many elements along an axis as it has room for."""
     n, k = x.shape[axis], const_int(first.shape[axis])
     assert k is not None
+    put = _one_by_one if k <= _SIDE else _side_by_side
 
     def row(*outer: Expr) -> Stmt:
         def at(j: Expr) -> tuple[Expr, ...]:
             return (*outer[:axis], j, *outer[axis:])
 
-        kept = Buffer(fresh("kept").name, x.dtype, (Const(k),), Scope.LOCAL)
-        place = local("place", fresh)
-        c, t, u = (fresh(s) for s in ("c", "t", "u"))
-        new, here = Load(x, at(c)), Load(place, _ONLY)
-
-        def stays(j: Expr) -> Expr:
-            """An element that is kept already stands before the new one."""
-            old = Load(kept, (j,))
-            return ~(old < new if largest else new < old)
-
-        # Places of what is not there yet count as behind the new element.
-        there = binary("and", t < c, stays(t))
-        count = For(t, Const(k), SERIAL, If(there, Store(place, _ONLY, here + 1)))
-        later = maximum(Const(k - 1) - u, ONE)
-        move = seq(
-            [
-                Store(kept, (later,), Load(kept, (later - 1,))),
-                Store(first, at(later), Load(first, at(later - 1))),
-            ]
-        )
-        shift = For(u, Const(k - 1), SERIAL, If(here < Const(k - 1) - u, move))
-        slot = minimum(here, Const(k - 1))
-        enter: list[Stmt] = [
-            Store(place, _ONLY, Const(0)), count, shift,
-            Store(kept, (slot,), new), Store(first, at(slot), c),
-        ]  # fmt: skip
-        wanted = binary("or", c < Const(k), ~stays(Const(k - 1)))
-        loop = For(c, n, SERIAL, If(wanted, seq(enter)))
-        return Alloc(kept, Alloc(place, loop))
+        return put(x, first, at, n, k, largest, fresh)
 
     return _rows((*x.shape[:axis], *x.shape[axis + 1 :]), fresh, row)
+
+
+def _one_by_one(
+    x: Buffer, first: Buffer, at: Callable[[Expr], tuple[Expr, ...]], n: Expr, k: int,
+    largest: bool, fresh: Fresh,
+) -> Stmt:  # fmt: skip
+    """Of a row: what enters moves those behind it one after the other."""
+    kept = Buffer(fresh("kept").name, x.dtype, (Const(k),), Scope.LOCAL)
+    place = local("place", fresh)
+    c, t, u = (fresh(s) for s in ("c", "t", "u"))
+    new, here = Load(x, at(c)), Load(place, _ONLY)
+
+    def stays(j: Expr) -> Expr:
+        """An element that is kept already stands before the new one."""
+        old = Load(kept, (j,))
+        return ~(old < new if largest else new < old)
+
+    # Places of what is not there yet count as behind the new element.
+    there = binary("and", t < c, stays(t))
+    count = For(t, Const(k), SERIAL, If(there, Store(place, _ONLY, here + 1)))
+    later = maximum(Const(k - 1) - u, ONE)
+    move = seq(
+        [
+            Store(kept, (later,), Load(kept, (later - 1,))),
+            Store(first, at(later), Load(first, at(later - 1))),
+        ]
+    )
+    shift = For(u, Const(k - 1), SERIAL, If(here < Const(k - 1) - u, move))
+    slot = minimum(here, Const(k - 1))
+    enter: list[Stmt] = [
+        Store(place, _ONLY, Const(0)), count, shift,
+        Store(kept, (slot,), new), Store(first, at(slot), c),
+    ]  # fmt: skip
+    wanted = binary("or", c < Const(k), ~stays(Const(k - 1)))
+    loop = For(c, n, SERIAL, If(wanted, seq(enter)))
+    return Alloc(kept, Alloc(place, loop))
+
+
+def _side_by_side(
+    x: Buffer, first: Buffer, at: Callable[[Expr], tuple[Expr, ...]], n: Expr, k: int,
+    largest: bool, fresh: Fresh,
+) -> Stmt:  # fmt: skip
+    """Of a row: what enters moves those behind it `_SIDE` at a time, without branches. Each entry
+    waits for the last one to reach memory, as long as about ten moves one by one take."""
+    # What is kept stands one place further on: all have one before them.
+    room = -(-k // _SIDE) * _SIDE
+    kept, places, kept_next, places_next = (
+        Buffer(fresh(name).name, dtype, (Const(size),), scope)
+        for size, scope in ((room + 1, Scope.LOCAL), (_SIDE, Scope.REGISTER))
+        for name, dtype in (("kept", x.dtype), ("place", index))
+    )
+
+    def enter(c: Expr, full: bool) -> Stmt:
+        """Element c comes to stand behind those that stay where they are."""
+        new = Load(x, at(c))
+
+        def stays(t: Expr) -> Expr:
+            old = Load(kept, (t + 1,))
+            here = ~(old < new if largest else new < old)
+            return here if full else binary("and", t < c, here)
+
+        def moved(base: int) -> Stmt:
+            """Places base to base + _SIDE, read before they are written."""
+            lane, out = fresh("lane"), fresh("lane")
+            t = lane + base
+            behind = stays(t - 1) if base else binary("or", t < ONE, stays(t - 1))
+            ways = ((kept, kept_next, new), (places, places_next, c))
+            read: list[Stmt] = [
+                Store(then, (lane,), select(
+                    stays(t), Load(now, (t + 1,)), select(behind, value, Load(now, (t,)))
+                ))
+                for now, then, value in ways
+            ]  # fmt: skip
+            write: list[Stmt] = [
+                Store(now, (out + (base + 1),), Load(then, (out,))) for now, then, _ in ways
+            ]
+            return seq([
+                For(v, Const(_SIDE), VECTOR, seq(part))
+                for v, part in ((lane, read), (out, write))
+            ])  # fmt: skip
+
+        return seq([moved(base) for base in reversed(range(0, room, _SIDE))])
+
+    c, d, t = fresh("c"), fresh("d"), fresh("t")
+    some = minimum(n, k)
+    later = d + some
+    last = Load(kept, (Const(k),))
+    wanted = last < Load(x, at(later)) if largest else Load(x, at(later)) < last
+    made: Stmt = seq(
+        [
+            For(c, some, SERIAL, enter(c, False)),
+            For(d, n - some, SERIAL, If(wanted, enter(later, True))),
+            For(t, Const(k), SERIAL, Store(first, at(t), Load(places, (t + 1,)))),
+        ]
+    )
+    for buffer in (kept, places, kept_next, places_next):
+        made = Alloc(buffer, made)
+    return made
 
 
 def order_of(x: te.Tensor, axis: int, largest: bool) -> te.Tensor:
