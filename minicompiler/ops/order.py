@@ -8,6 +8,7 @@ topk(x; k, axis, largest)    (values, positions) of the first k of them; few are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,9 @@ from ..ir.expr import (
     binary,
     cast,
     ceildiv,
+    const,
     const_int,
+    eq,
     maximum,
     minimum,
     select,
@@ -219,8 +222,11 @@ def _side_by_side(
     )
 
     def enter(c: Expr, full: bool) -> Stmt:
-        """Element c comes to stand behind those that stay where they are."""
-        new = Load(x, at(c))
+        """Element c comes to stand behind those that stay where they are. What is no number counts
+        as the last of all, since those that stay have to be the first ones."""
+        new: Expr = Load(x, at(c))
+        if x.dtype.is_float:
+            new = select(eq(new, new), new, const(-math.inf if largest else math.inf, x.dtype))
 
         def stays(t: Expr) -> Expr:
             old = Load(kept, (t + 1,))

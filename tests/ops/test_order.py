@@ -51,3 +51,14 @@ def test_many_are_moved_side_by_side(k: int, vectors: int) -> None:
     func = from_tensors("f", [x], list(made))
     found = [s for s in statements(func.phases[0]) if isinstance(s, For) and s.kind is VECTOR]
     assert len(found) == vectors
+
+
+@pytest.mark.parametrize("k", [3, 20, 66])
+@pytest.mark.parametrize("largest", [True, False])
+def test_no_element_comes_twice_where_some_are_no_numbers(k: int, largest: bool) -> None:
+    x = np.where(RNG.random((ROWS, SIZE)) < 0.2, np.nan, DATA["infinite"]).astype(np.float32)
+    net = Builder("first")
+    values, places = net.topk(net.input("x", x.shape), k=k, axis=1, largest=largest)
+    got, at = mc.compile(net.function(values=values, places=places))(x)
+    assert all(len(set(row)) == k for row in at)
+    np.testing.assert_array_equal(got, np.take_along_axis(x, at, 1))
