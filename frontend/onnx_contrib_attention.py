@@ -319,7 +319,7 @@ def _embedding(n: OnnxNode) -> Any:
     if not n.wants(1):
         counts: Value | None = None
     elif mask is None:
-        counts = n.constant(np.zeros(1, np.int32))
+        n.fail("EmbedLayerNormalization counts no tokens without a mask")
     else:
         over = red.ReduceAttrs((1,), False)
         counts = n.apply(red.reduce_sum, mask, attrs=over, name=n.outputs[1])

@@ -34,6 +34,9 @@ _NAMES = {
     "float4_e2m1fn": "float4e2m1",
 }  # fmt: skip
 
+# onnxruntime had these before ONNX: its optimiser writes them into files of any opset.
+_EARLIER = {"LayerNormalization": 17}
+
 
 @lru_cache(maxsize=4096)
 def schema_of(op_type: str, opset: int, domain: str) -> Any:
@@ -60,6 +63,8 @@ def check_node(
     """
     domain = "" if n.domain == "ai.onnx" else n.domain
     schema = schema_of(n.op_type, opset, domain)
+    if schema is None and not domain and n.op_type in _EARLIER:
+        schema = schema_of(n.op_type, _EARLIER[n.op_type], domain)
     if schema is None:
         if onnx.defs.has(n.op_type, domain):
             since = schema_of(n.op_type, onnx.defs.onnx_opset_version(), domain)

@@ -53,6 +53,9 @@ def _can_follow(s: Schedule, main: Block) -> bool:
     followers = [s.block(n)[0] for n in _followers(s, main.name)]
     made = {b.body.buffer for b in (main, *followers)}
     for block in followers:
+        # A sum of its own has more loops than the tile.
+        if analysis.is_reduction(block):
+            return False
         own: dict[Expr, Iter] = {i.var: i for i in block.iters if not i.reduce}
         for load in analysis.block_loads(block):
             if load.buffer not in made:

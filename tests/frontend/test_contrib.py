@@ -188,6 +188,14 @@ def test_products_with_a_function() -> None:
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_a_norm_that_is_older_than_in_the_specification() -> None:
+    n = node("LayerNormalization", "x g b", "y", axis=-1, epsilon=1e-3)
+    x, known = numbers(3, 16), {"g": numbers(16), "b": numbers(16, seed=1)}
+    (got,) = mc.compile(model([n], {"x": x}, ["y"], known, opset=13))(x)
+    want = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-3)
+    np.testing.assert_allclose(got, want * known["g"] + known["b"], rtol=1e-4, atol=1e-5)
+
+
 def test_a_result_that_is_not_there_is_refused() -> None:
     n = own("SkipLayerNormalization", "x k g", "r m")
     m = model([n], {"x": numbers(2, 8)}, ["r", "m"], {"k": numbers(2, 8), "g": numbers(8)})

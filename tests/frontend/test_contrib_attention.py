@@ -131,6 +131,30 @@ def test_heads_that_share_keys(
                                        atol=1e-5)  # fmt: skip
 
 
+def test_one_model_for_any_batch_and_length() -> None:
+    n = node("GroupQueryAttention", "q k v c d l t cos sin", "y kk vv", num_heads=HEADS,
+             kv_num_heads=2, do_rotary=1)  # fmt: skip
+    n.domain = "com.microsoft"
+
+    def inputs(batch: int, past: int) -> dict[str, np.ndarray]:
+        row, cache = (batch, 1, 32), (batch, 2, past, 16)
+        found = {"q": numbers(batch, 1, 64), "k": numbers(*row), "v": numbers(*row, seed=1)}
+        found |= {"c": numbers(*cache), "d": numbers(*cache, seed=1)}
+        return found | {"l": np.full(batch, past, np.int32), "t": np.array(past + 1, np.int32)}
+
+    angles = np.outer(np.arange(60), np.arange(1, 9)).astype(F) / 9
+    shapes: dict[str, Any] = {"q": ("b", "s", 64), "k": ("b", "s", 32), "v": ("b", "s", 32)}
+    shapes |= {"c": ("b", 2, "p", 16), "d": ("b", 2, "p", 16), "l": ("b",), "t": ()}
+    m = model([n], inputs(1, 6), ["y", "kk", "vv"], {"cos": np.cos(angles), "sin": np.sin(angles)},
+              opset=17, shapes=shapes)  # fmt: skip
+    m.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    session, compiled = ort.InferenceSession(m.SerializeToString()), mc.compile(m, threads=2)
+    for given in (inputs(1, 6), inputs(3, 33)):
+        for got, want in zip(compiled.run(given).values(), session.run(None, given), strict=True):
+            assert got.shape == want.shape
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("segments", [False, True])
 def test_embeddings_of_tokens(segments: bool) -> None:
     ids = np.array([[1, 5, 3, 0], [2, 2, 9, 8]], np.int32)

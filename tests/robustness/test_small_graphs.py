@@ -125,3 +125,15 @@ def test_backwards_from_before_the_first_element(
     m = mc.compile(model([node("Slice", "x s e a d", "y")], {"x": numbers(8)}, ["y"], known,
                          shapes=shapes))  # fmt: skip
     np.testing.assert_array_equal(m(numbers(8))[0], numbers(8)[:count][::-1])
+
+
+@pytest.mark.parametrize("sizes", [(2, 5, 31, 16), (3, 7, 9, 17)])
+def test_the_largest_of_what_a_sum_of_products_is_subtracted_from(sizes: tuple[int, ...]) -> None:
+    """It reads the sum at its own points, but goes along an axis that the sum lacks."""
+    nodes = [
+        node("Mul", "w x", "p"), node("ReduceSum", "p a", "s"), node("Sub", "x s", "d"),
+        node("Clip", "d low high", "c"), node("ReduceMax", "c a", "y"),
+    ]  # fmt: skip
+    x, w = numbers(*sizes), numbers(*sizes, seed=1)
+    known = {"a": np.array([1]), "low": np.float32(-0.7), "high": np.float32(0.9)}
+    check(model(nodes, {"w": w, "x": x}, ["y"], known), w, x)
