@@ -26,7 +26,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("ir.types",),
     ("ir.expr",),
     ("ir.polynomials",),
-    ("ir.layout", "ir.arith", "ir.bounds", "ir.proofs"),
+    ("ir.layout", "ir.arith", "ir.bounds", "ir.proofs", "ir.samples"),
     ("ir.op",),
     ("ir.tir", "ir.graph", "ir.intrinsic"),
     ("ir",),

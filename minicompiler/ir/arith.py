@@ -376,6 +376,16 @@ class Arith:
         return bound(self, e, over, sign)
 
     # ---- prove ----------------------------------------------------------------------------------
+    def holds(self, cond: Expr) -> bool:
+        """True when `prove` is; costs less where the answer is no, as nobody asks for the
+        opposite."""
+        if type(cond) is Binary and cond.op in ("le", "lt") and cond.a.dtype.is_int:
+            if cond.a.dtype.lanes > 1:
+                return False
+            diff = subtract(self.poly(cond.b), self.poly(cond.a))
+            return self.nonneg(diff if cond.op == "le" else plus(diff, -1))
+        return self.prove(cond) is True
+
     def prove(self, cond: Expr) -> bool | None:
         """True: always holds in the ranges. False: never holds. None: not decided."""
         if type(cond) is Const:

@@ -8,16 +8,17 @@ quotients, minima and maxima by what they are known to be, and known facts are s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .bounds import eliminate
-from .expr import ZERO, Binary, Const, Dim, Expr, Select, Var, fold, free_vars, walk
+from .expr import ZERO, Binary, Const, Expr, free_vars, walk
 from .polynomials import Monomial, Poly, add, clean, mul, plus, subtract
+from .samples import Samples
 
 if TYPE_CHECKING:
     from .arith import Arith
 
-_POINTS = 4  # sample points that refute what cannot be proved
 _PATIENCE = 1500  # steps of the search for a proof; of 65,000 that were found two took more
 
 
@@ -29,25 +30,22 @@ class Prover:
         # (polynomial, _with_fact): the smallest depth at which no proof of >= 0 was found.
         self._unproved: dict[tuple[frozenset[tuple[Monomial, int]], bool], int] = {}
         self._steps = 0  # of the search for a proof that goes on
-        self._values: tuple[dict[Expr, int | None], ...] = tuple({} for _ in range(_POINTS))
-        self._valid: list[bool | None] = [None] * _POINTS  # whether a point satisfies all facts
+        self._samples = Samples()
 
     def fact_added(self) -> None:
         """What had no proof may have one now."""
-        self._valid = [None] * _POINTS
+        self._samples.fact_added()
         self._unproved.clear()
 
     def range_changed(self) -> None:
         """The sample points lie elsewhere."""
-        for values in self._values:
-            values.clear()
+        self._samples.range_changed()
 
     def nonneg(self, arith: Arith, p: Poly, depth: int = 0) -> bool:
         """True when the polynomial is known to be >= 0."""
-        low = arith.poly_interval(p)[0]
-        if low is not None and low >= 0:
+        if _never_negative(arith, p) or p in arith.facts:
             return True
-        if all(not m for m in p) or depth > 6 or self._refuted(arith, p):
+        if all(not m for m in p) or depth > 6 or self._samples.refute(arith, p):
             return False
         # Terms can be bounded in any order, and all orders of a subset end at the same polynomial.
         key = frozenset(p.items()), self._with_fact
@@ -66,6 +64,8 @@ class Prover:
 
     def _proved(self, arith: Arith, p: Poly, depth: int) -> bool:
         """`nonneg` where numbers alone do not decide."""
+        if not depth and any(_never_negative(arith, q) for q in _less_facts(arith, p)):
+            return True  # a fact that says it: the search below may come to it late
         # Eliminate the innermost variable by its symbolic bound (innermost: not in another's
         # range).
         for v in _elimination_order(arith, p):
@@ -102,7 +102,7 @@ class Prover:
                         if self.nonneg(arith, add(rest, mul(others, arith.poly(limit))), depth + 1):
                             return True
         # c * (x // d) with d dividing c lies between c/d * (x - d + 1) and c/d * x.
-        for m, c in p.items():
+        for m, c in sorted(p.items(), key=_clamped_variables, reverse=True):
             for k, atom in enumerate(m):
                 if type(atom) is Binary and atom.op == "floordiv" and type(atom.b) is Const:
                     d = atom.b.value
@@ -135,89 +135,44 @@ class Prover:
                         return True
         return self._from_facts(arith, p, depth)
 
-    def _refuted(self, arith: Arith, p: Poly) -> bool:
-        """True when p < 0 at one of a few points inside the ranges: what is false needs no attempt
-        at a proof, and attempts that fail are the expensive ones."""
-        for k in range(_POINTS):
-            if self._valid[k] is None:
-                self._valid[k] = all((self._poly_at(arith, f, k) or 0) >= 0 for f in arith.facts)
-            if self._valid[k]:
-                value = self._poly_at(arith, p, k)
-                if value is not None and value < 0:
-                    return True
-        return False
-
-    def _poly_at(self, arith: Arith, p: Poly, k: int) -> int | None:
-        total = 0
-        for m, c in p.items():
-            for atom in m:
-                value = self._at(arith, atom, k)
-                if value is None:
-                    return None
-                c *= value
-            total += c
-        return total
-
-    def _at(self, arith: Arith, e: Expr, k: int) -> int | None:
-        """The value of an expression at sample point k; None when it has none (an empty range)."""
-        known = self._values[k]
-        if e in known:
-            return known[e]
-        known[e] = None  # cut cycles through ranges
-        value: int | None = None
-        if type(e) is Const:
-            value = e.value
-        elif isinstance(e, Dim):
-            value = e.lo + (0, 36, 5, 2)[k]
-            value -= value % e.multiple_of
-            value = max(e.lo, value if e.hi is None else min(value, e.hi))
-        elif isinstance(e, Var) and e in arith.ranges:
-            low, high = (self._at(arith, b, k) for b in arith.ranges[e])
-            if low is not None and high is not None and low <= high:
-                value = (low, high, (low + high) // 2, high if len(e.name) % 2 else low)[k]
-        elif type(e) is Binary:
-            a, b = self._at(arith, e.a, k), self._at(arith, e.b, k)
-            if a is not None and b is not None:
-                value = fold(e.op, a, b, e.a.dtype)
-        elif type(e) is Select:
-            cond = self._at(arith, e.cond, k)
-            value = None if cond is None else self._at(arith, e.a if cond else e.b, k)
-        known[e] = value
-        return value
-
     def _from_facts(self, arith: Arith, p: Poly, depth: int) -> bool:
         """True when one fact and the ranges give p >= 0, or two facts add up to it."""
-        if p in arith.facts:
-            return True
         if not arith.facts or self._with_fact or depth > 3:
             return False
         self._with_fact = True  # what is asked on the way must not ask for facts again
         try:
-            for f in arith.facts:
-                # As many times the fact as makes one of its terms vanish from p.
-                times = {p[m] // c for m, c in f.items() if m and m in p and p[m] % c == 0}
-                # ... or as often as a quotient in it divides by, so that x // d * d stands beside
-                # x.
-                times |= {
-                    a.b.value
-                    for m in f
-                    for a in m
-                    if type(a) is Binary and a.op == "floordiv" and type(a.b) is Const
-                }
-                for k in sorted(times):
-                    if k > 0 and self.nonneg(
-                        arith, add(p, {m: -c * k for m, c in f.items()}), depth + 3
-                    ):
-                        return True
-                # k*p > f - k gives p > -1, and p is an integer.
-                times = {c // p[m] for m, c in f.items() if m and m in p and c % p[m] == 0}
-                for k in sorted(times):
-                    scaled = {m: c * k for m, c in p.items()}
-                    if k > 1 and self.nonneg(arith, plus(subtract(scaled, f), k - 1), depth + 3):
-                        return True
-            return False
+            return any(self.nonneg(arith, q, depth + 3) for q in _less_facts(arith, p))
         finally:
             self._with_fact = False
+
+
+def _less_facts(arith: Arith, p: Poly) -> Iterator[Poly]:
+    """Polynomials of which p >= 0 follows by a fact where one of them is >= 0."""
+    for f in arith.facts:
+        # As many times the fact as makes one of its terms vanish from p.
+        times = {p[m] // c for m, c in f.items() if m and m in p and p[m] % c == 0}
+        # ... or as often as a quotient in it divides by, so that x // d * d stands beside x.
+        times |= {
+            a.b.value
+            for m in f
+            for a in m
+            if type(a) is Binary and a.op == "floordiv" and type(a.b) is Const
+        }
+        for k in sorted(times):
+            if k > 0:
+                yield add(p, {m: -c * k for m, c in f.items()})
+        # k*p > f - k gives p > -1, and p is an integer.
+        times = {c // p[m] for m, c in f.items() if m and m in p and c % p[m] == 0}
+        for k in sorted(times):
+            if k > 1:
+                scaled = {m: c * k for m, c in p.items()}
+                yield plus(subtract(scaled, f), k - 1)
+
+
+def _never_negative(arith: Arith, p: Poly) -> bool:
+    """Whether numeric bounds alone say that p >= 0."""
+    low = arith.poly_interval(p)[0]
+    return low is not None and low >= 0
 
 
 def without_quotient(arith: Arith, p: Poly) -> Poly | None:
@@ -248,6 +203,16 @@ def without_quotient(arith: Arith, p: Poly) -> Poly | None:
             return arith.rejoin(add(x, mul(rest, d)))
         return arith.rejoin(subtract(plus(mul(plus(rest, 1), d), -1), x))
     return None
+
+
+def _clamped_variables(term: tuple[Monomial, int]) -> int:
+    """Of how many variables a minimum or maximum is: a sum in one may cancel the terms beside it,
+    while it takes two cases each to bound those first."""
+    return max((len(free_vars(a)) for a in term[0] if _is_clamp(a)), default=0)
+
+
+def _is_clamp(e: Expr) -> bool:
+    return type(e) is Binary and e.op in ("min", "max")
 
 
 def _elimination_order(arith: Arith, p: Poly) -> list[Expr]:

@@ -379,8 +379,8 @@ class _Verifier:
                 facts = tuple(map(self.same, facts))
                 known = {v: (self.same(lo), self.same(hi)) for v, (lo, hi) in known.items()}
             arith = self.arith(facts, known)
-            low = low or arith.prove(e >= ZERO) is True
-            high = high or arith.prove(e < room) is True
+            low = low or arith.holds(e >= ZERO)
+            high = high or arith.holds(e < room)
             if low and high:
                 return ""
         return f"below {room}" if low else ">= 0"

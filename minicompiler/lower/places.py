@@ -56,15 +56,51 @@ def place(buffers: Sequence[Lifetime]) -> Placement:
     return _Placer(buffers).run()
 
 
-class _Placer:
-    def __init__(self, buffers: Sequence[Lifetime]) -> None:
-        self.buffers = buffers
-        self.arith = Arith()
-        self.sizes = [aligned(b.size, self.arith) for b in buffers]
-        self.named: list[tuple[Var, Expr]] = []
-        dims = dims_of(self.sizes)
+class _Order:
+    """Which of some sizes are below others: at two samples of the dimensions, or proved."""
+
+    def __init__(self, arith: Arith, sizes: Sequence[Expr]) -> None:
+        self.arith = arith
+        dims = dims_of(sizes)
         self.samples = [{d.name: _sample(d, most) for d in dims} for most in (False, True)]
         self.seen: dict[Expr, tuple[int, int]] = {}
+
+    def may(self, a: Expr, b: Expr) -> bool:
+        """False when `a <= b` fails at a sample, so that a proof is not worth trying."""
+        return all(x <= y for x, y in zip(self.values(a), self.values(b), strict=True))
+
+    def below(self, a: Expr, b: Expr) -> bool:
+        """True when `a <= b` is proved. Not tried where that could take long."""
+        if not self.may(a, b):
+            return False
+        atoms = [atom for monomial in self.arith.poly(b - a) for atom in monomial]
+        hard = sum(type(x) is Binary and x.op in _HARD for atom in atoms for x in walk(atom))
+        return hard <= _HARD_LIMIT and self.arith.holds(a <= b)
+
+    def highest(self, ends: Iterable[Expr]) -> Expr:
+        """The maximum, without those proved to be below another."""
+        kept: list[Expr] = []
+        for e in sorted(set(ends), key=lambda e: (-self.values(e)[1], str(e))):
+            if not any(self.below(e, k) for k in kept):
+                kept.append(e)
+        return _maximum(kept)
+
+    def values(self, e: Expr) -> tuple[int, int]:
+        """The value at small and at large dimensions."""
+        found = self.seen.get(e)
+        if found is None:
+            low, high = (_value(e, sample) for sample in self.samples)
+            found = self.seen[e] = low, high
+        return found
+
+
+class _Placer(_Order):
+    def __init__(self, buffers: Sequence[Lifetime]) -> None:
+        self.buffers = buffers
+        arith = Arith()
+        self.sizes = [aligned(b.size, arith) for b in buffers]
+        super().__init__(arith, self.sizes)
+        self.named: list[tuple[Var, Expr]] = []
 
     def run(self) -> Placement:
         offsets: dict[int, Expr] = {}
@@ -120,34 +156,6 @@ class _Placer:
             return name
         return above
 
-    def may(self, a: Expr, b: Expr) -> bool:
-        """False when `a <= b` fails at a sample, so that a proof is not worth trying."""
-        return all(x <= y for x, y in zip(self.values(a), self.values(b), strict=True))
-
-    def below(self, a: Expr, b: Expr) -> bool:
-        """True when `a <= b` is proved. Not tried where that could take long."""
-        if not self.may(a, b):
-            return False
-        atoms = [atom for monomial in self.arith.poly(b - a) for atom in monomial]
-        hard = sum(type(x) is Binary and x.op in _HARD for atom in atoms for x in walk(atom))
-        return hard <= _HARD_LIMIT and self.arith.prove(a <= b) is True
-
-    def highest(self, ends: Iterable[Expr]) -> Expr:
-        """The maximum, without those proved to be below another."""
-        kept: list[Expr] = []
-        for e in sorted(set(ends), key=lambda e: (-self.values(e)[1], str(e))):
-            if not any(self.below(e, k) for k in kept):
-                kept.append(e)
-        return _maximum(kept)
-
-    def values(self, e: Expr) -> tuple[int, int]:
-        """The value at small and at large dimensions."""
-        found = self.seen.get(e)
-        if found is None:
-            low, high = (_value(e, sample) for sample in self.samples)
-            found = self.seen[e] = low, high
-        return found
-
 
 class _Ranges:
     """Ranges of numbers, to be asked many times whether one of them meets another one."""
@@ -196,11 +204,8 @@ def _sample(d: Dim, most: bool) -> int:
 def largest(sizes: Sequence[Expr]) -> Expr:
     """The maximum of some sizes, simplified."""
     arith = Arith()
-    found: list[Expr] = []
-    for s in dict.fromkeys(arith.simplify(s) for s in sizes):
-        if not any(arith.prove(s <= f) is True for f in found):
-            found = [f for f in found if arith.prove(f <= s) is not True] + [s]
-    return _maximum(found)
+    simple = [arith.simplify(s) for s in sizes]
+    return _Order(arith, simple).highest(simple)
 
 
 def _maximum(sizes: list[Expr]) -> Expr:

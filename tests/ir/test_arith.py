@@ -3,6 +3,7 @@ bound is a bound. And the identities that schedules rely on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 
 import pytest
@@ -16,6 +17,7 @@ from minicompiler.ir.expr import (
     Const,
     Dim,
     Expr,
+    Load,
     Var,
     all_of,
     binary,
@@ -26,6 +28,10 @@ from minicompiler.ir.expr import (
     minimum,
     select,
 )
+from minicompiler.ir.polynomials import Poly
+from minicompiler.ir.proofs import Prover
+from minicompiler.ir.tir import Buffer
+from minicompiler.ir.types import int64
 
 CHECKED = settings(max_examples=300, derandomize=True, deadline=None, database=None)
 # An expression takes dozens of choices: one number that seeds them is drawn, which keeps this fast.
@@ -291,3 +297,72 @@ def test_quotients_by_sums() -> None:
     assert arith.simplify((i * (t + 1) + j) % (t + 1)) is j
     left_alone = arith.simplify((i * t) // (t + 1))
     assert evaluate_int(left_alone, {"i": 5, "t": 3}) == 15 // 4
+
+
+# ---- questions whose answer is no ---------------------------------------------------------------
+def steps_of_search(monkeypatch: pytest.MonkeyPatch, ask: Callable[[], object]) -> int:
+    """How many polynomials are searched for a proof while something is asked."""
+    steps = 0
+    proved = Prover._proved
+
+    def counted(self: Prover, arith: Arith, p: Poly, depth: int) -> bool:
+        nonlocal steps
+        steps += 1
+        return proved(self, arith, p, depth)
+
+    with monkeypatch.context() as m:
+        m.setattr(Prover, "_proved", counted)
+        ask()
+    return steps
+
+
+def test_a_pixel_beyond_one_line_is_refuted_without_a_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    h, w = Dim("h", 1, None), Dim("w", 1, None)
+    for _ in range(5):
+        h, w = (h + 1) // 2, (w + 1) // 2
+    block, pixel = Var("block"), Var("pixel")
+    ranges = {block: (ZERO, (h * w + 5) // 6 - 1), pixel: (ZERO, Const(5))}
+    arith = Arith(ranges, [h > ZERO, w > ZERO, block * 6 + pixel < h * w])
+    claim = block * 6 + pixel < w
+    assert steps_of_search(monkeypatch, lambda: arith.prove(claim)) == 0
+    assert arith.prove(claim) is None
+
+
+@pytest.mark.parametrize("pieces", [4, 40])
+def test_positions_from_data_are_refuted_without_a_search(
+    monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    total: Expr = ZERO
+    for k in range(pieces):
+        total = total + minimum(Dim(f"n{k}", 0, 200), 100)
+    position = Load(Buffer("positions", int64, (Const(9),)), (Var("i"),))
+    clamped = maximum(minimum(position, total - 1), ZERO)
+    arith = Arith({Var("i"): (ZERO, Const(8))})
+    assert steps_of_search(monkeypatch, lambda: arith.simplify(clamped)) == 0
+
+
+def test_a_position_within_one_of_several_counted_pieces_is_found_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def steps(pieces: int) -> int:
+        starts: list[Expr] = [ZERO]
+        for k in range(pieces):
+            starts.append(starts[-1] + minimum(Dim(f"n{k}", 0, 50), 10))
+        position = Load(Buffer("positions", int64, (Const(9),)), (Var("i"),))
+        at = maximum(minimum(position, starts[-1] - 1), ZERO)
+        arith = Arith({Var("i"): (ZERO, Const(8))}, [start <= at for start in starts[1:-1]])
+        last = at - starts[-2]
+        assert arith.holds(last >= ZERO)
+        return steps_of_search(monkeypatch, lambda: arith.holds(last < 50))
+
+    few, many = steps(8), steps(16)
+    assert few > 0 and many <= 2 * few
+
+
+def test_what_holds_is_what_is_proved_to_hold() -> None:
+    n, i = Dim("n", 1, 64), Var("i")
+    arith = Arith({i: (ZERO, n - 1)})
+    for claim in (i < n, i <= n, n < i, i < 3, i >= ZERO, eq(i, n), (i < n) & (i >= ZERO)):
+        assert arith.holds(claim) is (arith.prove(claim) is True)

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minicompiler.errors import InternalError
-from minicompiler.ir.arith import evaluate_int
+from minicompiler.ir.arith import Arith, evaluate_int
 from minicompiler.ir.expr import ZERO, Const, Dim, Expr, maximum, wrap
 from minicompiler.ir.graph import Apply, Constant, Function, Input, Item, NoAttrs, Value, type_of
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.types import TensorType, float32, int32
 from minicompiler.lower.memory import Alias, KernelCall, plan_memory
-from minicompiler.lower.places import ALIGN, Lifetime, place
+from minicompiler.lower.places import ALIGN, Lifetime, largest, place
 from minicompiler.runtime.plan import Location, Plan, evaluate
 
 N, M, K = Dim("n", 1, 64), Dim("m", 0, None), Dim("k", 8, None, 8)
@@ -205,3 +205,26 @@ def test_steps_that_do_not_fit_are_refused() -> None:
             steps = [call("k", [X], results[0])]
         with pytest.raises(InternalError, match=phrase):
             plan(results, *steps)
+
+
+def test_the_largest_of_many_sizes_is_searched_among_few_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sizes that halve an image a few times are compared at samples only."""
+    asked: list[Expr] = []
+    holds = Arith.holds
+
+    def counted(self: Arith, cond: Expr) -> bool:
+        asked.append(cond)
+        return holds(self, cond)
+
+    monkeypatch.setattr(Arith, "holds", counted)
+    h, w = Dim("h", 33, None), Dim("w", 33, None)
+    sizes: list[Expr] = []
+    for k in range(12):
+        sizes.append(h * w * (k + 1))  # each is below the next one
+        h, w = ((h + 1) // 2, (w + 1) // 2) if k % 4 == 3 else (h, w)
+    found = largest(sizes)
+    assert len(asked) < len(sizes)
+    for env in ({"h": 33, "w": 500}, {"h": 64, "w": 33}, {"h": 1000, "w": 999}):
+        assert evaluate_int(found, env) == max(evaluate_int(s, env) for s in sizes)
