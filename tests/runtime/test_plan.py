@@ -83,9 +83,9 @@ def test_json_keeps_everything() -> None:
 def test_the_table_has_a_slot_for_everything() -> None:
     table = PLAN.table()
     assert PLAN.kernels == ("a", "b")
-    assert table.kernels == {"a": 9, "b": 10}
+    assert table.kernels == {"a": 10, "b": 11}
     assert (table.inputs, table.outputs, table.arena, table.workspace) == (0, 2, 4, 5)
-    assert (table.dims, table.constants, table.length) == (6, 7, 11)
+    assert (table.dims, table.failed, table.constants, table.length) == (6, 7, 8, 12)
 
 
 def test_texts_and_dtypes() -> None:
