@@ -19,6 +19,7 @@ from .samples import Samples
 if TYPE_CHECKING:
     from .arith import Arith
 
+_MOST_ATOMS = 16  # quotients, minima and maxima in a claim that is taken apart
 _PATIENCE = 1500  # steps of the search for a proof; of 65,000 that were found two took more
 
 
@@ -66,6 +67,8 @@ class Prover:
         """`nonneg` where numbers alone do not decide."""
         if not depth and any(_never_negative(arith, q) for q in _less_facts(arith, p)):
             return True  # a fact that says it: the search below may come to it late
+        if sum(any(type(a) is Binary for a in m) for m in p) > _MOST_ATOMS:
+            return False  # with two cases for each
         # Eliminate the innermost variable by its symbolic bound (innermost: not in another's
         # range).
         for v in _elimination_order(arith, p):

@@ -361,6 +361,19 @@ def test_a_position_within_one_of_several_counted_pieces_is_found_soon(
     assert few > 0 and many <= 2 * few
 
 
+def test_a_claim_about_many_counted_pieces_is_not_taken_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each minimum would be two cases."""
+    sizes = [minimum(Dim(f"n{k}", 0, 50), Dim(f"m{k}", 0, 50)) for k in range(40)]
+    total: Expr = ZERO
+    for k, n in enumerate(sizes):
+        total = total + n * (k % 3 - 1)
+    arith = Arith({}, [total > ZERO])
+    assert arith.prove(total * 2 > sizes[0]) is None
+    assert steps_of_search(monkeypatch, lambda: arith.prove(total * 2 > sizes[1])) <= 4
+
+
 def test_what_holds_is_what_is_proved_to_hold() -> None:
     n, i = Dim("n", 1, 64), Var("i")
     arith = Arith({i: (ZERO, n - 1)})
