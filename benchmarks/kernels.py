@@ -221,7 +221,9 @@ def cases() -> Iterator[Case]:
     )  # fmt: skip
     silu = [op("Sigmoid", "x", "s"), op("Mul", "x s")]
     yield Case("stream", "silu_4096x4096", silu, {"x": draw(*large)})
-    for shape in (rows, (131072, 128), (4096, 4096), (16384, 1000)):
+    for shape in (
+        rows, (131072, 128), (16384, 1000), (8192, 2048), (4096, 4096), (1024, 16384)
+    ):  # fmt: skip
         yield unary("rows", "Softmax", shape, None)
     for shape in ((64, 512, 512), (1, 21, 512, 512)):
         yield unary("rows", "Softmax", shape, None, axis=1)
