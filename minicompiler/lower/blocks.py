@@ -56,14 +56,15 @@ MOST_EXCEPTIONS = 4  # incomplete tiles that get code of their own
 MOST_TURNS = 1024  # of an outer loop that are looked at for them
 
 
-def _arith(func: PrimFunc) -> Arith:
+def arith_of_loops(func: PrimFunc) -> Arith:
+    """An Arith that knows the range of every loop variable."""
     return Arith({s.var: (ZERO, s.extent - 1) for s in statements(func) if isinstance(s, For)})
 
 
 def lower_blocks(func: PrimFunc, ctx: object = None) -> PrimFunc:
     """Blocks become stores under conditions; an init still inside a block runs at reduction index
     0."""
-    arith = _arith(func)
+    arith = arith_of_loops(func)
 
     def one(s: Stmt) -> Stmt | None:
         if not isinstance(s, Block):
@@ -151,7 +152,7 @@ def unswitch(func: PrimFunc, ctx: object = None) -> PrimFunc:
     which tiles along one loop are not complete, and these are few (those at the borders of an
     image), each gets code of its own, in which the conditions are decided while it is printed.
     """
-    arith = _arith(func)
+    arith = arith_of_loops(func)
 
     def tile(s: Stmt) -> bool:
         return isinstance(s, For) and s.kind in (VECTOR, UNROLL)

@@ -50,12 +50,14 @@ from minicompiler.ir.tir import (
     substitute_stmt,
 )
 
+from .blocks import arith_of_loops
+
 
 def few_rows(func: PrimFunc, ctx: object = None) -> PrimFunc:
     """Register tiles whose later rows may all be missing get a second form, of one row."""
     if not func.dims:
         return func
-    arith = Arith({s.var: (ZERO, s.extent - 1) for s in statements(func) if isinstance(s, For)})
+    arith = arith_of_loops(func)
 
     def one(s: Stmt) -> Stmt | None:
         if not isinstance(s, Alloc) or s.buffer.scope is not Scope.REGISTER:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import (
     TRUE,
-    ZERO,
     Binary,
     Const,
     Expr,
@@ -41,12 +40,14 @@ from minicompiler.ir.tir import (
     stores,
 )
 
+from .blocks import arith_of_loops
+
 MOST_LINES = 3  # ends of lines that are asked for: more are as dear as what they save
 
 
 def unwrap_lines(func: PrimFunc, ctx: object = None) -> PrimFunc:
     """Vector loops whose loads wrap around the ends of lines get a form without."""
-    arith = Arith({s.var: (ZERO, s.extent - 1) for s in statements(func) if isinstance(s, For)})
+    arith = arith_of_loops(func)
 
     def visit(s: Stmt) -> Stmt:
         if isinstance(s, For):
