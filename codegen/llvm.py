@@ -357,7 +357,8 @@ class _Emitter(Memory):
             return
         if self.on_stack(b):
             name = self.fresh(b.name + "_")
-            size = const_int(self.bytes_of(b)) or 0
+            size = const_int(self.bytes_of(b))
+            assert size is not None
             if size < PAGE:
                 self.allocas.append(f"{name} = alloca [{size} x i8], align {ALIGN}")
             else:  # a load waits for an earlier store to the same place of another page

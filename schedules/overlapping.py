@@ -75,7 +75,7 @@ def _computes(s: Schedule, loop: str) -> bool:
 
 def _side_by_side(s: Schedule, row: str, last: str, beside: str) -> None:
     """Runs the loops of two blocks together, down to pieces of PIECE bytes."""
-    for depth in range(len(s.loops_of(last, row))):
+    for depth in range(min(len(s.loops_of(n, row)) for n in (last, beside))):
         first, second = (s.loops_of(n, row)[depth] for n in (last, beside))
         written = _written(s, last, first)
         if written < PIECE:

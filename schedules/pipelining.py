@@ -13,6 +13,7 @@ computes. Once what writes row t stands beside what computes row t + 1, the two 
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from minicompiler.ir.expr import ONE, ZERO, Expr
@@ -95,7 +96,11 @@ def not_delayed(s: Schedule, name: str, loop_name: str, before: str) -> str:
     if arith.prove(loop.extent >= ONE) is not True:
         return f"{loop_name} may have no iteration"
     moved = body.stmts[-1]
-    earlier = seq(_before(body, later))
+    before_it: list[Stmt] = []
+    for outer, inside in itertools.pairwise((*between, later)):
+        if isinstance(outer, Seq):
+            before_it += outer.stmts[: outer.stmts.index(inside)]
+    earlier = seq(before_it)
     used, made = read_buffers(moved), written_buffers(moved)
     if (used | made) & written_buffers(earlier) or made & read_buffers(earlier):
         return f"what stands before {before} changes or reads what block {name} uses"
@@ -109,19 +114,3 @@ def _body(x: Stmt) -> tuple[list[Buffer], Stmt]:
         buffers.append(x.buffer)
         x = x.body
     return buffers, x
-
-
-def _before(x: Stmt, later: Stmt) -> list[Stmt]:
-    """The statements that run before another one."""
-    if x is later:
-        return []
-    if isinstance(x, Alloc):
-        return _before(x.body, later)
-    if not isinstance(x, Seq):
-        return [x]
-    found: list[Stmt] = []
-    for y in x.stmts:
-        if analysis.contains(y, later):
-            return [*found, *_before(y, later)]
-        found.append(y)
-    return found

@@ -477,7 +477,7 @@ def test_large_operands_are_asked_for_early(op: str, rows: int, wanted: set[int]
     ("shape", "axis", "late"),
     [
         ((2048, 4096), 1, True),
-        ((2048, 4099), 1, True),  # a tail
+        ((2049, 4099), 1, True),  # a tail, and a last share of one row
         ((4096, 1024), 1, False),  # short rows wait for nothing
         ((64, 4096), 1, False),  # results that fit the caches
         ((24, 256, 1024), 1, True),  # down the columns
