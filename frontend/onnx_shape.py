@@ -189,8 +189,7 @@ def _trilu(n: OnnxNode) -> Value:
     rows = n.apply(sh.unsqueeze, rows, attrs=sh.UnsqueezeAttrs((1,)), name="")
     diagonal = n.apply(sh.reshape, k, attrs=sh.ReshapeAttrs((1,)), name="")
     first = n.apply(el.add, rows, diagonal, name="")
-    kept = n.apply(el.less_equal, first, columns, name="") if upper else None
-    kept = kept or n.apply(el.less_equal, columns, first, name="")
+    kept = n.apply(el.less_equal, *((first, columns) if upper else (columns, first)), name="")
     return n.apply(el.where, kept, n.arg(0), n.constant(0, n.type(0).dtype.numpy))
 
 
