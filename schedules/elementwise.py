@@ -15,6 +15,7 @@ from minicompiler.ir.expr import (
     Binary,
     Call,
     Expr,
+    Load,
     Select,
     Var,
     conjuncts,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 LONG_VECTORS = 4  # side by side they hide the latency of a polynomial
 MOST_PIECES = 32  # of a concatenation that are written out
 WORTH_A_THREAD = 16384  # elements below which waking another thread costs more than it saves
+LONG_LINE = 64  # vectors of a row that is as good as a longer one
+SHARES = 8  # iterations for each thread that are even enough
 WORTH_A_LINE = 6  # vectors of a row from which its first and last ones may be incomplete
 _UNKNOWN = 64  # iterations of a loop whose extent is known at run time only
 
@@ -152,7 +155,7 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
         order = transposed.split_blocks(s, name, order)
         if transposed.schedule(s, name, order):
             return
-        order = _in_pieces(s, name, order)
+        order = _joined(s, name, _in_pieces(s, name, order))
     inner = order[-1]
     loop, _ = s.loop(inner)
     extent = const_int(loop.extent)
@@ -172,8 +175,10 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
             ahead.fetch_soon(s, name)
         outer = [*outer, big]
     if parallel:
-        shared = itertools.takewhile(lambda n: s.loop(n)[0].kind is not UNROLL, outer)
-        threads_over(s, list(shared), name)
+        shared = [*itertools.takewhile(lambda n: s.loop(n)[0].kind is not UNROLL, outer)]
+        # The iterations of the last are single vectors: its index should stay a plain one.
+        enough = _count(s, shared[:-1]) >= SHARES * s.target.cores
+        threads_over(s, shared[:-1] if enough else shared, name)
 
 
 def _in_pieces(s: Schedule, name: str, order: list[str]) -> list[str]:
@@ -206,17 +211,63 @@ def _in_pieces(s: Schedule, name: str, order: list[str]) -> list[str]:
     shared = math.prod(const_int(s.loop(n)[0].extent) or 1 for n in order[:k])
     if work >= WORTH_A_THREAD and shared < 2 * s.target.cores:
         return order  # threads need more to share
-    moves = [steps(s, name, s.loop(n)[0].var) for n in order[k:]]
-    for n, (own, inner) in zip(order[k + 1 :], itertools.pairwise(moves), strict=True):
-        times = const_int(s.loop(n)[0].extent) or 0
-        if any(a is None or b is None or a != b * times for a, b in zip(own, inner, strict=True)):
-            return order
+    if not all(_as_one(s, name, a, b) for a, b in itertools.pairwise(order[k:])):
+        return order
     if not 1 < -(-extent // size) <= MOST_PIECES:
         return order
     piece, rest = s.split(axis, size, "perfect" if extent % size == 0 else "mask")
     s.mark(piece, UNROLL)
     whole = [rest, *order[k + 1 :]]
     return [*order[:k], piece, s.fuse(*whole) if len(whole) > 1 else rest]
+
+
+def _joined(s: Schedule, name: str, order: list[str]) -> list[str]:
+    """r[c, y, x] = a[c, y, x] + b[c]   ->   for c: for f: r[c, f] = a[c, f] + b[c]
+
+    Short innermost loops, all of whose operands step through them as through one, become one, if
+    enough are left for the threads. The new order."""
+    block, path = s.block(name)
+    work = _count(s, [x.var.name for x in analysis.loops_in(path)])
+    values = analysis.values_of(block)
+    own = {
+        v
+        for it in _outside_loads(block.body.value) | free_vars(block.where)
+        for v in free_vars(values.get(it, it))
+    }
+    k = len(order) - 1
+    long = LONG_LINE * s.target.vector_bytes // block.body.buffer.dtype.bytes
+    while k and _count(s, order[k:]) < long:
+        outer, inner = (s.loop(n)[0] for n in order[k - 1 : k + 1])
+        if outer.kind is UNROLL or outer.var in own or inner.var in own:
+            break
+        if not _as_one(s, name, outer.var.name, inner.var.name):
+            break
+        k -= 1
+    few = work >= WORTH_A_THREAD and _count(s, order[:k]) < SHARES * s.target.cores
+    if k == len(order) - 1 or few:
+        return order
+    return [*order[:k], s.fuse(*order[k:])]
+
+
+def _count(s: Schedule, loops: list[str]) -> int:
+    """Of iterations of a nest of loops, about."""
+    return math.prod(const_int(s.loop(n)[0].extent) or _UNKNOWN for n in loops)
+
+
+def _as_one(s: Schedule, name: str, outer: str, inner: str) -> bool:
+    """Whether every access of a block steps through two loops as through one long one."""
+    times = const_int(s.loop(inner)[0].extent)
+    moves = zip(*(steps(s, name, s.loop(n)[0].var) for n in (outer, inner)), strict=True)
+    return times is not None and all(
+        a is not None and b is not None and a == b * times for a, b in moves
+    )
+
+
+def _outside_loads(e: Expr) -> set[Expr]:
+    """The variables of an expression that are not only in indices."""
+    if type(e) is Load:
+        return set()
+    return {e} if type(e) is Var else set[Expr]().union(*map(_outside_loads, e.children()))
 
 
 def lanes_for(s: Schedule, block: Block) -> int:
@@ -236,9 +287,7 @@ def threads_over(s: Schedule, outer: list[str], block: str) -> None:
     """Fuses outer loops into one that is shared by the threads, where there is enough work."""
     if not outer:
         return
-    work = 1
-    for x in analysis.loops_in(s.block(block)[1]):
-        work *= const_int(x.extent) or _UNKNOWN
+    work = _count(s, [x.var.name for x in analysis.loops_in(s.block(block)[1])])
     if work < WORTH_A_THREAD:
         return
     # An outermost size that is not known is often that of a batch of one, which may have work for

@@ -73,7 +73,7 @@ def _two_forms(loop: For, arith: Arith) -> Stmt:
         return loop
     inside: dict[Expr, Expr] = {}  # // and %, and what they are where no line ends
     asked: dict[Expr, None] = {}
-    for e in _in_loads(loop):
+    for e in _in_loads(loop, arith):
         made = _within(e, loop.var, lanes, arith)
         if made is not None:
             inside[e], condition = made
@@ -99,12 +99,13 @@ def _two_forms(loop: For, arith: Arith) -> Stmt:
     return whole if condition is TRUE else If(condition, whole, loop)
 
 
-def _in_loads(loop: For) -> list[Expr]:
-    """Quotients and remainders that vary along the loop, in the indices of loads."""
+def _in_loads(loop: For, arith: Arith) -> list[Expr]:
+    """Quotients and remainders that vary along the loop, in the indices of loads which they keep
+    from lying side by side: those of a whole line and what is left of it make one long line."""
     found: dict[Expr, None] = {}
     for s in stores(loop.body):
         for load in walk(s.value):
-            if type(load) is Load:
+            if type(load) is Load and not _straight(load, loop.var, arith):
                 for i in load.indices:
                     found.update(
                         (e, None) for e in walk(i)
@@ -112,6 +113,12 @@ def _in_loads(loop: For) -> list[Expr]:
                         and loop.var in free_vars(e)
                     )  # fmt: skip
     return list(found)
+
+
+def _straight(load: Load, lane: Var, arith: Arith) -> bool:
+    """Whether a load moves by the same distance with each lane."""
+    terms = arith.poly(load.buffer.offset(load.indices))
+    return all(m == (lane,) or not any(lane in free_vars(a) for a in m) for m in terms)
 
 
 def _within(e: Expr, lane: Var, lanes: int, arith: Arith) -> tuple[Expr, Expr] | None:

@@ -64,6 +64,13 @@ def test_lines_shorter_than_a_vector_or_in_step_with_it_stay(line: int, step: in
     assert unwrap_lines(func).phases == func.phases
 
 
+def test_rows_of_one_long_line_stay() -> None:
+    x = te.placeholder("x", (10, 33), float32)
+    y = te.compute((11, 30), lambda i, j: x[(i * 30 + j) // 33, (i * 30 + j) % 33], "y")
+    func = prepared(y, x)
+    assert unwrap_lines(func).phases == func.phases
+
+
 @pytest.mark.parametrize("width", [9, 31, 64, 97])
 @pytest.mark.parametrize("rows", [5, 40])
 def test_lines_that_are_shifted_against_each_other(rows: int, width: int) -> None:

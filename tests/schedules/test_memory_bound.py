@@ -360,6 +360,44 @@ def test_a_concatenation_copies_long_pieces() -> None:
     assert max(int(str(x.extent)) for x in loops) == 64 * 15 * 15 // 8
 
 
+@pytest.mark.parametrize(
+    ("shape", "other", "line"),
+    [
+        ((2, 64, 55, 55), (64, 1, 1), 55 * 55),
+        ((8, 3, 19, 5, 7), (1, 19, 5, 7), 19 * 5 * 7),
+        ((64, 40, 600), (64, 1, 1), 600),  # a line that is long already
+        ((2, 3, 100, 100), (3, 1, 1), 100),  # the threads need more to share
+        ((64, 9, 9), (9, 1), 9),  # what is added changes with each row
+    ],
+)
+def test_short_rows_are_one_line(shape: tuple[int, ...], other: tuple[int, ...], line: int) -> None:
+    x, z = te.placeholder("x", shape, float32), te.placeholder("z", other, float32)
+
+    def added(*at: Any) -> Any:
+        near = at[len(shape) - len(other) :]
+        return x[at] + z[tuple(0 if n == 1 else i for n, i in zip(other, near, strict=True))]
+
+    s = schedule(from_tensors("f", [x, z], [te.compute(shape, added, "y")]), AVX2)
+    *_, last = (x for x in statements(s.func) if isinstance(x, For) and x.kind is not VECTOR)
+    assert int(str(last.extent)) == (line if line <= 16 else -(-line // 8))
+
+    net = Builder("added")
+    a, b = net.input("x", shape), net.input("z", other)
+    given = [np.random.default_rng(1).standard_normal(n, np.float32) for n in (shape, other)]
+    fn = net.function(y=net.add(a, b))
+    for threads in (1, 2):
+        (y,) = mc.compile(fn, threads=threads, checked=True)(*given)
+        np.testing.assert_array_equal(y, given[0] + given[1])
+
+
+def test_a_row_whose_number_is_used_stays_a_row() -> None:
+    x, z = te.placeholder("x", (64, 20, 20), float32), te.placeholder("z", (64,), float32)
+    y = te.compute((64, 20, 20), lambda c, h, w: select(h < w, x[c, h, w], z[c]), "y")
+    func = schedule(from_tensors("f", [x, z], [y]), AVX2).func
+    *_, row = (x for x in statements(func) if isinstance(x, For) and x.kind is not VECTOR)
+    assert str(row.extent) == "3"  # vectors of 8
+
+
 def test_rows_from_many_tables_side_by_side() -> None:
     """Each piece of a concatenation is a copy of its own, the last and shorter one too; that the
     sign of a position is looked at does not matter."""
