@@ -31,7 +31,7 @@ from .passes.phases import convolve_phases
 from .passes.recognise import recognise
 from .passes.rounding import round_in_place
 from .passes.simplify import simplify
-from .passes.widen import widen_attention
+from .passes.widen import widen_attention, widen_products
 
 T = TypeVar("T", bound=Any)
 Pass = Callable[[T, Any], T]
@@ -54,8 +54,9 @@ GRAPH_PASSES: dict[int, tuple[Pass[Function], ...]] = {
         fold_batch_norm,
         convolve_phases,
         *_TIDY,
-        append_in_place,
         widen_attention,
+        widen_products,
+        append_in_place,
         recognise,
         fuse,
     ),
@@ -64,9 +65,10 @@ GRAPH_PASSES: dict[int, tuple[Pass[Function], ...]] = {
         fold_batch_norm,
         convolve_phases,
         *_TIDY,
+        widen_attention,
+        widen_products,
         convert_layout,
         append_in_place,
-        widen_attention,
         recognise,
         fuse,
     ),

@@ -1,4 +1,4 @@
-"""Attention of 16-bit floats: one kernel of float32, rounded once."""
+"""Attention and products of 16-bit floats: kernels of float32, rounded once."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from onnx_models import numbers
 
 import minicompiler as mc
 from minicompiler.frontend.builder import Builder
-from minicompiler.ir.graph import Function, Value, applies
+from minicompiler.ir.graph import Constant, Function, Value, applies, type_of
 from minicompiler.ir.types import DType
 from minicompiler.ir.verify import verify_function
 from minicompiler.ops.evaluate import run_reference
 from minicompiler.passes.recognise import recognise
-from minicompiler.passes.widen import widen_attention
+from minicompiler.passes.widen import widen_attention, widen_products
 
 HEADS, KEYS, WIDTH = 3, 20, 8
 HALF = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -104,3 +104,56 @@ def test_float32_stays() -> None:
     q, k, v = operands(net, "float32", 5)
     fn = net.function(y=net.matmul(net.softmax(net.matmul(q, k)), v))
     assert widen_attention(fn, None) is fn
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("rows", [40, "n"])
+def test_products_round_once(dtype: str, rows: int | str) -> None:
+    """A convolution and a product of its pixels; both weights are converted while compiling."""
+    net = Builder("net", {"n": (1, 100)})
+    x = net.input("x", (rows, 8, 5, 5), dtype)
+    filters, weight = (
+        numbers(*n, seed=k).astype(HALF[dtype]) for k, n in enumerate([(16, 8, 3, 3), (16, 24)])
+    )
+    pixels = net.transpose(net.relu(net.conv(x, filters)), perm=(0, 2, 3, 1))
+    fn = net.function(y=net.matmul(pixels, weight))
+    widened = widen_products(fn, None)
+    verify_function(widened)
+    for product in (v for v in applies(widened) if v.op.name in ("conv", "matmul")):
+        assert {str(type_of(a).dtype) for a in product.args if a is not None} == {"float32"}
+        assert isinstance(product.args[1], Constant)
+    given = numbers(40, 8, 5, 5, seed=2).astype(HALF[dtype])
+    one, two = (mc.compile(fn, threads=t)(given)[0] for t in (1, 2))
+    np.testing.assert_array_equal(one, two)
+    (want,) = run_reference(fn, [given])
+    eps = float(ml_dtypes.finfo(HALF[dtype]).eps)
+    assert (
+        np.abs(one.astype(np.float64) - want.astype(np.float64)).max()
+        <= 2 * eps * np.abs(want).max()
+    )
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ((1, 64), (64, 32)),
+        ((2, 3, 64), (64, 32)),  # six rows
+        ((64, 64), (64, 3)),
+        ((500, 1, 64), (500, 64, 20)),  # one query of many heads
+    ],
+)
+def test_products_that_wait_for_the_memory_stay(
+    left: tuple[int, ...], right: tuple[int, ...]
+) -> None:
+    net = Builder("net")
+    a, b = net.input("a", left, "float16"), net.input("b", right, "float16")
+    fn = net.function(y=net.matmul(a, b))
+    assert widen_products(fn, None) is fn
+
+
+def test_an_operand_of_two_products_is_converted_once() -> None:
+    net = Builder("net")
+    x = net.input("x", (30, 16), "float16")
+    a, b = (numbers(16, 16, seed=k).astype(np.float16) for k in range(2))
+    fn = widen_products(net.function(y=net.matmul(x, a), z=net.matmul(x, b)), None)
+    assert [v.op.name for v in applies(fn)].count("cast") == 3  # of x, and of both results
