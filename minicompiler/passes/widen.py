@@ -27,7 +27,7 @@ from ..ops import elementwise, linalg
 from ..ops.rules import is_low
 from .recognise import Match, Operand, is_nan, match_of, operand_of, rebuilt, times
 
-OFTEN = 8  # uses of a number from which converting it once pays
+OFTEN = 2  # uses of a number from which converting it once pays
 _UNKNOWN = 64  # of a size that is known at run time only
 
 
@@ -47,8 +47,8 @@ def widen_attention(fn: Function, ctx: Any) -> Function:
 
 
 def widen_products(fn: Function, ctx: Any) -> Function:
-    """Every product of 16-bit floats, but for those that use their operands a few times only: they
-    wait for the memory, which half as many bytes leave sooner."""
+    """Every product of 16-bit floats, but for those that use an operand just once: they wait for
+    the memory, which half as many bytes leave sooner."""
     found = [
         v
         for v in topological(fn.results)

@@ -137,8 +137,7 @@ def test_products_round_once(dtype: str, rows: int | str) -> None:
     ("left", "right"),
     [
         ((1, 64), (64, 32)),
-        ((2, 3, 64), (64, 32)),  # six rows
-        ((64, 64), (64, 3)),
+        ((64, 64), (64, 1)),
         ((500, 1, 64), (500, 64, 20)),  # one query of many heads
     ],
 )
