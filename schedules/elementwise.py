@@ -160,6 +160,9 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
     loop, _ = s.loop(inner)
     extent = const_int(loop.extent)
     outer = order[:-1]
+    if _copies(s, name, inner):
+        wide = LONG_VECTORS * s.target.vector_bytes // block.body.buffer.dtype.bytes
+        lanes = wide if extent is not None and extent >= 4 * wide else lanes
     if extent is not None and extent <= 2 * lanes:
         if extent > 1:
             s.mark(inner, VECTOR)
@@ -311,6 +314,21 @@ def _plain(s: Schedule, name: str, inner: str) -> bool:
     moves = steps(s, name, s.loop(inner)[0].var)
     chooses = any(type(e) is Select for e in walk(block.body.value))
     return moves[0] == 1 and all(m in (0, 1) for m in moves) and not chooses
+
+
+def _copies(s: Schedule, name: str, inner: str) -> bool:
+    """Whether a block only moves elements, and whole vectors of them along a loop."""
+    block, _ = s.block(name)
+    loop, values = s.loop(inner)[0], analysis.values_of(block)
+    todo = [block.body.value]
+    for e in todo:
+        if type(e) is Select:
+            if loads(e.cond) or loop.var in free_vars(substitute(e.cond, values)):
+                return False
+            todo += [e.a, e.b]
+        elif type(e) is not Load:
+            return False
+    return all(m == 1 for m in steps(s, name, loop.var))
 
 
 def _same_everywhere(s: Schedule, name: str) -> bool:

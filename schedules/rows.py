@@ -54,7 +54,7 @@ def apply(s: Schedule) -> None:
             if is_cheap(s.block(n)[0]):
                 s.inline(n)
         row = None if _side_by_side(s) else _row_loops(s, last) or _group_loops(s, last)
-    if row is None:
+    if row is None or _are_columns(s, last, row):
         elementwise.apply(s)
         return
     names = [b.name for b in analysis.blocks(s.func)]
@@ -103,6 +103,21 @@ def _side_by_side(s: Schedule) -> bool:
                 axis, _, modulus = load.buffer.layout.splits()[-1]
                 if modulus > 0 and not free_vars(load.indices[axis]) & summed:
                     return True
+    return False
+
+
+def _are_columns(s: Schedule, last: str, row: list[str]) -> bool:
+    """True where each result is one number, and what is reduced to it lies in a column: its
+    neighbours are reduced to the next ones."""
+    inside = [x for x in analysis.loops_in(s.block(last)[1]) if x.var.name not in row]
+    if any(const_int(x.extent) != 1 for x in inside):
+        return False
+    arith = analysis.arith_of(s.func)
+    for block in filter(analysis.is_reduction, list(analysis.blocks(s.func))):
+        around = analysis.loops_in(s.block(block.name)[1])
+        reducing = analysis.reduce_loops(block, around)
+        if _goes_across(block, [x for x in around if x not in reducing], arith):
+            return True
     return False
 
 
@@ -250,8 +265,7 @@ def schedule_reduction(s: Schedule, name: str, top: str | None = None) -> bool:
     lanes = s.target.vector_bytes // max(4, block.body.buffer.dtype.bytes)
     arith = analysis.arith_of(s.func)
     spatial = [x for x in inside if x not in reducing]
-    across = _contiguous(block, spatial, arith)
-    if across is not None and (const_int(across) or 64) >= 4:
+    if _goes_across(block, spatial, arith):
         deep = const_int(reducing[-1].extent)
         if top is None and (deep is None or deep >= DEEP) and _columns(s, name):
             return True
@@ -262,6 +276,12 @@ def schedule_reduction(s: Schedule, name: str, top: str | None = None) -> bool:
     if extent is not None and extent < 2 * lanes:
         return _plain(s, name, top)
     return _along(s, name, along, top, lanes, extent)
+
+
+def _goes_across(block: Block, spatial, arith) -> bool:  # type: ignore[no-untyped-def]
+    """True for a reduction of vectors side by side."""
+    across = _contiguous(block, spatial, arith)
+    return across is not None and (const_int(across) or 64) >= 4
 
 
 def _contiguous(block: Block, loops, arith):  # type: ignore[no-untyped-def]
@@ -359,7 +379,7 @@ def _columns(s: Schedule, name: str) -> bool:
 
     Rows are read in long stretches, and the sums stay in first-level cache."""
     block, path = s.block(name)
-    if block.body.buffer.layout is not None or block.body.buffer not in s.func.params:
+    if block.body.buffer.layout is not None:
         return False
     order = elementwise.memory_order(s, name)
     lanes = 4 * s.target.vector_bytes // max(4, block.body.buffer.dtype.bytes)

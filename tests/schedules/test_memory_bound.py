@@ -17,10 +17,10 @@ from minicompiler.codegen.llvm import emit
 from minicompiler.errors import ScheduleError
 from minicompiler.frontend.builder import Builder
 from minicompiler.ir import interp
-from minicompiler.ir.expr import FALSE, TRUE, Dim, binary, select
+from minicompiler.ir.expr import FALSE, TRUE, Dim, binary, cast, select
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, For, PrimFunc, statements, stores
-from minicompiler.ir.types import float32, int64
+from minicompiler.ir.types import DType, float16, float32, int64
 from minicompiler.ir.verify_tir import verify_tir
 from minicompiler.lower.blocks import hoist_conditions, lower_blocks, unswitch
 from minicompiler.lower.to_tir import from_tensors
@@ -112,6 +112,20 @@ def test_reductions(shape: tuple[int, ...], axes: tuple[int, ...], dynamic: bool
         x.astype(np.float64), axis=axes, keepdims=got.ndim == x.ndim
     )
     np.testing.assert_allclose(got, wide, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [float32, float16])
+def test_what_follows_a_reduction_of_columns(dtype: DType) -> None:
+    """Rows are read as they lie, whatever is done with the numbers that they are reduced to."""
+    x = te.placeholder("x", (3, 200, 96), dtype)
+    (k,) = te.reduce_vars(1)
+    total = te.compute((3, 96), lambda b, d: cast(x[b, k, d], float32), "total", ("sum", {k: 200}))
+    y = te.compute((3, 96), lambda b, d: cast(total[b, d] / 200.0, dtype), "y")
+    func = scheduled(y, x)
+    for step in (lower_blocks, hoist_conditions, unswitch):
+        func = step(func)
+    text = emit(func).text
+    assert "load <" in text and not re.search(r"load (float|half),", text)
 
 
 @pytest.mark.parametrize("groups", [3, 12])
