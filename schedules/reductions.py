@@ -9,6 +9,7 @@ from minicompiler.ir.expr import (
     TRUE,
     ZERO,
     Binary,
+    Call,
     Cast,
     Expr,
     Load,
@@ -19,6 +20,7 @@ from minicompiler.ir.expr import (
     conjuncts,
     const,
     eq,
+    factors,
     free_vars,
     select,
     substitute,
@@ -164,9 +166,11 @@ def _needed(e: Expr, identity: Expr, reducing: set[Var]) -> tuple[list[Expr], Ex
         inner, value = _needed(e.a, identity, reducing)
         return [*ours, *inner], value if rest is TRUE else select(rest, value, e.b)
     if identity.value == 0:  # type: ignore[attr-defined]
-        if type(e) is Binary and e.op == "mul":
-            (p, a), (q, b) = _needed(e.a, identity, reducing), _needed(e.b, identity, reducing)
-            return [*p, *q], Binary("mul", a, b) if p or q else e
+        sides = factors(e)
+        if sides is not None:
+            (p, a), (q, b) = (_needed(x, identity, reducing) for x in sides)
+            changed = Call(e.fn, (a, b)) if type(e) is Call else Binary("mul", a, b)
+            return [*p, *q], changed if p or q else e
         if type(e) is Cast:
             p, a = _needed(e.a, identity, reducing)
             return p, Cast(e.dtype, a) if p else e

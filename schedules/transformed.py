@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from minicompiler.ir.expr import Binary, Const, Expr, Load, const_int, free_vars, walk
+from minicompiler.ir.expr import Binary, Const, Expr, Load, const_int, factors, free_vars, walk
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Scope
 
@@ -60,9 +60,9 @@ def _operands(block: Block) -> tuple[Load, Load] | None:
         return None
     _, term = reductions.needed_terms(block)
     update = analysis.update_operand(block)
-    if update is None or update[0] != "add" or type(term) is not Binary or term.op != "mul":
+    loads = factors(term)
+    if update is None or update[0] != "add" or loads is None:
         return None
-    loads = term.a, term.b
     return loads if all(type(x) is Load for x in loads) else None  # type: ignore[return-value]
 
 
@@ -387,11 +387,10 @@ def _filter_layout(main: Block, load: Load, width: int) -> IndexMap:
 
 
 def _copies(s: Schedule, name: str) -> bool:
-    """True for a block that only moves elements (padding)."""
+    """True for a block that reads one element for each of its own (padding)."""
     block, _ = s.block(name)
-    return len(analysis.operand_loads(block)) == 1 and len(block.body.indices) == len(
-        analysis.operand_loads(block)[0].indices
-    )
+    loads = {*analysis.operand_loads(block)}
+    return len(loads) == 1 and len(block.body.indices) == len(loads.pop().indices)
 
 
 def _data_block(s: Schedule, data: list[str], rank: int, at: str | None, lanes: int) -> None:

@@ -69,7 +69,8 @@ def _np_biased(x: Array, bias: Array | None) -> Array:
 class ConvAttrs:
     """Per spatial axis; () stands for 1 (pads: 0) on every axis.
 
-    in_pairs: elements are pairs of neighbouring channels (see pairs.py)."""
+    in_pairs: elements are pairs of neighbouring channels (see pairs.py). tiles: those of Winograd's
+    algorithm that compute them exactly."""
 
     strides: tuple[int, ...] = ()
     pads_begin: tuple[int, ...] = ()
@@ -77,6 +78,7 @@ class ConvAttrs:
     dilations: tuple[int, ...] = ()
     groups: int = 1
     in_pairs: bool = False
+    tiles: tuple[int, ...] = ()
 
     def windows(self, op: str, kernel: tuple[int, ...]) -> Windows:
         return Windows.of(
@@ -201,14 +203,18 @@ def _conv_cost(types: list[TensorType | None], attrs: ConvAttrs) -> float:
     return winograd.cost(0, types, attrs) if winograd.applies(types, attrs) else 0.0
 
 
-def _winograd(m: int) -> Compute:
+def _winograd(m: int, in_pairs: bool) -> Compute:
+    def applies(types: list[TensorType | None], attrs: ConvAttrs) -> bool:
+        fits = m in attrs.tiles if in_pairs else not attrs.in_pairs
+        return fits and winograd.applies(types, attrs)
+
     return Compute(
-        f"winograd{m}",
-        winograd.build(m),
-        applies=winograd.applies,
+        f"winograd{m}_pairs" if in_pairs else f"winograd{m}",
+        winograd.build(m, in_pairs),
+        applies=applies,
         cost=partial(winograd.cost, m),
         constants=(1,),
-        error=winograd.ERROR[m],
+        error=0.0 if in_pairs else winograd.ERROR[m],
     )
 
 
@@ -217,7 +223,10 @@ conv = register(
         "conv",
         ConvAttrs,
         _conv_infer,
-        (Compute("direct", _conv_compute, cost=_conv_cost), _winograd(4), _winograd(2)),
+        (
+            Compute("direct", _conv_compute, cost=_conv_cost),
+            *[_winograd(m, in_pairs) for in_pairs in (False, True) for m in (4, 2)],
+        ),
         float32_inside(_conv_reference),
         _conv_samples,
         precision=Precision.LOW,

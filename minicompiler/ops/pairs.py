@@ -38,6 +38,22 @@ def multiply(a: Expr, b: Expr, in_pairs: bool) -> Expr:
     return Call("dot_pairs", (a, b)) if in_pairs else a * b
 
 
+def as_sum(e: Expr) -> Expr:
+    """A pair as low + 2**16 * high: sums and multiples of such numbers are, modulo 2**32, those of
+    both."""
+    return e - _borrowed(e)
+
+
+def as_halves(e: Expr) -> Expr:
+    """The pair that `as_sum` made a number of, where both fit in 16 bits."""
+    return e + _borrowed(e)
+
+
+def _borrowed(e: Expr) -> Expr:
+    """What a negative low half takes from the high one."""
+    return binary("shl", binary("and", e, const(0x8000, int32)), const(1, int32))
+
+
 def np_multiplied(f: Callable[[Array, Array], Array], a: Array, b: Array) -> Array:
     """What a sum of products does with tensors of pairs, given what it does with numbers."""
     low = [x.astype(np.int16).astype(np.int32) for x in (a, b)]

@@ -7,7 +7,9 @@ inputs and filters are multiplied tap by tap, and the sum is transformed back on
 
 A. Lavin, S. Gray, Fast Algorithms for Convolutional Neural Networks (2015); matrices by the
 Toom-Cook construction. For m = 4 the points 0, +-5/8, +-3/2, infinity give a third of the error of
-0, +-1, +-2.
+0, +-1, +-2. With those, and a multiple of the last matrix, all is whole: pairs of small integers
+are transformed as they are, sums may wrap around modulo 2**32, and the division at the end is exact
+where the multiple of the result fits (`exact_tiles`).
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from .. import te
-from ..ir.expr import Const, Expr, all_of, ceildiv, const, const_int, select
-from ..ir.types import TensorType, float32
+from ..ir.expr import Const, Expr, all_of, binary, ceildiv, const, const_int, select
+from ..ir.types import TensorType, float32, int32
+from .pairs import as_halves, as_sum, multiply
 from .rules import inside, optional, simplified
 from .windows import Windows
 
@@ -32,16 +37,20 @@ POINTS = {
 # (tests/ops/test_winograd.py)
 ERROR = {2: 2e-6, 4: 1e-5}
 _USUAL = 64  # what a symbolic size is taken for: the choice must not depend on those of a call
+WHOLE = {2: (0, 1, -1), 4: (0, 1, -1, 2, -2)}
+MULTIPLE = {2: 2, 4: 24}  # of At that makes it whole for these points
+_WORD = 1 << 32
 Matrix = tuple[tuple[float, ...], ...]
 
 
 @cache
-def matrices(m: int) -> tuple[Matrix, Matrix, Matrix]:
+def matrices(m: int, whole: bool = False) -> tuple[Matrix, Matrix, Matrix]:
     """(At [m, a], G [a, 3], Bt [a, a]) of F(m, 3), a = m + 2: Y = At ((G g) * (Bt d)).
 
     G holds plain powers of the points, so that a filter takes the least work; At has the factors.
+    whole: of integers, with MULTIPLE[m] * At.
     """
-    points = POINTS[m]
+    points = tuple(map(Fraction, WHOLE[m])) if whole else POINTS[m]
     at = [[Fraction(0) for _ in points] + [Fraction(int(i == m - 1))] for i in range(m)]
     g: list[list[Fraction]] = []
     bt: list[list[Fraction]] = []
@@ -60,6 +69,8 @@ def matrices(m: int) -> tuple[Matrix, Matrix, Matrix]:
     def plain(rows: list[list[Fraction]]) -> Matrix:
         return tuple(tuple(float(x) for x in row) for row in rows)
 
+    if whole:
+        at = [[x * MULTIPLE[m] for x in row] for row in at]
     return plain(at), plain(g), plain(bt)
 
 
@@ -108,8 +119,12 @@ def _rows(matrix: Matrix, term: Any) -> list[Expr]:
         turned = [c if c != d else 0.0 for c, d in zip(row, twin, strict=True)]
         factor = next(c for c in reversed(turned) if c)
         odd = _sum([c / factor for c in turned], x)
-        rows.append(_sum(same, x) + (odd if factor == 1 else odd * const(factor, float32)))
+        rows.append(_sum(same, x) + (odd if factor == 1 else _times(odd, factor)))
     return rows
+
+
+def _times(e: Expr, factor: float) -> Expr:
+    return e * const(factor if e.dtype.is_float else int(factor), e.dtype)
 
 
 def _sum(factors: Sequence[float], terms: Sequence[Expr]) -> Expr:
@@ -119,7 +134,7 @@ def _sum(factors: Sequence[float], terms: Sequence[Expr]) -> Expr:
     )
     total: Expr | None = None
     for c, e in parts:
-        part = e if c == 1 else e * const(c, float32)
+        part = e if c == 1 else _times(e, c)
         total = part if total is None else total + part
     assert total is not None
     return total
@@ -144,12 +159,48 @@ def _windows(w: TensorType, attrs: Any) -> Windows | None:
     return attrs.windows("conv", known) if len(known) == len(kernel) else None
 
 
+def exact_tiles(attrs: Any, low: int, high: int, weight: np.ndarray) -> tuple[int, ...]:
+    """The m for which a convolution of integers from `low` (<= 0) to `high` with this weight is
+    exact: transformed operands fit in 16 bits, and so many times the result in 32 bits as the
+    division at the end leaves no remainder modulo 2**32 for."""
+    depth = len(transformed(attrs.windows("conv", weight.shape[2:])))
+    if not weight.size:
+        return ()
+    rows = weight.reshape(len(weight), math.prod(weight.shape[1:])).astype(np.int64)
+    up, down = (np.where(c, rows, 0).sum(1) for c in (rows > 0, rows < 0))
+    largest = max(np.abs(a * high + b * low).max() for a, b in ((up, down), (down, up)))
+    found = []
+    for m in WHOLE:
+        _, g, bt = matrices(m, whole=True)
+        sizes = (max(high, -low), bt), (int(np.abs(rows).max()), g)
+        grown = [x * _growth(matrix) ** depth for x, matrix in sizes]
+        shift, _ = _division(m, depth)
+        if depth and max(grown) < 1 << 15 and int(largest) << shift < 1 << 31:
+            found.append(m)
+    return tuple(found)
+
+
+def _growth(matrix: Matrix) -> int:
+    return int(max(sum(map(abs, row)) for row in matrix))
+
+
+def _division(m: int, depth: int) -> tuple[int, int]:
+    """(s, f): MULTIPLE[m] ** depth * x is divided, modulo 2**32, by a product with f and a shift
+    to the right by s bits."""
+    total = MULTIPLE[m] ** depth
+    shift = (total & -total).bit_length() - 1
+    inverse = pow(total >> shift, -1, _WORD)
+    return shift, inverse - _WORD if inverse >> 31 else inverse
+
+
 def applies(types: list[TensorType | None], attrs: Any) -> bool:
-    """Windows with an axis to transform, several tiles along it, one group, float32, at most one
-    lane of vectors of 8 empty for three channels. Only sizes along axes that are transformed may be
-    symbolic."""
+    """Windows with an axis to transform, several tiles along it, one group, float32 or pairs that
+    stay exact, at most one lane of vectors of 8 empty for three channels. Only sizes along axes
+    that are transformed may be symbolic."""
     x, w = types[0], types[1]
-    if x is None or w is None or x.dtype is not float32 or attrs.groups != 1:
+    if x is None or w is None or attrs.groups != 1:
+        return False
+    if not (attrs.tiles if attrs.in_pairs else x.dtype is float32):
         return False
     windows = _windows(w, attrs)
     channels = [const_int(w.shape[0]), const_int(w.shape[1])]
@@ -187,10 +238,12 @@ def cost(m: int, types: list[TensorType | None], attrs: Any) -> float:
     return each_tile * tiles + filters + tiles * moved / 8e3
 
 
-def build(m: int) -> Any:
+def build(m: int, in_pairs: bool = False) -> Any:
     """The compute of F(m, 3) along each axis that `transformed` names."""
-    at, g, bt = matrices(m)
+    at, g, bt = matrices(m, in_pairs)
     a = m + 2
+    # Transforms add and scale both numbers of a pair at once.
+    opened, closed = (as_sum, as_halves) if in_pairs else (_same, _same)
 
     def winograd(x: te.Tensor, w: te.Tensor, *rest: Any) -> te.Tensor:
         bias, attrs = optional(rest)
@@ -206,7 +259,7 @@ def build(m: int) -> Any:
         def padded(b: Expr, k: Expr, *spatial: Expr) -> Expr:
             read = [i - border[axis] for axis, i in enumerate(spatial)]
             conds = [inside(read[axis], sizes[axis]) for axis in axes]
-            return select(all_of(conds), x[(b, k, *read)], const(0, float32))
+            return select(all_of(conds), opened(x[(b, k, *read)]), const(0, x.dtype))
 
         extents = [tiles[k] * m + 2 if k in axes else s for k, s in enumerate(sizes)]
         pad = te.compute((n, c, *extents), padded, "pad")
@@ -219,16 +272,16 @@ def build(m: int) -> Any:
 
         counts = tuple(tiles.get(k, s) for k, s in enumerate(sizes))
         names = ("winograd_rows", "winograd_data")[-depth:]
-        data = _transform(bt, depth * (a,), (n, *counts, c), pixel, names)
+        data = _transform(bt, depth * (a,), (n, *counts, c), pixel, names, closed)
 
         def weight(moved: tuple[Expr, ...], *at: Expr) -> Expr:
             *taps, f, k = at
             place = {**dict(zip(axes, moved, strict=True)), **dict(zip(others, taps, strict=True))}
-            return w[(f, k, *[place[axis] for axis in range(rank)])]
+            return opened(w[(f, k, *[place[axis] for axis in range(rank)])])
 
         kernel = tuple(w.shape[2 + k] for k in others)
         names = ("filter_rows", "filters")[-depth:]
-        filters = _transform(g, depth * (3,), (*kernel, o, c), weight, names)
+        filters = _transform(g, depth * (3,), (*kernel, o, c), weight, names, closed)
         taps, over = windows.taps()
         (channel,) = te.reduce_vars(1)
 
@@ -239,8 +292,9 @@ def build(m: int) -> Any:
                 spatial[k] = windows.position(k, spatial[k], taps[k]) - windows.begin[k]
                 if windows.begin[k] or windows.end[k]:
                     conds.append(inside(spatial[k], sizes[k]))
-            load = select(all_of(conds), data[(*points, b, *spatial, channel)], const(0, float32))
-            return load * filters[(*points, *[taps[k] for k in others], f, channel)]
+            load = select(all_of(conds), data[(*points, b, *spatial, channel)], const(0, x.dtype))
+            factor = filters[(*points, *[taps[k] for k in others], f, channel)]
+            return multiply(load, factor, in_pairs)
 
         summed = {channel: c, **{taps[k]: over[taps[k]] for k in others if taps[k] in over}}
         made = (n, *[tiles.get(k, s) for k, s in enumerate(out)], o)
@@ -257,11 +311,18 @@ def build(m: int) -> Any:
             tile = [i // m if k in axes else i for k, i in enumerate(spatial)]
             *before, last = [spatial[k] % m for k in axes]
             total = _combine(last, at, lambda q: half[(*before, q, b, *tile, f)])
+            if in_pairs:
+                shift, inverse = _division(m, depth)
+                total = binary("shr", total * const(inverse, int32), const(shift, int32))
             return total if bias is None else total + bias[f]
 
         return te.compute((n, o, *out), result, "conv")
 
     return winograd
+
+
+def _same(e: Expr) -> Expr:
+    return e
 
 
 def _transform(
@@ -270,9 +331,10 @@ def _transform(
     rest: tuple[Expr, ...],
     read: Callable[..., Expr],
     names: Sequence[str],
+    closed: Callable[[Expr], Expr],
 ) -> te.Tensor:
     """sum over i, j, .. of matrix[p, i] * matrix[q, j] * .. * read((i, j, ..), *rest), one axis
-    after the other, which are stages of their own."""
+    after the other, which are stages of their own. closed: what the last one does with sums."""
     done: list[int] = []
     made = None
     for k, name in enumerate(names):
@@ -285,7 +347,8 @@ def _transform(
                 moved = (*points[:k], Const(i), *points[k + 1 :])
                 return read(moved, *others) if earlier is None else earlier[(*moved, *others)]
 
-            return _combine(points[k], matrix, term)
+            total = _combine(points[k], matrix, term)
+            return closed(total) if k == len(names) - 1 else total
 
         done.append(len(matrix))
         made = te.compute((*done, *before[k + 1 :], *rest), body, name)

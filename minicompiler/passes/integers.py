@@ -19,7 +19,7 @@ from ..ir.expr import const_int, product, wrap
 from ..ir.graph import Apply, Constant, Function, Value, apply, rebuild, type_of
 from ..ir.op import Op
 from ..ir.types import float32, int32
-from ..ops import conv, elementwise, linalg, quant, shape
+from ..ops import conv, elementwise, linalg, quant, shape, winograd
 from ..ops.pairs import PairsAttrs, pairs
 
 _BYTES = ("int8", "uint8")
@@ -55,6 +55,11 @@ def _of_integers(v: Apply, args: tuple[Value | None, ...]) -> Value | None:
         for x, axis in zip((a, b), _reduced_axes(v), strict=True)
     ]
     attrs = dataclasses.replace(v.attrs, in_pairs=True)
+    weight = _known(b)
+    if v.op is conv.conv and weight is not None and found[0] is not None:
+        low, high = found[0]
+        tiles = winograd.exact_tiles(v.attrs, min(low, 0), max(high, 0), weight)
+        attrs = dataclasses.replace(attrs, tiles=tiles)
     assert isinstance(v.op, Op)
     return apply(v.op, *packed, *args[2:], attrs=attrs, locs=v.locs, name=v.name)
 
@@ -112,6 +117,22 @@ def _range(v: Value) -> Range | None:
     return None
 
 
+def _known(v: Value) -> np.ndarray | None:
+    """An integer's value, if it is made of constants."""
+    if isinstance(v, Constant):
+        return v.data.astype(np.int64)
+    if not isinstance(v, Apply) or not type_of(v).dtype.is_int:
+        return None
+    parts = [None if a is None else _known(a) for a in v.args]
+    if not parts or parts[0] is None:
+        return None
+    if v.op is elementwise.cast_ and type_of(v).dtype is int32:
+        return parts[0]
+    if v.op is shape.reshape:
+        return parts[0].reshape([const_int(n) or 0 for n in type_of(v).shape])
+    return parts[0] - parts[1] if v.op is elementwise.sub and parts[1] is not None else None
+
+
 # ---- products of scaled integers ----------------------------------------------------------------
 def _of_scaled(v: Apply, args: tuple[Value | None, ...], max_error: float) -> Value | None:
     """The product of the integers, scaled, where weights are constant and that takes less time."""
@@ -119,7 +140,7 @@ def _of_scaled(v: Apply, args: tuple[Value | None, ...], max_error: float) -> Va
     if x is None or w is None or not isinstance(w.args[0], Constant) or not _divides(v):
         return None
     scale_x, scale_w = _scale_of_data(x), _scale_of_weights(v, w)
-    if scale_x is None or scale_w is None or not _cheaper(v, max_error):
+    if scale_x is None or scale_w is None:
         return None
     whole = _centred(x), _centred(w)
     if not _sums_fit(v, *whole):
@@ -127,7 +148,7 @@ def _of_scaled(v: Apply, args: tuple[Value | None, ...], max_error: float) -> Va
     assert isinstance(v.op, Op)
     of = apply(v.op, *whole, attrs=v.attrs, locs=v.locs)
     packed = _of_integers(of, of.args)
-    if packed is None:
+    if not isinstance(packed, Apply) or not _cheaper(v, packed, max_error):
         return None
     scale = apply(elementwise.mul, scale_x, scale_w, locs=v.locs)
     real = apply(elementwise.cast_, packed, attrs=elementwise.CastAttrs(float32), locs=v.locs)
@@ -148,18 +169,27 @@ def _dequantized(v: Value | None) -> Apply | None:
     return v if known and v.attrs.dtype is float32 else None
 
 
-def _cheaper(v: Apply, max_error: float) -> bool:
-    """False for a convolution that a way with fewer multiplications computes faster."""
+def _cheaper(v: Apply, packed: Apply, max_error: float) -> bool:
+    """False for a convolution that a way with fewer multiplications computes faster in float32."""
+    assert isinstance(v.op, Op)
+    direct = _costs(v, max_error)[:1]
+    if direct in ([], [0.0]):
+        return True
+    pairs = [_GAIN * c for c in (*direct, *[2 * c for c in _costs(packed, 0.0)]) if c]
+    return min(pairs) <= min(_costs(v, max_error))
+
+
+def _costs(v: Apply, max_error: float) -> list[float]:
+    """The time of each way to compute a node, by the operator's own estimate."""
     assert isinstance(v.op, Op)
     types = [None if a is None else type_of(a) for a in v.args]
-    costs = [
+    return [
         c.cost(types, v.attrs)
         for c in v.op.computes
         if c.cost is not None
         and c.error <= max_error
         and (c.applies is None or c.applies(types, v.attrs))
     ]
-    return not costs or min(costs) >= _GAIN * costs[0]
 
 
 def _sums_fit(v: Apply, a: Value, b: Value) -> bool:

@@ -32,6 +32,17 @@ def test_matrices_compute_a_correlation(m: int) -> None:
     np.testing.assert_allclose(at @ ((g @ w) * (bt @ d)), want, rtol=1e-12)
 
 
+@pytest.mark.parametrize("m", [2, 4])
+def test_whole_matrices_compute_a_multiple(m: int) -> None:
+    matrices = [np.array(x) for x in winograd.matrices(m, whole=True)]
+    at, g, bt = (x.astype(np.int64) for x in matrices)
+    assert all((x == whole).all() for x, whole in zip(matrices, (at, g, bt), strict=True))
+    rng = np.random.default_rng(0)
+    d, w = rng.integers(-255, 256, m + 2), rng.integers(-128, 128, 3)
+    want = [winograd.MULTIPLE[m] * int(d[i : i + 3] @ w) for i in range(m)]
+    np.testing.assert_array_equal(at @ ((g @ w) * (bt @ d)), want)
+
+
 def _block(
     channels: int, size: tuple[int, ...], batch: int, seed: int, number: Expr | None = None,
     kernel: tuple[int, ...] = (3, 3),

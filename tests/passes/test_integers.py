@@ -14,9 +14,13 @@ from tolerance import assert_close
 import minicompiler as mc
 from minicompiler.context import Context
 from minicompiler.frontend.builder import Builder
-from minicompiler.ir.graph import Function, Value, applies
+from minicompiler.ir.graph import Function, Value, applies, type_of
 from minicompiler.ir.types import int32
+from minicompiler.lower import to_tir
+from minicompiler.lower.to_tir import choose_compute
+from minicompiler.ops.conv import conv
 from minicompiler.ops.evaluate import run_reference
+from minicompiler.ops.winograd import exact_tiles
 from minicompiler.passes.integers import multiply_pairs
 from minicompiler.target import Target
 
@@ -122,6 +126,56 @@ def test_convolutions_are_exact(name: str) -> None:
     np.testing.assert_array_equal(y, want)
 
 
+WINDOWS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "images": ((2, 32, 13, 9), (32, 32, 3, 3)),
+    "many channels": ((1, 256, 14, 14), (128, 256, 3, 3)),  # filters that each call transforms
+    "odd channels": ((1, 63, 8, 8), (24, 63, 3, 3)),
+    "line": ((2, 64, 40), (32, 64, 3)),
+    "volume": ((1, 32, 5, 9, 9), (32, 32, 3, 3, 3)),
+    "column": ((1, 64, 11, 12), (64, 64, 3, 1)),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tiles_of_integers_are_exact(name: str, threads: int) -> None:
+    """Also with weights of one sign, for which sums and borders are the largest."""
+    of, weight = WINDOWS[name]
+    rng = np.random.default_rng(4)
+    x, w = extremes(rng, of, "uint8"), extremes(rng, weight, "int8")
+    w[0] = 40
+    pads = tuple(k // 2 for k in weight[2:])
+    fn = product(x, w, 131, 0, pads_begin=pads, pads_end=pads)
+    (v,) = [v for v in applies(multiply_pairs(fn, None)) if v.op.name == "conv"]
+    types = [type_of(a) for a in v.args]
+    assert choose_compute(v, {id(v.args[1])}, 0.0).name.startswith("winograd")
+    assert {c.name for c in conv.computes if c.applies and c.applies(types, v.attrs)} == {
+        f"winograd{m}_pairs" for m in v.attrs.tiles
+    }
+    (want,) = run_reference(fn, [x])
+    (y,) = mc.compile(fn, threads=threads)(x)
+    np.testing.assert_array_equal(y, want)
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_tiles_end_where_the_result_is_too_large(m: int) -> None:
+    """At the largest sum for which a tile is exact it is, and beyond it is not chosen."""
+    attrs = conv.attrs(in_pairs=True)
+    fits, most = 31 - {2: 2, 4: 6}[m], 255 * 127
+    channels = (1 << fits) // (9 * most)
+    weight = np.full((8, channels, 3, 3), 127, np.int8)
+    assert m in exact_tiles(attrs, 0, 255, weight)
+    assert m not in exact_tiles(attrs, 0, 255, np.full((8, channels + 1, 3, 3), 127, np.int8))
+    assert m not in exact_tiles(attrs, -(1 << 13), 255, weight[:, :2])
+    x = np.full((1, channels, 8, 8), 255, np.uint8)
+    (compute,) = [c for c in conv.computes if c.name == f"winograd{m}_pairs"]
+    with pytest.MonkeyPatch.context() as patch:
+        only = lambda v, *_: compute if v.op is conv else v.op.computes[0]  # noqa: E731
+        patch.setattr(to_tir, "choose_compute", only)
+        (y,) = mc.compile(product(x, weight), threads=2, record=False)(x)
+    np.testing.assert_array_equal(y, np.full(y.shape, 9 * most * channels))
+
+
 def test_what_has_no_pairs_stays() -> None:
     rng = np.random.default_rng(2)
     bytes_ = extremes(rng, (1, 6, 5, 5), "int8")
@@ -186,13 +240,16 @@ def test_scales_are_applied_to_the_sums(
     assert_close(y, want.astype(np.float32), 4, float(np.abs(want).max()))
 
 
-def test_where_fewer_products_do() -> None:
-    fn, *_ = scaled((1, 64, 56, 56), (64, 64, 3, 3), True, pads_begin=(1, 1), pads_end=(1, 1))
+@pytest.mark.parametrize("channels, whole", [(64, True), (512, False)])
+def test_where_fewer_products_do(channels: int, whole: bool) -> None:
+    """Integers may have the tiles of float32, unless their sums are too large for them."""
+    weight = (channels, channels, 3, 3)
+    fn, *_ = scaled((1, channels, 28, 28), weight, True, pads_begin=(1, 1), pads_end=(1, 1))
     made = multiply_pairs(fn, None)  # without a context no error may be spent
     context = Context(Target.host())
     assert [v.attrs.in_pairs for v in applies(made) if v.op.name == "conv"] == [True]
     made = multiply_pairs(fn, context)
-    assert [v.attrs.in_pairs for v in applies(made) if v.op.name == "conv"] == [False]
+    assert [v.attrs.in_pairs for v in applies(made) if v.op.name == "conv"] == [whole]
 
 
 def test_sums_that_could_overflow_stay() -> None:

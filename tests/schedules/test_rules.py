@@ -35,6 +35,7 @@ from minicompiler.ir.tir import (
     map_statements,
     statements,
 )
+from minicompiler.ir.types import DType, float32, int32
 from minicompiler.ir.verify_tir import verify_tir
 from minicompiler.lower.to_tir import from_tensors
 from minicompiler.ops.conv import ConvAttrs
@@ -56,11 +57,12 @@ def operator(
     which: str = "direct",
     layouts: Mapping[int, IndexMap] | None = None,
     then_relu: bool = False,
+    dtype: DType = float32,
 ) -> PrimFunc:
-    """One operator of the registry on float32 tensors; layouts: by argument, -1 is the result.
+    """One operator of the registry on tensors of one type; layouts: by argument, -1 is the result.
     All but the first argument are constants."""
     op = REGISTRY[name]
-    args = [tensor(f"x{k}", *s) for k, s in enumerate(shapes)]
+    args = [tensor(f"x{k}", *s, dtype=dtype) for k, s in enumerate(shapes)]
     compute = next(c for c in op.computes if c.name == which)
     made = compute.build(*args, op.attrs() if attrs is None else attrs)
     result = made[0] if isinstance(made, tuple) else made
@@ -74,13 +76,18 @@ def conv(groups: int = 1, channels: int = 8, **kwargs: Any) -> PrimFunc:
     return operator("conv", shapes, ConvAttrs(groups=groups, **SAME), **kwargs)
 
 
-def winograd(m: int, sizes: tuple[int | Expr, ...], kernel: tuple[int, ...]) -> PrimFunc:
+def winograd(
+    m: int, sizes: tuple[int | Expr, ...], kernel: tuple[int, ...], in_pairs: bool = False
+) -> PrimFunc:
     """Of 8 channels; the border keeps the size."""
     shapes: list[tuple[int | Expr, ...]] = [(1, 8, *sizes), (8, 8, *kernel)]
     layout = IndexMap.blocked(2 + len(sizes), 1, 8)
     border = tuple(k // 2 for k in kernel)
-    attrs = ConvAttrs(pads_begin=border, pads_end=border)
-    return operator("conv", shapes, attrs, f"winograd{m}", {0: layout, -1: layout})
+    attrs = ConvAttrs(pads_begin=border, pads_end=border, in_pairs=in_pairs)
+    held = {0: layout, -1: layout}
+    if not in_pairs:
+        return operator("conv", shapes, attrs, f"winograd{m}", held)
+    return operator("conv", shapes, attrs, f"winograd{m}_pairs", held, dtype=int32)
 
 
 def recurrence(name: str, gates: int) -> PrimFunc:
@@ -125,6 +132,7 @@ BIG: dict[str, Callable[[], Sample]] = {
     "conv_depthwise": lambda: Sample(conv(groups=8, layouts={0: NCHW8C, -1: NCHW8C})),
     "winograd2": lambda: Sample(winograd(2, (4, 4), (3, 3))),
     "winograd4": lambda: Sample(winograd(4, (5, 5), (3, 3))),
+    "winograd_pairs": lambda: Sample(winograd(4, (5, 5), (3, 3), True)),
     "winograd_volume": lambda: Sample(winograd(2, (3, 3, 4), (3, 3, 3))),
     "winograd_planes": lambda: Sample(winograd(2, (3, 4, 4), (1, 3, 3))),
     "winograd_column": lambda: Sample(winograd(4, (5, 3), (3, 1))),
