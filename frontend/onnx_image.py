@@ -47,7 +47,7 @@ def _resize(n: OnnxNode) -> Value:
             or n.attr("antialias", 0)
             or n.attr("exclude_outside", 0)
             or n.attr("keep_aspect_ratio_policy", "stretch") != "stretch"
-            or modes in ("tf_crop_and_resize", "half_pixel_symmetric")
+            or modes == "tf_crop_and_resize"
             or (modes == "align_corners" and not _given(n, 3) and not _whole(n))
         )
     )  # fmt: skip
