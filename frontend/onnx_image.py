@@ -18,6 +18,7 @@ from minicompiler.ir.types import DType
 from minicompiler.ops import elementwise as el
 from minicompiler.ops import index as ix
 from minicompiler.ops import linalg
+from minicompiler.ops import max_roi as mr
 from minicompiler.ops import pieces as pc
 from minicompiler.ops import resize as rs
 from minicompiler.ops import roi as ro
@@ -221,6 +222,12 @@ def _roi_align(n: OnnxNode) -> Value:
     return n.apply(ro.roi_align, n.arg(0), n.arg(1), n.arg(2), attrs=attrs)
 
 
+def _max_roi_pool(n: OnnxNode) -> Value:
+    height, width = n.per_axis("pooled_shape", 2, 1)
+    attrs = mr.MaxRoiPoolAttrs(height, width, n.attr("spatial_scale", 1.0))
+    return n.apply(mr.max_roi_pool, n.arg(0), n.arg(1), attrs=attrs)
+
+
 def _affine_grid(n: OnnxNode) -> Value:
     """theta[n, d, d + 1] times (x, y, ..., 1) at each point of an image, x along its last axis."""
     theta, t, sizes = n.arg(0), n.type(0), sizes_of(n.arg(1))
@@ -398,6 +405,7 @@ IMAGE: dict[str, Converter] = {
     "DFT": _dft,
     "DeformConv": _deform_conv,
     "GridSample": _grid_sample,
+    "MaxRoiPool": _max_roi_pool,
     "MelWeightMatrix": _mel_weights,
     "Resize": _resize,
     "RoiAlign": _roi_align,

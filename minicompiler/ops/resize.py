@@ -117,7 +117,7 @@ def _position(i: Expr, size: Expr, out: Expr, a: ResizeAttrs, axis: int) -> tupl
     if a.coordinates == "pytorch_half_pixel":
         numerator = select(eq(out, 1), Const(0), numerator)
     if a.coordinates == "half_pixel_symmetric":
-        numerator = numerator + (size * p - out * q)  # what rounding the size cuts off, at both ends
+        numerator = numerator + (size * p - out * q)  # half of what rounding the size cut off
     return numerator, p * 2
 
 
