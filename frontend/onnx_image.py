@@ -18,6 +18,7 @@ from minicompiler.ir.types import DType
 from minicompiler.ops import elementwise as el
 from minicompiler.ops import index as ix
 from minicompiler.ops import linalg
+from minicompiler.ops import max_roi as mr
 from minicompiler.ops import pieces as pc
 from minicompiler.ops import resize as rs
 from minicompiler.ops import roi as ro
@@ -47,7 +48,7 @@ def _resize(n: OnnxNode) -> Value:
             or n.attr("antialias", 0)
             or n.attr("exclude_outside", 0)
             or n.attr("keep_aspect_ratio_policy", "stretch") != "stretch"
-            or modes in ("tf_crop_and_resize", "half_pixel_symmetric")
+            or modes == "tf_crop_and_resize"
             or (modes == "align_corners" and not _given(n, 3) and not _whole(n))
         )
     )  # fmt: skip
@@ -219,6 +220,12 @@ def _roi_align(n: OnnxNode) -> Value:
         n.attr("spatial_scale", 1.0), half, n.attr("mode", "avg") == "max",
     )  # fmt: skip
     return n.apply(ro.roi_align, n.arg(0), n.arg(1), n.arg(2), attrs=attrs)
+
+
+def _max_roi_pool(n: OnnxNode) -> Value:
+    height, width = n.per_axis("pooled_shape", 2, 1)
+    attrs = mr.MaxRoiPoolAttrs(height, width, n.attr("spatial_scale", 1.0))
+    return n.apply(mr.max_roi_pool, n.arg(0), n.arg(1), attrs=attrs)
 
 
 def _affine_grid(n: OnnxNode) -> Value:
@@ -398,6 +405,7 @@ IMAGE: dict[str, Converter] = {
     "DFT": _dft,
     "DeformConv": _deform_conv,
     "GridSample": _grid_sample,
+    "MaxRoiPool": _max_roi_pool,
     "MelWeightMatrix": _mel_weights,
     "Resize": _resize,
     "RoiAlign": _roi_align,

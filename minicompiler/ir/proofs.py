@@ -8,6 +8,7 @@ quotients, minima and maxima by what they are known to be, and known facts are s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -67,14 +68,17 @@ class Prover:
         """`nonneg` where numbers alone do not decide."""
         if not depth and any(_never_negative(arith, q) for q in _less_facts(arith, p)):
             return True  # a fact that says it: the search below may come to it late
-        if sum(any(type(a) is Binary for a in m) for m in p) > _MOST_ATOMS:
-            return False  # with two cases for each
+        many = sum(any(type(a) is Binary for a in m) for m in p) > _MOST_ATOMS
+        if many and (fewer := _without_lonely(arith, p)) != p:
+            return self.nonneg(arith, fewer, depth + 1)
         # Eliminate the innermost variable by its symbolic bound (innermost: not in another's
         # range).
         for v in _elimination_order(arith, p):
             r = eliminate(arith, p, v)
             if r is not None and r != p and self.nonneg(arith, r, depth + 1):
                 return True
+        if many:
+            return False  # what follows has two cases for each
         exact = without_quotient(arith, p)
         if exact is not None and self.nonneg(arith, exact, depth + 1):
             return True
@@ -206,6 +210,21 @@ def without_quotient(arith: Arith, p: Poly) -> Poly | None:
             return arith.rejoin(add(x, mul(rest, d)))
         return arith.rejoin(subtract(plus(mul(plus(rest, 1), d), -1), x))
     return None
+
+
+def _without_lonely(arith: Arith, p: Poly) -> Poly:
+    """The least numbers for terms of sizes that stand in no other term and bound no variable: of
+    the sizes of many parts only that of the part in question matters."""
+    names = {m: frozenset[Expr]().union(*map(free_vars, m)) for m in p}
+    every = frozenset[Expr]().union(*names.values())
+    bounds = [free_vars(b) for v in every for b in arith.ranges.get(v, ())]
+    uses = Counter(v for own in (*names.values(), *bounds) for v in own)
+    made: Poly = {}
+    for m, c in p.items():
+        low = arith.poly_interval({m: c})[0]
+        lonely = all(uses[v] == 1 and v not in arith.ranges for v in names[m])
+        made = plus(made, low) if lonely and low is not None else add(made, {m: c})
+    return made
 
 
 def _clamped_variables(term: tuple[Monomial, int]) -> int:

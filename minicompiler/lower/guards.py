@@ -32,6 +32,7 @@ from ..ir.expr import (
     minimum,
     ne,
     select,
+    substitute,
     walk,
 )
 from ..ir.graph import Apply, Function, applies, arg_of, every_function, function_dims
@@ -121,6 +122,26 @@ def run_time_guards(fn: Function) -> list[tuple[Expr, str]]:
                 if _may_be_negative(size, known):
                     found.setdefault(size >= ZERO, f"{where} makes {t}")
     return [*divisors.items(), *found.items()]
+
+
+def equal_sizes(fn: Function) -> dict[Expr, Expr]:
+    """Dimensions that every call gives the size of another one, or a known size, by what stands for
+    them: {m: n, k: 2}. Loops and buffers that take one size of several would not match otherwise.
+    """
+    found: dict[Expr, Expr] = {}
+    given = function_dims(fn)  # others are counted from data, perhaps by this very function
+    for fact, _ in run_time_guards(fn):
+        if type(fact) is not Binary or fact.op != "eq":
+            continue
+        # The one with the larger bound, a number above all, stands for both.
+        a, b = sorted((substitute(e, found) for e in (fact.b, fact.a)), key=_least)
+        if a is not b and a in given and isinstance(b, Dim | Const):
+            found = {k: substitute(v, {a: b}) for k, v in found.items()} | {a: b}
+    return found
+
+
+def _least(size: Expr) -> tuple[bool, int]:
+    return not isinstance(size, Dim), size.lo if isinstance(size, Dim) else 0
 
 
 def _sizes(v: Apply) -> Iterator[Expr]:

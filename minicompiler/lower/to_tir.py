@@ -63,6 +63,9 @@ from minicompiler.ir.tir import (
     seq,
 )
 from minicompiler.ir.types import DType, Loc
+from minicompiler.ops.evaluate import map_sizes
+
+from .guards import equal_sizes
 
 COMBINE = {
     "sum": "add", "prod": "mul", "max": "max", "maxnum": "maxnum", "min": "min", "and": "and",
@@ -153,8 +156,10 @@ def lower_function(fn: Function, constant: Sequence[bool] = (), max_error: float
     placeholders: list[te.Tensor] = []
     layouts: dict[te.Tensor, IndexMap | None] = {}
     known_constant = {id(p) for p, c in zip(fn.params, constant, strict=False) if c}
+    equal = equal_sizes(fn)
     for p in fn.params:
-        t = te.placeholder(p.name, p.type.shape, p.type.dtype)
+        shape = tuple(substitute(size, equal) for size in p.type.shape)
+        t = te.placeholder(p.name, shape, p.type.dtype)
         made[id(p)] = t
         placeholders.append(t)
         layouts[t] = p.layout
@@ -168,7 +173,8 @@ def lower_function(fn: Function, constant: Sequence[bool] = (), max_error: float
         elif isinstance(v, Apply):
             assert isinstance(v.op, Op)
             args = [None if a is None else made[id(a)] for a in v.args]
-            made[id(v)] = choose_compute(v, known_constant, max_error).build(*args, v.attrs)
+            attrs = map_sizes(v.attrs, lambda size: substitute(size, equal)) if equal else v.attrs
+            made[id(v)] = choose_compute(v, known_constant, max_error).build(*args, attrs)
             _check_shapes(v, made[id(v)])
     results: list[te.Tensor] = []
     for r in fn.results:

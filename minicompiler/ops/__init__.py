@@ -18,6 +18,7 @@ from . import (
     evaluate,
     index,
     linalg,
+    max_roi,
     norm,
     order,
     pairs,
@@ -40,6 +41,6 @@ OWN = frozenset(REGISTRY.values())
 __all__ = [
     "OWN",
     "activations", "affine", "append", "codes", "contract", "control", "conv", "count",
-    "elementwise", "evaluate", "index", "linalg", "norm", "order", "pairs", "pieces", "pool",
-    "quant", "recurrent", "reduce", "resize", "roi", "sample", "scatter", "shape", "trees",
+    "elementwise", "evaluate", "index", "linalg", "max_roi", "norm", "order", "pairs", "pieces",
+    "pool", "quant", "recurrent", "reduce", "resize", "roi", "sample", "scatter", "shape", "trees",
 ]  # fmt: skip

@@ -311,17 +311,22 @@ def _run(fn: Function, arrays: Sequence[Array], outer: Mapping[str, int]) -> lis
 
 def bind_attrs(attrs: Any, dims: Mapping[str, int]) -> Any:
     """Attributes with numbers for index expressions. Raises KeyError for a dim without a value."""
+    return map_sizes(attrs, lambda size: evaluate_int(size, dims))
+
+
+def map_sizes(attrs: Any, change: Callable[[Expr], Any]) -> Any:
+    """Attributes with change(size) for each size that is an expression."""
     fields = {f.name: getattr(attrs, f.name) for f in dataclasses.fields(attrs)}
-    bound = {k: _bind(v, dims) for k, v in fields.items()}
-    same = all(bound[k] is fields[k] for k in fields)
-    return attrs if same else dataclasses.replace(attrs, **bound)
+    mapped = {k: _map_size(v, change) for k, v in fields.items()}
+    same = all(mapped[k] is fields[k] for k in fields)
+    return attrs if same else dataclasses.replace(attrs, **mapped)
 
 
-def _bind(value: Any, dims: Mapping[str, int]) -> Any:
+def _map_size(value: Any, change: Callable[[Expr], Any]) -> Any:
     if isinstance(value, Expr):
-        return evaluate_int(value, dims)
+        return change(value)
     if isinstance(value, tuple) and any(isinstance(v, Expr) for v in value):
-        return tuple(_bind(v, dims) for v in value)
+        return tuple(_map_size(v, change) for v in value)
     return value
 
 

@@ -2,53 +2,81 @@
 
     joined([a: [n, 1], b: [n, 1], ...], 1, starts)      for i in n: y[i, 0] = a[i, 0]
                                                         for i in n: y[i, 1] = b[i, 0]  ...
-As an expression every element would ask all parts in turn.
+As an expression every element would ask all parts in turn. Axes that are one piece of memory in all
+parts are copied as a single line: [n, 4] as 4*n numbers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import partial
 
 from .. import te
-from ..ir.expr import Const, Expr, Load
+from ..ir.expr import ONE, ZERO, Expr, Load, const_int
 from ..ir.tir import PARALLEL, Buffer, For, Stmt, Store, seq
-from .scatter import Fresh, along, over, strips
+from .scatter import LANES, Fresh, along, over, strips
 
 
 def joined(xs: Sequence[te.Tensor], axis: int, starts: Sequence[Expr]) -> te.Tensor:
     """The parts side by side along an axis, the k-th from starts[k] on, the last entry the size.
 
-    Threads take rows where the parts lie side by side in a row, else strips of the last axis.
+    Threads take rows where the parts lie side by side in a row, else strips of what is behind the
+    axis, unless these are too short.
     """
     first = xs[0].shape
     shape = (*first[:axis], starts[-1], *first[axis + 1 :])
-    last = len(shape) - 1
 
     def build(ins: list[Buffer], outs: list[Buffer], fresh: Fresh) -> Stmt:
         (made,) = outs
 
-        def copy(k: int, *i: Expr) -> Stmt:
-            return Store(made, (*i[:axis], i[axis] + starts[k], *i[axis + 1 :]), Load(ins[k], i))
+        def parts(outer: Sequence[Expr], line: int, low: Expr, high: Expr | None) -> Stmt:
+            """Elements low to high (None: the last) of the lines that the axes from `line` on are,
+            of all parts, where the outermost axes have the indices `outer`."""
 
-        def line(k: int, low: Expr, high: Expr, *i: Expr) -> Stmt:
-            return along(low, high, fresh, lambda j: copy(k, *i, j))
+            def part(k: int) -> Stmt:
+                sizes = ins[k].shape
 
-        def strip(low: Expr, high: Expr) -> Stmt:
-            own = enumerate(x.shape[:-1] for x in ins)
-            return seq([over(lead, fresh, partial(line, k, low, high)) for k, lead in own])
+                def copy(*i: Expr) -> Stmt:
+                    i = (*outer, *i[:-1], *_unravelled(i[-1], sizes[line:]))
+                    to = (*i[:axis], i[axis] + starts[k], *i[axis + 1 :])
+                    return Store(made, to, Load(ins[k], i))
 
-        def row(*r: Expr) -> Stmt:
-            own = enumerate(x.shape for x in ins)
-            return seq([
-                over(s[1:-1], fresh, partial(line, k, Const(0), s[-1], *r)) for k, s in own
-            ])  # fmt: skip
+                end = _product(sizes[line:]) if high is None else high
+                lines = sizes[len(outer) : line]
+                return over(
+                    lines, fresh, lambda *i: along(low, end, fresh, lambda j: copy(*i, j))
+                )  # fmt: skip
 
-        if axis < last:
-            return strips(shape[-1], fresh, strip)
-        if last == 0:
-            return row()
-        r = fresh("r")
-        return For(r, shape[0], PARALLEL, row(r))
+            return seq([part(k) for k in range(len(ins))])
+
+        line = _line(shape, axis)
+        if axis:
+            r = fresh("r")
+            return For(r, shape[0], PARALLEL, parts((r,), line, ZERO, None))
+        behind = _line(shape, 1) if len(shape) > 1 else 1
+        size = _product(shape[behind:])
+        if (const_int(size) or LANES) < LANES:
+            return parts((), line, ZERO, None)
+        return strips(size, fresh, lambda low, high: parts((), behind, low, high))
 
     return te.extern("concat", tuple(xs), [(shape, xs[0].dtype)], build)[0]
+
+
+def _line(shape: Sequence[Expr], axis: int) -> int:
+    """The first axis, from `axis` on, behind which all sizes are known: as one axis, only they
+    divide its index."""
+    last = len(shape) - 1
+    return next(k for k in range(axis, last + 1) if None not in map(const_int, shape[k + 1 :]))
+
+
+def _product(sizes: Sequence[Expr]) -> Expr:
+    return math.prod(sizes[1:], start=sizes[0]) if sizes else ONE
+
+
+def _unravelled(index: Expr, sizes: Sequence[Expr]) -> list[Expr]:
+    """The indices of an element of several axes, by its number."""
+    found: list[Expr] = []
+    for size in reversed(sizes[1:]):
+        found.insert(0, index % size)
+        index = index // size
+    return [index, *found]

@@ -255,8 +255,10 @@ def _lstm_infer(
     a: RecurrentAttrs,
 ) -> tuple[TensorType, ...]:  # fmt: skip
     found = _infer_states("lstm", x, [r], 4, [h0, c0], lengths, 3)
+    need_same("lstm", "the gates", r.type.shape[0], 4)
     if p is not None:
         need_rank("lstm", p, 2, 2)
+        need_same("lstm", "the peepholes", p.type.shape[0], 3)
         need_same("lstm", "the peepholes", p.type.shape[1], r.type.shape[-1])
     return found
 
@@ -351,6 +353,10 @@ def _gru_infer(
 ) -> tuple[TensorType, ...]:  # fmt: skip
     """r_h: the candidate's weight where the reset gate applies to the state; where it applies to
     the product of state and weight plus `bias`, `r` holds that weight too."""
+    need_same("gru", "the gates", r.type.shape[0], 3 if r_h is None else 2)
+    if bias is not None:
+        need_rank("gru", bias, 1, 1)
+        need_same("gru", "the sizes of the bias", bias.type.shape[0], r.type.shape[-1])
     return _infer_states("gru", x, [r, r_h], 3, [h0], lengths, 2)
 
 

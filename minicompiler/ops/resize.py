@@ -43,6 +43,7 @@ from .rules import (
 Array = np.ndarray
 COORDINATES = (
     "half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel", "tf_half_pixel_for_nn",
+    "half_pixel_symmetric",
 )  # fmt: skip
 ROUNDINGS = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
 
@@ -115,6 +116,8 @@ def _position(i: Expr, size: Expr, out: Expr, a: ResizeAttrs, axis: int) -> tupl
     numerator = middle - p
     if a.coordinates == "pytorch_half_pixel":
         numerator = select(eq(out, 1), Const(0), numerator)
+    if a.coordinates == "half_pixel_symmetric":
+        numerator = numerator + (size * p - out * q)  # half of what rounding the size cut off
     return numerator, p * 2
 
 
@@ -235,7 +238,8 @@ def _np_position(i: int, size: int, out: int, a: ResizeAttrs, axis: int) -> Frac
         return (i + Fraction(1, 2)) / scale
     if a.coordinates == "pytorch_half_pixel" and out == 1:
         return Fraction(0)
-    return (i + Fraction(1, 2)) / scale - Fraction(1, 2)
+    at = (i + Fraction(1, 2)) / scale - Fraction(1, 2)
+    return at + (size - out / scale) / 2 if a.coordinates == "half_pixel_symmetric" else at
 
 
 _NP_ROUND = {

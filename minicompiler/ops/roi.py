@@ -188,19 +188,33 @@ def _put(b: Buffer, value: Expr) -> Stmt:
     return Store(b, _ONLY, value)
 
 
-def _roi_compute(x: te.Tensor, rois: te.Tensor, batch: te.Tensor, a: RoiAlignAttrs) -> te.Tensor:
-    source, boxes = widened(x), widened(rois)
+def by_pixel(x: te.Tensor) -> tuple[te.Tensor, int]:
+    """x[n, c, h, w] with the channels innermost, and how many of them are computed side by side:
+    they are filled up with zeros to a multiple."""
     images, channels, *sizes = x.shape
     lanes = min(CHANNELS, 1 << max((const_int(channels) or CHANNELS) - 1, 0).bit_length())
     room = simplified(ceildiv(channels, lanes) * lanes)
 
     def pixel(n: Expr, y: Expr, z: Expr, c: Expr) -> Expr:
         if room is channels:
-            return source[n, c, y, z]
-        there = source[n, clamped(c, channels), y, z]
+            return x[n, c, y, z]
+        there = x[n, clamped(c, channels), y, z]
         return select(c < channels, there, const(0, there.dtype))
 
-    pixels = te.compute((images, *sizes, room), pixel, "pixels")
+    return te.compute((images, *sizes, room), pixel, "pixels"), lanes
+
+
+def by_channel(bins: te.Tensor, channels: Expr) -> te.Tensor:
+    """bins[r, i, j, c] with its channels outside, and without those that only fill up."""
+    shape = bins.shape[0], channels, *bins.shape[1:3]
+    return te.compute(shape, lambda r, c, i, j: bins[r, i, j, c], "turned")
+
+
+def _roi_compute(x: te.Tensor, rois: te.Tensor, batch: te.Tensor, a: RoiAlignAttrs) -> te.Tensor:
+    source, boxes = widened(x), widened(rois)
+    images, channels, *sizes = x.shape
+    pixels, lanes = by_pixel(source)
+    room = pixels.shape[-1]
 
     def build(ins: list[Buffer], outs: list[Buffer], fresh: Fresh) -> Stmt:
         (image, rectangles, which), (made,) = ins, outs
@@ -270,10 +284,7 @@ def _roi_compute(x: te.Tensor, rois: te.Tensor, batch: te.Tensor, a: RoiAlignAtt
 
     shape = (rois.shape[0], Const(a.height), Const(a.width), room)
     (bins,) = te.extern("roi_align", (pixels, boxes, batch), [(shape, source.dtype)], build)
-    turned = te.compute(
-        (shape[0], channels, *shape[1:3]), lambda r, c, i, j: bins[r, i, j, c], "turned"
-    )
-    return te.astype(turned, x.dtype)
+    return te.astype(by_channel(bins, channels), x.dtype)
 
 
 def _np_samples(

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from minicompiler.driver import compile
-from minicompiler.errors import ImportModelError
+from minicompiler.errors import ImportModelError, RunError
 
 Array = np.ndarray
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
@@ -103,6 +103,21 @@ def check(model: onnx.ModelProto, threads: int = 1, sizes: Any = ((STEPS, BATCH)
 def test_directions_and_lengths(op: str, direction: str) -> None:
     check(model_of(op, direction=direction))
     check(model_of(op, ("B", "lengths", "h0", "c0", "P"), direction=direction))
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_every_input_may_have_its_own_name_for_the_batch(op: str) -> None:
+    named = model_of(op, ("lengths", "h0", "c0"), batch="batch", steps="steps")
+    for k, v in enumerate(named.graph.input):
+        for d in v.type.tensor_type.shape.dim:
+            d.dim_param += str(k) if d.dim_param == "batch" else ""
+    module = compile(named, record=False, checked=True)
+    plain = model_of(op, ("lengths", "h0", "c0"))
+    session = ort.InferenceSession(plain.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = feeds_of(plain)
+    close(module(*feeds.values()), session.run(None, feeds))
+    with pytest.raises(RunError, match=r"batch[12] = batch0"):
+        module(*feeds_of(model_of(op, batch=2)).values(), *list(feeds.values())[1:])
 
 
 @pytest.mark.parametrize("op", GATES)

@@ -122,3 +122,17 @@ def test_a_number_of_samples_is_no_way_around_the_limit() -> None:
     m = roi_align(inputs, sampling_ratio=1 << 16)
     with pytest.raises(LimitError, match="operations"):
         mc.compile(m, limits=mc.Limits(operations=10**9))
+
+
+@pytest.mark.parametrize("channels", (1, 3, 21))
+@pytest.mark.parametrize("scale", (1.0, 0.5))
+def test_maxima_of_regions(channels: int, scale: float) -> None:
+    """Both ends belong to a rectangle; of what lies outside of the image nothing is seen."""
+    x = images(channels)
+    which = np.arange(len(RECTANGLES)) % len(x)
+    rois = np.column_stack([which, RECTANGLES]).astype(np.float32)
+    pool = node("MaxRoiPool", "x r", "y", pooled_shape=[3, 4], spatial_scale=scale)
+    m = model([pool], {"x": x, "r": rois}, ["y"], opset=20)
+    want = ort.InferenceSession(m.SerializeToString()).run(None, {"x": x, "r": rois})[0]
+    np.testing.assert_array_equal(mc.compile(m, threads=2)(x, rois)[0], want)
+    np.testing.assert_array_equal(run_reference(load(m), [x, rois])[0], want)

@@ -379,3 +379,17 @@ def test_what_holds_is_what_is_proved_to_hold() -> None:
     arith = Arith({i: (ZERO, n - 1)})
     for claim in (i < n, i <= n, n < i, i < 3, i >= ZERO, eq(i, n), (i < n) & (i >= ZERO)):
         assert arith.holds(claim) is (arith.prove(claim) is True)
+
+
+def test_an_index_into_one_of_many_counted_pieces_is_proved_to_fit() -> None:
+    sizes = [minimum(Dim(f"n{k}", 0, 300), 40) for k in range(40)]
+    total = sizes[0]
+    for n in sizes[1:]:
+        total = total + n
+    part, lane, i = Var("part"), Var("lane"), Var("i")
+    arith = Arith({
+        part: (ZERO, sizes[0] // 16 - 1), lane: (ZERO, Const(15)), i: (ZERO, total - 1),
+    })  # fmt: skip
+    assert arith.prove(i < total) is True
+    assert arith.prove(part * 16 + lane < total) is True
+    assert arith.prove(part * 16 + lane + 1 < total) is None  # all the other pieces may be empty

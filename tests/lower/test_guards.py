@@ -16,9 +16,9 @@ from minicompiler.ir.interp import run
 from minicompiler.ir.tir import PrimFunc, script
 from minicompiler.ir.types import TensorType, float32, index, int64
 from minicompiler.ir.verify_tir import verify_tir
-from minicompiler.lower.guards import guard_accesses, run_time_guards
+from minicompiler.lower.guards import equal_sizes, guard_accesses, run_time_guards
 from minicompiler.lower.to_tir import from_tensors, lower_function
-from minicompiler.ops import activations
+from minicompiler.ops import activations, elementwise
 
 
 def lookup() -> PrimFunc:
@@ -106,12 +106,29 @@ def test_proved_accesses_stay_as_they_are(make: object) -> None:
 
 
 def test_equal_sizes_need_no_guard() -> None:
-    """Add of [n] and [m]: the call is refused unless they are equal."""
-    m = model([node("Add", "x y", "z")], {"x": numbers(3), "y": numbers(3)}, ["z"],
-              shapes={"x": ("n",), "y": ("m",)})  # fmt: skip
+    """Add of [n + k] and [m]: the call is refused unless they are equal."""
+    nodes = [node("Concat", "w x", "v", axis=0), node("Add", "v y", "z")]
+    m = model(nodes, {"w": numbers(1), "x": numbers(2), "y": numbers(3)}, ["z"],
+              shapes={"w": ("k",), "x": ("n",), "y": ("m",)})  # fmt: skip
     fn = pipeline.run(pipeline.GRAPH_PASSES[0], driver.import_model(m))
     (v,) = applies(fn)
     func = lower_function(v.op)
     facts = [fact for fact, _ in run_time_guards(v.op)]
     assert guard_accesses(func, facts) is func
     assert guard_accesses(func) is not func
+
+
+def sum_of(*sizes: Dim | Const) -> Function:
+    """The kernel that adds vectors of some sizes."""
+    vectors = [Input(f"x{k}", TensorType((n,), float32)) for k, n in enumerate(sizes)]
+    total = vectors[0]
+    for x in vectors[1:]:
+        total = apply(elementwise.add, total, x)  # type: ignore[assignment]
+    return Function("sum", tuple(vectors), (total,))
+
+
+def test_equal_sizes_have_one_name_in_a_kernel() -> None:
+    n, m, k = Dim("n", 2), Dim("m", 1), Dim("k", 4)
+    assert equal_sizes(sum_of(n, m, k)) == {n: k, m: k}
+    assert equal_sizes(sum_of(n, m, Const(7))) == {n: Const(7), m: Const(7)}
+    assert {b.shape for b in lower_function(sum_of(n, m, k)).params} == {(k,)}

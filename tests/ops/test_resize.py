@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from onnx.reference import ReferenceEvaluator
+from onnx_models import model, node, numbers
 
 import minicompiler as mc
 from minicompiler import te
@@ -82,3 +84,21 @@ def test_one_module_resizes_to_all_sizes(mode: str, coordinates: str) -> None:
         other = np.zeros((1, 3, *sizes), np.float32)
         (right,) = run_reference(fn, [data, other])
         np.testing.assert_allclose(m(data, other)[0], right, atol=2e-6)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+@pytest.mark.parametrize("scale", [0.625, 1.75])
+def test_what_is_cut_off_is_cut_off_at_both_ends(mode: str, scale: float) -> None:
+    """half_pixel_symmetric, of images whose sizes come with the call."""
+    scales = np.array([1, 1, scale, 2 * scale], np.float32)
+    resized = node(
+        "Resize", "x - scales", "y",
+        mode=mode, coordinate_transformation_mode="half_pixel_symmetric",
+    )  # fmt: skip
+    made = model([resized], {"x": numbers(1, 2, 5, 7)}, ["y"], {"scales": scales}, opset=19,
+                 shapes={"x": ("n", 2, "h", "w")})  # fmt: skip
+    module = mc.compile(made)
+    for height, width in ((5, 7), (8, 11), (24, 13)):
+        x = numbers(2, 2, height, width)
+        want = ReferenceEvaluator(made).run(None, {"x": x})
+        np.testing.assert_allclose(module(x)[0], want[0], atol=1e-5)
