@@ -397,10 +397,10 @@ def _pad_infer(x: Arg, a: PadAttrs) -> TensorType:
         fail(f"pad: mode {a.mode!r} is none of constant, edge, reflect, wrap")
     if a.mode == "reflect":
         for k, (size, *added) in enumerate(zip(x.type.shape, a.begin, a.end, strict=True)):
-            for more in added:
+            for more in (e for e in map(wrap, added) if const_int(e) != 0):
                 # Further out the image would have to be reflected again.
                 what = f"axis {k} of {x.type} reflected by {more}, and as much as it has"
-                need_same("pad", what, minimum(wrap(more), wrap(size) - 1), more)
+                need_same("pad", what, minimum(more, wrap(size) - 1), more)
     return result(_pad_shape(x.type.shape, a), x.type.dtype)
 
 
