@@ -499,6 +499,17 @@ def test_rows_of_products_that_are_wider_than_a_vector() -> None:
     assert_close(mc.compile(m, checked=True)(*inputs.values())[0], want, 8)
 
 
+@pytest.mark.parametrize(("depth", "count"), [(16, 3), (4, 5), (16, 11), (8, 32)])
+def test_one_query_with_few_keys(depth: int, count: int) -> None:
+    """All scores of a row are one tile, and keys lie side by side."""
+    inputs = {"q": numbers(2, 4, 1, depth), "k": numbers(2, 4, depth, count, seed=1),
+              "v": numbers(2, 4, count, depth, seed=2)}  # fmt: skip
+    nodes = [node("MatMul", "q k", "s"), node("Softmax", "s", "p"), node("MatMul", "p v", "y")]
+    m = model(nodes, inputs, ["y"])
+    want = run_reference(load(m), [*inputs.values()])[0]
+    assert_close(mc.compile(m, checked=True)(*inputs.values())[0], want, depth)
+
+
 # ---- integers that leave their type --------------------------------------------------------------
 @pytest.mark.parametrize("op", ["Add", "Sub", "Mul", "Div", "Mod", "Cast"])
 @pytest.mark.parametrize("of", [np.int8, np.uint8, np.int32, np.int64, np.uint64])
