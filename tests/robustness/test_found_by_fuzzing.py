@@ -561,6 +561,15 @@ def test_nothing_is_reflected_at_an_axis_without_elements() -> None:
     assert mc.compile(m)(x)[0].shape == (3, 0)
 
 
+@pytest.mark.parametrize("mode", ["edge", "reflect", "wrap"])
+@pytest.mark.parametrize("sizes", [(2, 6), ("n", "m")])
+def test_what_is_left_of_an_axis_is_continued(mode: str, sizes: tuple[int | str, ...]) -> None:
+    """Negative padding comes first: what it takes away is nowhere in the result."""
+    x, pads = numbers(2, 6), {"p": np.array([0, 3, 0, -2])}
+    m = model([node("Pad", "x p", "y", mode=mode)], {"x": x}, ["y"], pads, shapes={"x": sizes})
+    assert np.array_equal(mc.compile(m)(x)[0], reference_of(m, {"x": x})[0])
+
+
 def test_a_loop_that_never_runs_stacks_nothing() -> None:
     body = graph("k:i c:b s:f?,?", [node("Identity", "c", "d"), node("Add", "s s", "t"),
                  node("ReduceSum", "s", "u", keepdims=0)], "d:b t:f?,? u:f")  # fmt: skip
