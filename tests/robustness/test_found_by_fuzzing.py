@@ -510,6 +510,14 @@ def test_one_query_with_few_keys(depth: int, count: int) -> None:
     assert_close(mc.compile(m, checked=True)(*inputs.values())[0], want, depth)
 
 
+def test_constants_that_are_normalised() -> None:
+    """Sums in parts need a workspace, which what is computed while compiling has not got."""
+    x, known = numbers(5), {"c": numbers(1, 5, 4, 4), "s": numbers(5, seed=1)}
+    nodes = [node("GroupNormalization", "c s x", "y", num_groups=1)]
+    m = model(nodes, {"x": x}, ["y"], known, opset=21)
+    assert_close(mc.compile(m)(x)[0], run_reference(load(m), [x])[0], 80)
+
+
 # ---- integers that leave their type --------------------------------------------------------------
 @pytest.mark.parametrize("op", ["Add", "Sub", "Mul", "Div", "Mod", "Cast"])
 @pytest.mark.parametrize("of", [np.int8, np.uint8, np.int32, np.int64, np.uint64])
