@@ -518,6 +518,16 @@ def test_constants_that_are_normalised() -> None:
     assert_close(mc.compile(m)(x)[0], run_reference(load(m), [x])[0], 80)
 
 
+def test_a_refusal_beside_a_size_that_data_decides() -> None:
+    """What is known of the counted size has no say in what the file's dimensions are."""
+    inputs = {"x": numbers(2, 3), "n": np.ones(5, LONG), "i": np.array([1, 0])}
+    nodes = [node("NonZero", "x", "z"), node("ReverseSequence", "z n", "y", time_axis=0),
+             node("GatherND", "x i", "w")]  # fmt: skip
+    m = model(nodes, inputs, ["y", "w"], shapes={"i": ("d",)})
+    with pytest.raises(ShapeError, match=r'the indices.*\n.*from GatherND "n_w"'):
+        mc.compile(m)
+
+
 # ---- integers that leave their type --------------------------------------------------------------
 @pytest.mark.parametrize("op", ["Add", "Sub", "Mul", "Div", "Mod", "Cast"])
 @pytest.mark.parametrize("of", [np.int8, np.uint8, np.int32, np.int64, np.uint64])
