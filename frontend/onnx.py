@@ -109,12 +109,14 @@ def load(
     bounds, used = dict(dims or {}), dict(budget.used)
     while True:
         failure: ShapeError | None = None
+        importer = _Importer(model, file, folder, bounds, weights, budget, known)
         with assumptions() as needs:
             try:
-                fn = _Importer(model, file, folder, bounds, weights, budget, known).run()
+                fn = importer.run()
             except ShapeError as e:  # perhaps only for sizes that what came before excludes
                 failure = e
-        asked = {d: None for n in needs for e in n for d in free_vars(e) if isinstance(d, Dim)}
+        every = (d for n in needs for e in n for d in free_vars(e) if isinstance(d, Dim))
+        asked = {d: None for d in every if d.name in importer.dims}  # not what data decides
         known_better = _bounds_from(asked if failure else function_dims(fn), needs)
         if not known_better:
             if failure is not None:

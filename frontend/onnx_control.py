@@ -64,8 +64,16 @@ def _loop(n: OnnxNode) -> tuple[Any, ...]:
             return onnx_loop.loop(n)
         going, k = bool(known), k + 1
     if k == 0 and stacked:
-        n.fail("a Loop without iterations has scanned results of unknown shape")
+        position, condition = n.constant(0, np.int64), n.constant(True)
+        results = [*n.branch("body", 1 + len(n.outputs), position, condition, *state)]
+        return (*state, *(_none_of(n, v) for v in results[1 + len(state) :]))
     return (*state, *(_joined(n, parts, 0) for parts in stacked))
+
+
+def _none_of(n: OnnxNode, value: Value) -> Value:
+    """No copies of a value, stacked."""
+    t = type_of(value)
+    return n.apply(sh.full, attrs=sh.FullAttrs((0, *t.shape), 0, t.dtype), name="")
 
 
 def _scan(n: OnnxNode) -> tuple[Any, ...]:

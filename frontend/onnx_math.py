@@ -168,10 +168,8 @@ def _dropout(n: OnnxNode) -> Any:
 def _reduction(op: Op, on_bool: Op | None = None) -> Converter:
     def convert(n: OnnxNode) -> Value:
         axes = n.ints(1, "axes")
-        if not axes:
-            if n.attr("noop_with_empty_axes", 0):
-                return n.apply(el.identity, n.arg(0))
-            axes = None
+        if not axes:  # a norm over no axes still takes magnitudes
+            axes = () if n.attr("noop_with_empty_axes", 0) else None
         chosen = on_bool if on_bool is not None and n.type(0).dtype.is_bool else op
         return n.apply(chosen, n.arg(0), attrs=red.ReduceAttrs(axes, bool(n.attr("keepdims", 1))))
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from minicompiler.ir.arith import Arith
-from minicompiler.ir.expr import ZERO, Const, Expr, const_int, product, wrap
+from minicompiler.ir.expr import ZERO, Const, Expr, product, wrap
 from minicompiler.ir.graph import Constant, Value, type_of
 from minicompiler.ir.op import Op
 from minicompiler.ops import elementwise as el
@@ -73,15 +73,14 @@ def _range(n: OnnxNode) -> Value:
 
 
 def _eye_like(n: OnnxNode) -> Value:
-    t = n.type(0)
-    rows, columns = (const_int(s) for s in n.shape(0, 2))
-    if rows is None or columns is None:
-        n.fail(f"EyeLike of {t} needs a constant shape")
-    n.table(rows * columns)
-    dtype = t.dtype
+    dtype = n.type(0).dtype
     if n.attr("dtype", None) is not None:
         dtype = element_type(n.attr("dtype"), "the result of EyeLike", n.loc.file)
-    return n.constant(np.eye(rows, columns, n.attr("k", 0)), dtype.numpy, n.outputs[0])
+    rows, columns = (positions(n, s) for s in n.shape(0, 2))
+    diagonal = n.apply(el.add, rows, n.constant(n.attr("k", 0), np.int64), name="")
+    diagonal = n.apply(sh.unsqueeze, diagonal, attrs=sh.UnsqueezeAttrs((1,)), name="")
+    ones = n.apply(el.equal, diagonal, columns, name="")
+    return n.apply(el.cast_, ones, attrs=el.CastAttrs(dtype))
 
 
 # ---- shapes -------------------------------------------------------------------------------------

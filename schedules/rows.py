@@ -350,6 +350,10 @@ def _across(s: Schedule, name: str, top: str | None, lanes: int) -> bool:
         size = 2 * lanes if extent is None or extent >= 2 * lanes else lanes
         big, inner = s.split(inner, together if together > 1 else size, "mask")
         outer = [*outer, big]
+    elif not outer and top is not None and block.body.buffer.scope is Scope.GLOBAL:
+        # Once around, for the registers: whoever holds the buffer at `top` still finds it.
+        big, inner = s.split(inner, extent, "perfect")
+        outer = [big]
     block, path = s.block(name)
     reduce = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
     if outer or reduce:

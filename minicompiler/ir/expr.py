@@ -430,12 +430,14 @@ def fold(op: str, a: Any, b: Any, dtype: DType) -> Any:
     if op in ("floordiv", "mod", "div") and b == 0:
         return None
     result = _FOLD[op](a, b)
-    if dtype.is_int and op not in COMPARE:
-        span = 1 << dtype.bits
-        result &= span - 1
-        if dtype.is_signed and result >= span >> 1:
-            result -= span
-    return result
+    return wrapped(result, dtype) if dtype.is_int and op not in COMPARE else result
+
+
+def wrapped(value: int, dtype: DType) -> int:
+    """The number of an integer type that `value` is after overflow."""
+    span = 1 << dtype.bits
+    value &= span - 1
+    return value - span if dtype.is_signed and value >= span >> 1 else value
 
 
 _FOLD: dict[str, Callable[[Any, Any], Any]] = {

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InternalError, ShapeError
-from .expr import Binary, Const, Dim, Expr, Var, walk
+from .expr import Binary, Const, Dim, Expr, Var, walk, wrapped
 from .layout import IndexMap
 from .node import Node, node
 from .op import Arg, NoAttrs, Op
@@ -210,13 +210,27 @@ def may_have_content(t: TensorType) -> bool:
     return count <= CONTENT_LIMIT
 
 
-def _as_content(items: Any, t: TensorType) -> np.ndarray:
-    """Numbers or expressions as the content of a tensor of type `t` (bools stay bools)."""
+def _as_content(items: Any, t: TensorType) -> np.ndarray | None:
+    """Numbers or expressions as the content of a tensor of type `t` (bools stay bools).
+
+    Numbers wrap as those of the type do. None where one does not fit 64 bits with a sign, or where
+    an expression could wrap: sizes fit 32 bits, not fewer.
+    """
     shape: tuple[int, ...] = tuple(s.value for s in t.shape)  # type: ignore[attr-defined]
     out: Any = np.empty(shape, dtype=object)
     kind = bool_ if t.dtype.is_bool else index
     for k, v in enumerate(np.asarray(items).reshape(-1)):
-        out.reshape(-1)[k] = v if isinstance(v, Expr) else Const(v, kind)
+        if isinstance(v, Expr) and not isinstance(v, Const):
+            if t.dtype.is_int and not (t.dtype.is_signed and t.dtype.bits >= 32):
+                return None
+            out.reshape(-1)[k] = v
+            continue
+        number = v.value if isinstance(v, Const) else v
+        if t.dtype.is_int:
+            number = wrapped(int(number), t.dtype)
+            if number != wrapped(number, index):
+                return None
+        out.reshape(-1)[k] = Const(number, kind)
     return out
 
 

@@ -55,27 +55,26 @@ def lift_constants(func: PrimFunc) -> tuple[PrimFunc, tuple[Prepared, ...]]:
             inputs <= ready
             and inputs
             and alone
+            and len(written) == 1  # there is no workspace while compiling
             and written <= set(func.buffers)
             and not _sizes(phase)
         ):
-            for b in written:
-                new = b.with_(scope=Scope.PARAM, constant=True)
-                body = _swap(phase, {b: new})
-                name = f"{func.name}_prepare_{len(prepared)}"
-                sources = tuple(
-                    p
-                    for p in (*func.params, *[x.buffer for x in prepared])
-                    if p in read_buffers(body)
-                )
-                prepared.append(
-                    Prepared(new, PrimFunc(name, (*sources, new), 1, (), (), (body,), func.locs))
-                )
-                ready.add(new)
-                later = [({new if x is b else x for x in w}) for w in later]
-                func = func.with_(
-                    phases=tuple(_swap(p, {b: new}) for p in func.phases),
-                    buffers=tuple(x for x in func.buffers if x is not b),
-                )
+            (b,) = written
+            new = b.with_(scope=Scope.PARAM, constant=True)
+            body = _swap(phase, {b: new})
+            name = f"{func.name}_prepare_{len(prepared)}"
+            sources = tuple(
+                p for p in (*func.params, *[x.buffer for x in prepared]) if p in read_buffers(body)
+            )
+            prepared.append(
+                Prepared(new, PrimFunc(name, (*sources, new), 1, (), (), (body,), func.locs))
+            )
+            ready.add(new)
+            later = [({new if x is b else x for x in w}) for w in later]
+            func = func.with_(
+                phases=tuple(_swap(p, {b: new}) for p in func.phases),
+                buffers=tuple(x for x in func.buffers if x is not b),
+            )
         else:
             rest.append(func.phases[k])
     # Phases after a lifted one were rewritten to read the new parameter.

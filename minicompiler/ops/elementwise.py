@@ -290,8 +290,8 @@ def truth(e: Expr) -> Expr:
 
 def _content_div(a: Expr, b: Expr) -> Expr:
     """The quotient towards zero, by the division downwards that Arith reasons about."""
-    if not known_nonneg(b):
-        return a / b
+    if not known_nonneg(b) or (const_int(a) is not None and const_int(b) is not None):
+        return binary("div", a, b)
     if known_nonneg(a):
         return a // b
     return maximum(a, 0) // b - maximum(const(0) - a, 0) // b

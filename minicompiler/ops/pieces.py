@@ -17,7 +17,19 @@ import numpy as np
 
 from .. import te
 from ..ir.arith import Arith
-from ..ir.expr import Const, Expr, all_of, binary, const, const_int, minimum, select, wrap
+from ..ir.expr import (
+    ZERO,
+    Const,
+    Expr,
+    all_of,
+    binary,
+    const,
+    const_int,
+    maximum,
+    minimum,
+    select,
+    wrap,
+)
 from ..ir.op import Arg, Op, register
 from ..ir.types import TensorType
 from .draws import Draw, array, choice, flag, integer, shape
@@ -396,12 +408,19 @@ def _pad_infer(x: Arg, a: PadAttrs) -> TensorType:
     if a.mode not in ("constant", "edge", "reflect", "wrap"):
         fail(f"pad: mode {a.mode!r} is none of constant, edge, reflect, wrap")
     if a.mode == "reflect":
-        for k, (size, *added) in enumerate(zip(x.type.shape, a.begin, a.end, strict=True)):
-            for more in added:
+        for k, (whole, *added) in enumerate(zip(x.type.shape, a.begin, a.end, strict=True)):
+            size = _kept(whole, *added)[1]
+            for more in (e for e in map(wrap, added) if const_int(e) != 0):
                 # Further out the image would have to be reflected again.
                 what = f"axis {k} of {x.type} reflected by {more}, and as much as it has"
-                need_same("pad", what, minimum(wrap(more), wrap(size) - 1), more)
+                need_same("pad", what, minimum(more, wrap(size) - 1), more)
     return result(_pad_shape(x.type.shape, a), x.type.dtype)
+
+
+def _kept(size: Size, begin: Size, end: Size) -> tuple[Expr, Expr]:
+    """What negative padding leaves of an axis, before it is continued: its first element, size."""
+    first, last = (ZERO if known_nonneg(p) else maximum(const(0) - p, 0) for p in (begin, end))
+    return first, wrap(size) - first - last
 
 
 def _pad_shape(x: Shape, a: PadAttrs) -> Shape:
@@ -411,20 +430,24 @@ def _pad_shape(x: Shape, a: PadAttrs) -> Shape:
 def _pad_compute(x: te.Tensor, a: PadAttrs) -> te.Tensor:
     def body(*i: Expr) -> Expr:
         index, conds = [], []
-        for v, size, b, e in zip(i, x.shape, a.begin, a.end, strict=True):
-            at = v - b
+        for v, whole, b, e in zip(i, x.shape, a.begin, a.end, strict=True):
             if const_int(wrap(b)) == 0 and const_int(wrap(e)) == 0:
                 index.append(v)
-            elif a.mode == "edge":
-                index.append(clamped(at, size))
+                continue
+            if a.mode == "constant":
+                index.append(v - b)
+                conds.append(inside(v - b, whole))
+                continue
+            first, size = _kept(whole, b, e)
+            at = v - b - first
+            if a.mode == "edge":
+                at = clamped(at, size)
             elif a.mode == "wrap":
-                index.append(at % size)
-            elif a.mode == "reflect":
-                away = binary("max", at, const(0) - at)
-                index.append(binary("min", away, (size - 1) * 2 - away))
+                at = at % size
             else:
-                index.append(at)
-                conds.append(inside(at, size))
+                away = binary("max", at, const(0) - at)
+                at = binary("min", away, (size - 1) * 2 - away)
+            index.append(at + first)
         return select(all_of(conds), x[tuple(index)], const(a.value, x.dtype))
 
     return te.compute(_pad_shape(x.shape, a), body, "pad")
@@ -443,9 +466,9 @@ def _pad_reference(x: Array, a: PadAttrs) -> Array:
 def _pad_samples(draw: Draw) -> tuple[list[Array], PadAttrs]:
     mode = choice(draw, ("constant", "constant", "edge", "reflect", "wrap"))
     of = tuple(integer(draw, 3, 4) for _ in range(integer(draw, 1, 3)))
-    least = -1 if mode == "constant" else 0
-    begin = tuple(integer(draw, least, 2) for _ in of)
-    end = tuple(integer(draw, least, 2) for _ in of)
+    most = 1 if mode == "reflect" else 2  # two may be all that is left
+    begin = tuple(integer(draw, -1, most) for _ in of)
+    end = tuple(integer(draw, -1, most) for _ in of)
     dtype = choice(draw, ("float32", "float16", "int64"))
     return [array(draw, of, dtype)], PadAttrs(begin, end, mode, integer(draw, 0, 3))
 

@@ -3,9 +3,10 @@
     %0 = conv(%x, @w) : float32[1, 64, 56, 56]      ->  ... @(d0, d1//16, d2, d3, d1%16)
     %1 = relu(%0) : float32[1, 64, 56, 56]          ->  ... @(d0, d1//16, d2, d3, d1%16)
 Results of nodes change their place in memory: operators see logical indices, and a kernel reads any
-layout through its index map. Inputs and results of the model stay row-major; an identity beside a
-convolution copies them where both sides of it have blocks. Where all there is between them are
-convolutions of one tap, nothing is copied: these are products of matrices, and stay in rows.
+layout through its index map. Inputs and results of the model stay row-major, as does what bodies of
+control flow read and make; an identity beside a convolution copies them where both sides of it have
+blocks. Where all there is between them are convolutions of one tap, nothing is copied: these are
+products of matrices, and stay in rows.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..ir.graph import (
     Value,
     apply,
     layout_of,
+    nested_functions,
     rebuild,
     topological,
     type_of,
@@ -63,6 +65,8 @@ def convert_layout(fn: Function, ctx: Any) -> Function:
     def change(v: Value, args: tuple[Value | None, ...]) -> Value | None:
         if not isinstance(v, Apply) or isinstance(v.op, Function):
             return None
+        if nested_functions(v.attrs):
+            return with_args(v, tuple(a if a is None else _in_rows(a, copies) for a in args))
         rows = id(v) in products and (id(v), 0) not in wanted and _layouts(args)[0] is None
         if v.op in _CONVOLUTIONS and not rows:
             args = (_copied(args[0], blocks, copies), *args[1:])
@@ -188,6 +192,15 @@ def _copied(x: Value | None, blocks: Blocks, copies: dict[int, Value]) -> Value 
         return x
     if id(x) not in copies:
         copies[id(x)] = apply(elementwise.identity, x).with_(layouts=(layout,))
+    return copies[id(x)]
+
+
+def _in_rows(x: Value, copies: dict[int, Value]) -> Value:
+    """What control flow reads: its bodies are functions of their own, with row-major parameters."""
+    if layout_of(x) is None:
+        return x
+    if id(x) not in copies:
+        copies[id(x)] = apply(elementwise.identity, x)
     return copies[id(x)]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import GraphProto, ModelProto
+from onnx_models import graph, model, node, numbers, reference_of
 from tolerance import assert_close
 
 import minicompiler as mc
@@ -138,3 +141,42 @@ def test_workspace_and_sums_follow_the_blocks(
     (workspace,) = [x for x in resized.splitlines() if x.strip().startswith("resize: float32")]
     assert workspace.endswith("(d0, d1//16, d2, d3, d1%16)")
     assert "sum_rf" not in texts["fused_reduce_mean"]  # sums of 16 channels side by side
+
+
+# ---- control flow -------------------------------------------------------------------------------
+IMAGE = "f?,?,?,?"
+WEIGHTS = {"w": weight(16, 3, 3, 3), "u": weight(8, 16, 3, 3)}
+POOL = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
+
+
+def branches() -> ModelProto:
+    """A convolution that both branches read, and one that reads what they make."""
+
+    def branch(*ops: str) -> GraphProto:
+        nodes = [node(op, "v", f"{op}_v", **(POOL if op == "MaxPool" else {})) for op in ops]
+        return graph("", nodes, " ".join(f"{op}_v:{IMAGE}" for op in ops))
+
+    ways = {"then_branch": branch("Neg", "Relu"), "else_branch": branch("Relu", "MaxPool")}
+    nodes = [node("Conv", "x w", "v", pads=[1, 1, 1, 1]), node("If", "c", "p q", **ways),
+             node("Conv", "p u", "y"), node("Conv", "q u", "z")]  # fmt: skip
+    inputs = {"x": numbers(1, 3, 9, 9), "c": np.array(True)}
+    return model(nodes, inputs, ["y", "z"], WEIGHTS)
+
+
+def iterations() -> ModelProto:
+    """A convolution that a loop begins with and reads in each iteration."""
+    step = [node("Identity", "go", "on"), node("Sigmoid", "s", "r"), node("Add", "r v", "t")]
+    body = graph(f"k:i go:b s:{IMAGE}", step, f"on:b t:{IMAGE}")
+    nodes = [node("Conv", "x w", "v", pads=[1, 1, 1, 1]), node("Loop", "c - v", "p", body=body),
+             node("Conv", "p u", "y")]  # fmt: skip
+    return model(nodes, {"x": numbers(1, 3, 9, 9), "c": np.array(3)}, ["y"], WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("make", "decides"), [(branches, True), (branches, False), (iterations, 3)]
+)
+def test_control_flow_reads_rows(make: Callable[[], ModelProto], decides: bool | int) -> None:
+    feeds = {"x": numbers(1, 3, 9, 9), "c": np.array(decides)}
+    found = mc.compile(make()).run(feeds)
+    for got, want in zip(found.values(), reference_of(make(), feeds), strict=True):
+        assert_close(got, want, 27 * 144)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from onnx import GraphProto, ModelProto, TensorProto, helper
-from onnx_models import model, node, numbers
+from onnx_models import graph, model, node, numbers, reference_of
 from tolerance import assert_close
 
 import minicompiler as mc
@@ -497,3 +497,102 @@ def test_rows_of_products_that_are_wider_than_a_vector() -> None:
               shapes={"q": (2, 3, 4, "d")})  # fmt: skip
     want = run_reference(load(m), [*inputs.values()])[0]
     assert_close(mc.compile(m, checked=True)(*inputs.values())[0], want, 8)
+
+
+@pytest.mark.parametrize(("depth", "count"), [(16, 3), (4, 5), (16, 11), (8, 32)])
+def test_one_query_with_few_keys(depth: int, count: int) -> None:
+    """All scores of a row are one tile, and keys lie side by side."""
+    inputs = {"q": numbers(2, 4, 1, depth), "k": numbers(2, 4, depth, count, seed=1),
+              "v": numbers(2, 4, count, depth, seed=2)}  # fmt: skip
+    nodes = [node("MatMul", "q k", "s"), node("Softmax", "s", "p"), node("MatMul", "p v", "y")]
+    m = model(nodes, inputs, ["y"])
+    want = run_reference(load(m), [*inputs.values()])[0]
+    assert_close(mc.compile(m, checked=True)(*inputs.values())[0], want, depth)
+
+
+def test_constants_that_are_normalised() -> None:
+    """Sums in parts need a workspace, which what is computed while compiling has not got."""
+    x, known = numbers(5), {"c": numbers(1, 5, 4, 4), "s": numbers(5, seed=1)}
+    nodes = [node("GroupNormalization", "c s x", "y", num_groups=1)]
+    m = model(nodes, {"x": x}, ["y"], known, opset=21)
+    assert_close(mc.compile(m)(x)[0], run_reference(load(m), [x])[0], 80)
+
+
+def test_a_refusal_beside_a_size_that_data_decides() -> None:
+    """What is known of the counted size has no say in what the file's dimensions are."""
+    inputs = {"x": numbers(2, 3), "n": np.ones(5, LONG), "i": np.array([1, 0])}
+    nodes = [node("NonZero", "x", "z"), node("ReverseSequence", "z n", "y", time_axis=0),
+             node("GatherND", "x i", "w")]  # fmt: skip
+    m = model(nodes, inputs, ["y", "w"], shapes={"i": ("d",)})
+    with pytest.raises(ShapeError, match=r'the indices.*\n.*from GatherND "n_w"'):
+        mc.compile(m)
+
+
+# ---- integers that leave their type --------------------------------------------------------------
+@pytest.mark.parametrize("op", ["Add", "Sub", "Mul", "Div", "Mod", "Cast"])
+@pytest.mark.parametrize("of", [np.int8, np.uint8, np.int32, np.int64, np.uint64])
+def test_known_integers_wrap(op: str, of: type[np.integer]) -> None:
+    """Numbers of 64 bits stand for known integers of all types while importing."""
+    lo, hi = int(np.iinfo(of).min), int(np.iinfo(of).max)
+    ends = {"a": np.array([hi, lo, hi // 2 + 1, 3], of), "b": np.array([3, 7, 2, hi], of)}
+    attrs = {"to": TensorProto.UINT32} if op == "Cast" else {}
+    given = "a" if op == "Cast" else "a b"
+    nodes = [node(op, given, "t", **attrs), node("Cast", "t", "u", to=TensorProto.UINT8),
+             node("Cast", "u", "v", to=TensorProto.INT32), node("Add", "x v", "y")]  # fmt: skip
+    x = np.zeros(4, np.int32)
+    m = model(nodes, {"x": x}, ["t", "y"], ends)
+    for value, want in zip(mc.compile(m)(x), reference_of(m, {"x": x}), strict=True):
+        assert value.dtype == want.dtype
+        assert np.array_equal(value, want)
+
+
+def test_sizes_as_integers_of_few_bits() -> None:
+    """What is subtracted from a symbolic size may be more than the size."""
+    x, known = numbers(3, 5), {"k": np.array([9])}
+    nodes = [node("Shape", "x", "s"), node("Sub", "s k", "t"),
+             node("Cast", "t", "y", to=TensorProto.UINT32)]  # fmt: skip
+    m = model(nodes, {"x": x}, ["y"], known, shapes={"x": ("n", 5)})
+    assert np.array_equal(mc.compile(m)(x)[0], reference_of(m, {"x": x})[0])
+
+
+# ---- what is there in small numbers, or not at all -----------------------------------------------
+@pytest.mark.parametrize("op", ["L1", "L2", "LogSum", "LogSumExp", "SumSquare", "Mean"])
+def test_a_reduction_over_no_axes(op: str) -> None:
+    """Magnitudes, squares and logarithms are taken all the same."""
+    x = numbers(3, 4, low=0.5 if "Log" in op else -2)
+    m = model([node(f"Reduce{op}", "x", "y", noop_with_empty_axes=1)], {"x": x}, ["y"])
+    assert_close(mc.compile(m)(x)[0], reference_of(m, {"x": x})[0])
+
+
+@pytest.mark.parametrize("shape", [(3, 4), ("n", "m")])
+@pytest.mark.parametrize("k", [0, 2, -1])
+def test_ones_along_a_diagonal_of_any_size(shape: tuple[int | str, ...], k: int) -> None:
+    x = numbers(3, 4)
+    m = model([node("EyeLike", "x", "y", k=k)], {"x": x}, ["y"], shapes={"x": shape})
+    assert np.array_equal(mc.compile(m)(x)[0], np.eye(3, 4, k))
+
+
+def test_nothing_is_reflected_at_an_axis_without_elements() -> None:
+    x = np.zeros((2, 0), np.float32)
+    m = model([node("Pad", "x p", "y", mode="reflect")], {"x": x}, ["y"],
+              {"p": np.array([1, 0, 0, 0])})  # fmt: skip
+    assert mc.compile(m)(x)[0].shape == (3, 0)
+
+
+@pytest.mark.parametrize("mode", ["edge", "reflect", "wrap"])
+@pytest.mark.parametrize("sizes", [(2, 6), ("n", "m")])
+def test_what_is_left_of_an_axis_is_continued(mode: str, sizes: tuple[int | str, ...]) -> None:
+    """Negative padding comes first: what it takes away is nowhere in the result."""
+    x, pads = numbers(2, 6), {"p": np.array([0, 3, 0, -2])}
+    m = model([node("Pad", "x p", "y", mode=mode)], {"x": x}, ["y"], pads, shapes={"x": sizes})
+    assert np.array_equal(mc.compile(m)(x)[0], reference_of(m, {"x": x})[0])
+
+
+def test_a_loop_that_never_runs_stacks_nothing() -> None:
+    body = graph("k:i c:b s:f?,?", [node("Identity", "c", "d"), node("Add", "s s", "t"),
+                 node("ReduceSum", "s", "u", keepdims=0)], "d:b t:f?,? u:f")  # fmt: skip
+    x = numbers(3, 4)
+    m = model([node("Loop", "n - x", "y z", body=body)], {"x": x}, ["y", "z"], {"n": np.array(0)})
+    y, z = mc.compile(m)(x)
+    assert np.array_equal(y, x)
+    assert z.shape == (0,)
