@@ -26,6 +26,7 @@ from minicompiler.ir.expr import (
     walk,
 )
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, For, Scope
+from minicompiler.ir.types import int64
 from minicompiler.target import WORTH_SHARING
 
 from . import ahead, analysis, streaming, transposed
@@ -214,7 +215,7 @@ def _in_pieces(s: Schedule, name: str, order: list[str]) -> list[str]:
     shared = math.prod(const_int(s.loop(n)[0].extent) or 1 for n in order[:k])
     if work >= WORTH_A_THREAD and shared < 2 * s.target.cores:
         return order  # threads need more to share
-    if not all(_as_one(s, name, a, b) for a, b in itertools.pairwise(order[k:])):
+    if not all(as_one(s, name, a, b) for a, b in itertools.pairwise(order[k:])):
         return order
     if not 1 < -(-extent // size) <= MOST_PIECES:
         return order
@@ -227,29 +228,34 @@ def _in_pieces(s: Schedule, name: str, order: list[str]) -> list[str]:
 def _joined(s: Schedule, name: str, order: list[str]) -> list[str]:
     """r[c, y, x] = a[c, y, x] + b[c]   ->   for c: for f: r[c, f] = a[c, f] + b[c]
 
-    Short innermost loops, all of whose operands step through them as through one, become one, if
-    enough are left for the threads. The new order."""
-    block, path = s.block(name)
-    work = _count(s, [x.var.name for x in analysis.loops_in(path)])
+    Short innermost loops are one, if enough are left for the threads. The new order."""
+    line = _inner_line(s, name, order)
+    outer = order[: -len(line)]
+    work = _count(s, [x.var.name for x in analysis.loops_in(s.block(name)[1])])
+    few = work >= WORTH_A_THREAD and _count(s, outer) < SHARES * s.target.cores
+    return order if len(line) == 1 or few else [*outer, s.fuse(*line)]
+
+
+def _inner_line(s: Schedule, name: str, order: list[str]) -> list[str]:
+    """The innermost loops through which all operands of a block step as through one, as few of
+    them as make a long one."""
+    block, _ = s.block(name)
     values = analysis.values_of(block)
     own = {
         v
         for it in _outside_loads(block.body.value) | free_vars(block.where)
         for v in free_vars(values.get(it, it))
     }
-    k = len(order) - 1
     long = LONG_LINE * s.target.vector_bytes // block.body.buffer.dtype.bytes
+    k = len(order) - 1
     while k and _count(s, order[k:]) < long:
         outer, inner = (s.loop(n)[0] for n in order[k - 1 : k + 1])
         if outer.kind is UNROLL or outer.var in own or inner.var in own:
             break
-        if not _as_one(s, name, outer.var.name, inner.var.name):
+        if not as_one(s, name, outer.var.name, inner.var.name):
             break
         k -= 1
-    few = work >= WORTH_A_THREAD and _count(s, order[:k]) < SHARES * s.target.cores
-    if k == len(order) - 1 or few:
-        return order
-    return [*order[:k], s.fuse(*order[k:])]
+    return order[k:]
 
 
 def _count(s: Schedule, loops: list[str]) -> int:
@@ -257,7 +263,7 @@ def _count(s: Schedule, loops: list[str]) -> int:
     return math.prod(const_int(s.loop(n)[0].extent) or _UNKNOWN for n in loops)
 
 
-def _as_one(s: Schedule, name: str, outer: str, inner: str) -> bool:
+def as_one(s: Schedule, name: str, outer: str, inner: str) -> bool:
     """Whether every access of a block steps through two loops as through one long one."""
     times = const_int(s.loop(inner)[0].extent)
     moves = zip(*(steps(s, name, s.loop(n)[0].var) for n in (outer, inner)), strict=True)
@@ -277,9 +283,20 @@ def lanes_for(s: Schedule, block: Block) -> int:
     """How many elements an iteration computes: a vector, or several where each takes long, or the
     result is large (a load right behind a store may have to wait for it, where their addresses
     differ by a multiple of 4 KB)."""
-    lanes = s.target.vector_bytes // max(4, block.body.buffer.dtype.bytes)
+    own = block.body
+    # Small numbers are mostly computed as float32 or int32, and several vectors of one type are
+    # as good as one of another.
+    size = max(own.buffer.dtype.bytes, min(4, _widest(own.value)))
+    lanes = s.target.vector_bytes // size
     long = _takes_long(block) or streaming.is_large(s, block.name)
     return lanes * (LONG_VECTORS if long else 1)
+
+
+def _widest(e: Expr) -> int:
+    """The bytes of the largest number that an expression computes with, positions apart."""
+    if type(e) is Load:
+        return e.dtype.bytes
+    return max([0 if e.dtype is int64 else e.dtype.bytes, *map(_widest, e.children())])
 
 
 def _takes_long(block: Block) -> bool:

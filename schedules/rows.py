@@ -324,15 +324,9 @@ def _joined(s: Schedule, name: str, loops: list[str]) -> list[str]:
     one."""
     while len(loops) > 1:
         (outer, _), (inner, _) = s.loop(loops[-2]), s.loop(loops[-1])
-        size = const_int(inner.extent)
-        if outer.body is not inner or size is None:
+        if outer.body is not inner:
             break
-        pairs = zip(
-            elementwise.steps(s, name, outer.var),
-            elementwise.steps(s, name, inner.var),
-            strict=True,
-        )
-        if not all(a is not None and b is not None and a == b * size for a, b in pairs):
+        if not elementwise.as_one(s, name, outer.var.name, inner.var.name):
             break
         loops = [*loops[:-2], s.fuse(outer.var.name, inner.var.name)]
     return loops
@@ -391,7 +385,9 @@ def _columns(s: Schedule, name: str) -> bool:
     if extent is not None and extent < 2 * lanes:
         return False
     stretch = s.target.caches[0] // 8 // block.body.buffer.dtype.bytes
-    big, inner = s.split(order[-1], stretch if extent is None else min(stretch, extent), "mask")
+    if extent is not None:
+        stretch = _even(extent, stretch, lanes)
+    big, inner = s.split(order[-1], stretch, "mask")
     block, path = s.block(name)
     reduce = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
     outer = [*order[:-1], big]
@@ -410,6 +406,15 @@ def _columns(s: Schedule, name: str) -> bool:
         elementwise.vector_tile(s, b, vectors)
     elementwise.threads_over(s, outer, name)
     return True
+
+
+def _even(extent: int, most: int, lanes: int) -> int:
+    """The length of pieces of a line, about equal ones or, better, equal ones of whole vectors."""
+    pieces = -(-extent // most)
+    for n in range(pieces, 4 * pieces):
+        if extent % (n * lanes) == 0:
+            return extent // n
+    return min(extent, -(-extent // (pieces * lanes)) * lanes)
 
 
 def in_parts(s: Schedule, name: str) -> bool:

@@ -404,6 +404,29 @@ def test_short_rows_are_one_line(shape: tuple[int, ...], other: tuple[int, ...],
         np.testing.assert_array_equal(y, given[0] + given[1])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "to", "lanes"),
+    [("uint8", "uint8", 32), ("uint8", "float32", 8), ("float32", "bool", 8), ("int64", "bool", 8)],
+)
+def test_small_numbers_fill_vectors(dtype: str, to: str, lanes: int) -> None:
+    x, z = (te.placeholder(n, (4096,), DType(dtype)) for n in "xz")
+    made = {"uint8": lambda e: e, "float32": lambda e: cast(e, float32), "bool": lambda e: e < 3}
+    y = te.compute((4096,), lambda i: made[to](binary("max", x[i], z[i])), "y")
+    func = schedule(from_tensors("f", [x, z], [y]), AVX2).func
+    (vector,) = (s for s in statements(func) if isinstance(s, For) and s.kind is VECTOR)
+    assert str(vector.extent) == str(lanes)
+
+
+@pytest.mark.parametrize("extent", [3136, 3000, 5000])
+def test_columns_are_cut_evenly(extent: int) -> None:
+    x = te.placeholder("x", (64, extent), float32)
+    (k,) = te.reduce_vars(1)
+    y = te.compute((extent,), lambda j: x[k, j], "y", ("sum", {k: 64}))
+    text = str(schedule(from_tensors("f", [x], [y]), AVX2).func)
+    size = {3136: 448, 3000: 1024, 5000: 1024}[extent]
+    assert f"float32[{size}] local" in text, text
+
+
 def test_a_row_whose_number_is_used_stays_a_row() -> None:
     x, z = te.placeholder("x", (64, 20, 20), float32), te.placeholder("z", (64,), float32)
     y = te.compute((64, 20, 20), lambda c, h, w: select(h < w, x[c, h, w], z[c]), "y")
