@@ -86,17 +86,19 @@ def test_a_step_that_leaves_a_buffer_is_found(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_sizes_that_the_plan_compares_are_taken_as_equal() -> None:
-    """p0 has n rows and the result m: only the guard on the call tells that they are equal."""
+    """The sum has k + n rows and the result m: only the guard on the call tells that they are
+    equal."""
     m = model(
-        [node("Add", "x y", "z")], {"x": numbers(3), "y": numbers(3)}, ["z"],
-        shapes={"x": ("n",), "y": ("m",)},
+        [node("Concat", "w x", "v", axis=0), node("Add", "v y", "z")],
+        {"w": numbers(1), "x": numbers(2), "y": numbers(3)}, ["z"],
+        shapes={"w": ("k",), "x": ("n",), "y": ("m",)},
     )  # fmt: skip
     module = mc.compile(m, checked=True)
-    assert module(numbers(3), numbers(3))[0].shape == (3,)
+    assert module(numbers(1), numbers(2), numbers(3))[0].shape == (3,)
     fn = driver.import_model(m)
     (fused,) = fused_functions(pipeline.run(pipeline.GRAPH_PASSES[0], fn))
     with pytest.raises(VerifyError):
-        verify_tir(lower_function(fused, (False, False)))
+        verify_tir(lower_function(fused, (False, False, False)))
 
 
 def test_what_an_extern_looks_up_in_its_tables_is_guarded() -> None:
