@@ -405,6 +405,26 @@ def test_windows_across_lines(size: int, step: int, apart: int, dtype: str) -> N
     np.testing.assert_array_equal(mc.compile(fn, checked=True)(x)[0], want)
 
 
+@pytest.mark.parametrize("width", [9, 113])
+def test_averages_count_taps_once_per_tile(width: int) -> None:
+    """Only tiles at the ends of a line count the taps of each of their windows."""
+    x = np.random.default_rng(4).integers(-9, 9, (2, 3, 21, width)).astype(np.float32)
+    attrs = {"kernel": (5, 5), "pads_begin": (2, 2), "pads_end": (2, 2)}
+    wide = [np.pad(v, ((0, 0), (0, 0), (2, 2), (2, 2))) for v in (x, np.ones_like(x))]
+    views = [np.lib.stride_tricks.sliding_window_view(v, (5, 5), (2, 3)) for v in wide]
+    total, count = (v.sum((4, 5)) for v in views)
+    np.testing.assert_allclose(run("avg_pool", x, **attrs), total / count, rtol=1e-6)
+    p = te.placeholder("x", (64, 120), float32)
+    mean = te.compute(
+        (64, 120), lambda i, j: p[i, j] / cast(binary("min", 3, 121 - j), float32), "mean"
+    )
+    func = unswitch(lower_blocks(scheduled(mean, p)))
+    counting = [
+        any(isinstance(e, Binary) and e.op == "min" for e in walk(st.value)) for st in stores(func)
+    ]
+    assert sorted(counting) == [False, True]
+
+
 def test_slide_needs_windows_on_a_line_and_across_it() -> None:
     x = te.placeholder("x", (4, 9, 30), float32)
     (a,) = te.reduce_vars(1)
