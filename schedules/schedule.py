@@ -44,6 +44,7 @@ from . import (
     pipelining,
     reductions,
     rolling,
+    sliding,
     staging,
     streaming,
     truncate,
@@ -366,6 +367,13 @@ class Schedule:
         (block of the partial results, their buffer). Changes the order of summation."""
         return self._apply(
             "rfactor", lambda: reductions.rfactor(self, block, loop), block=block, loop=loop
+        )
+
+    def slide(self, block: str, loop: str) -> tuple[str, str]:
+        """Windows that slide along `loop` share what is combined across it, place by place:
+        (block that does so, its buffer). Changes the order of summation."""
+        return self._apply(
+            "slide", lambda: sliding.slide(self, block, loop), block=block, loop=loop
         )
 
     def stream(self, block: str, above: int) -> None:

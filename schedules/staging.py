@@ -15,6 +15,7 @@ from minicompiler.ir.expr import (
     Const,
     Expr,
     Load,
+    Select,
     Var,
     all_of,
     binary,
@@ -364,9 +365,18 @@ def _unconditional(block: Block, dropped: list[Expr], tile: Buffer, arith: Arith
 
     tail_iters = {i.var for i in block.iters if any(x in capped for x in walk(i.value))}
 
-    def clamp(e: Expr) -> Expr | None:
+    def clamped(e: Expr, inside: Arith, memo: dict[Expr, Expr]) -> Expr:
+        if e not in memo and type(e) is Select:  # what is not chosen is not loaded
+            there = Arith(inside.ranges, [*kept, substitute(e.cond, mapping)])
+            cond, b = (clamped(x, inside, memo) for x in (e.cond, e.b))
+            memo[e] = select(cond, clamped(e.a, there, {}), b)
+        elif e not in memo:
+            memo[e] = clamp(e.map(lambda x: clamped(x, inside, memo)), inside)
+        return memo[e]
+
+    def clamp(e: Expr, inside: Arith) -> Expr:
         if type(e) is not Load or e.buffer is tile or e.mask is not None:
-            return None
+            return e
         moved: list[bool] = []
         indices = []
         for i, room in zip(e.indices, e.buffer.padded_shape, strict=True):
@@ -390,8 +400,13 @@ def _unconditional(block: Block, dropped: list[Expr], tile: Buffer, arith: Arith
         last = rewrite(value, at_last)
         return made if inside.prove(last >= ZERO) is True else maximum(made, ZERO)
 
-    body = block.body.with_(value=rewrite(block.body.value, clamp))
-    init = None if block.init is None else block.init.with_(value=rewrite(block.init.value, clamp))
+    memo: dict[Expr, Expr] = {}
+    body = block.body.with_(value=clamped(block.body.value, inside, memo))
+    init = (
+        None
+        if block.init is None
+        else block.init.with_(value=clamped(block.init.value, inside, memo))
+    )
     iters = tuple(_widened(i, arith) for i in block.iters)
     return Block(block.name, iters, drop_conditions(block.where, dropped), init, body, block.tag)
 

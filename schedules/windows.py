@@ -2,7 +2,8 @@
 
     C[.., h, w] = max over a, b of X[.., h*2 + a, w*2 + b]
 
-Vectors lie along the line that the windows slide over. Where windows are some elements apart, the
+Vectors lie along the line that the windows slide over; windows of several lines combine these
+first, for a few lines of the result at a time (`slide`). Where windows are some elements apart, the
 code generator picks the wanted ones out of whole vectors; taps that may lie in a border are asked
 about once per vector (`unswitch`).
 """
@@ -14,12 +15,14 @@ import math
 from minicompiler.ir.expr import Call, Expr, Var, const_int, free_vars, walk
 from minicompiler.ir.tir import UNROLL, VECTOR, Block, Iter, Scope
 
-from . import analysis, elementwise
+from . import analysis, elementwise, sliding
 from .schedule import Schedule
 
 MOST_TAPS = 64  # that are repeated in the code
 APART = 4  # neighbouring windows, at most
 WIDEST = 4  # registers in a row
+MOST_ROWS = 16  # that are combined across at a time
+UNKNOWN = 256  # elements of a line, perhaps
 
 
 def applies(s: Schedule) -> bool:
@@ -67,28 +70,61 @@ def _line(block: Block) -> Iter | None:
 def apply(s: Schedule) -> None:
     main, *others = analysis.blocks(s.func)
     name, after = main.name, [b.name for b in others]
-    order = elementwise.memory_order(s, name)
-    taps = [n for n in s.loops_of(name) if n not in order]
-    lanes = s.target.vector_bytes // max(4, main.body.buffer.dtype.bytes)
-    *outer, line = order
+    *outer, line = elementwise.memory_order(s, name)
+    it = _line(main)
+    assert it is not None
+    if outer and sliding.saves(main, it, analysis.arith_of(s.func)):
+        across, places = s.slide(name, line)
+        _vector(s, name, line)
+        part, _ = s.split(outer[-1], _rows(s, places), "guard")
+        s.compute_at(across, part)
+        _vector(s, across, elementwise.memory_order(s, across, part)[-1])
+        s.stage(places, part, Scope.LOCAL)
+        _registers(s, across, [])
+        outer = [*outer[:-1], part]
+    else:
+        outer += _vector(s, name, line)
+    _registers(s, name, after)
+    if outer:
+        elementwise.threads_over(s, outer, name)
+
+
+def _rows(s: Schedule, places: str) -> int:
+    """How many lines are combined across before the windows on them are: what was just stored
+    cannot be loaded at other places yet, and all should stay in the nearest cache."""
+    buffer = s.buffer(places)
+    line = (const_int(buffer.shape[-1]) or UNKNOWN) * buffer.dtype.bytes
+    return max(1, min(MOST_ROWS, s.target.caches[0] // 4 // line))
+
+
+def _vector(s: Schedule, name: str, line: str) -> list[str]:
+    """Splits the loop over a line into tiles of whole vectors; the loop around them, if any."""
+    lanes = s.target.vector_bytes // max(4, s.block(name)[0].body.buffer.dtype.bytes)
     whole = const_int(s.loop(line)[0].extent)
-    if whole is None or whole > WIDEST * lanes:
-        size = next((n * lanes for n in (4, 3, 2) if (whole or 1) % (n * lanes) == 0), lanes)
-        part, line = s.split(line, size, "mask")
-        outer = [*outer, part]
-    s.reorder(*outer, *taps, line)
-    for b in after if outer else []:
-        s.compute_at(b, outer[-1])
+    if whole is not None and whole <= WIDEST * lanes:
+        return []
+    size = next((n * lanes for n in (4, 3, 2) if (whole or 1) % (n * lanes) == 0), lanes)
+    return [s.split(line, size, "mask")[0]]
+
+
+def _registers(s: Schedule, name: str, after: list[str]) -> None:
+    """Tiles of a line stay in registers while the taps, repeated in the code, are gone through;
+    what follows goes along."""
+    block, path = s.block(name)
+    taps = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
+    *around, line = [n for n in s.loops_of(name) if n not in taps]
+    s.reorder(*taps, line)
+    for b in after if around else []:
+        s.compute_at(b, around[-1])
     init = s.decompose_reduction(name, taps[0])
     for n in taps:
         s.mark(n, UNROLL)
     s.mark(line, VECTOR)
-    if not outer:
+    if not around:
         for n in (init, *after):
             s.mark(s.loops_of(n)[-1], VECTOR)
         return
-    tile = s.stage(main.body.buffer.name, outer[-1], Scope.REGISTER)
+    tile = s.stage(block.body.buffer.name, around[-1], Scope.REGISTER)
     for n in (init, f"{tile}_out", *after):
         if any(b.name == n for b in analysis.blocks(s.func)):
-            elementwise.vector_tile(s, n, outer[-1])
-    elementwise.threads_over(s, outer, name)
+            elementwise.vector_tile(s, n, around[-1])

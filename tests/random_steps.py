@@ -112,6 +112,11 @@ def skip(s: Schedule, pick: Pick) -> None:
     s.skip(pick(block_names(s)))
 
 
+def slide(s: Schedule, pick: Pick) -> None:
+    block = pick(block_names(s))
+    s.slide(block, pick(s.loops_of(block) or loop_names(s)))
+
+
 def rolling(s: Schedule, pick: Pick) -> None:
     block = pick(block_names(s))
     s.rolling(block, pick(s.loops_of(block) or loop_names(s)))
@@ -160,5 +165,5 @@ STEPS = (
     split, split, split, fuse, reorder, reorder, mark, inline, compute_at, compute_at,
     split_at_lines, compute_with, compute_with, delay, delay,
     decompose_reduction, decompose_reduction, stage, stage, stage, relayout, rfactor, rolling,
-    prefetch, prefetch, prefetch_next, skip,
+    slide, prefetch, prefetch, prefetch_next, skip,
 )  # fmt: skip

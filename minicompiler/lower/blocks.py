@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from collections.abc import Iterator
 
 from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import (
@@ -148,6 +149,7 @@ def unswitch(func: PrimFunc, ctx: object = None) -> PrimFunc:
     """tile nest with `if i*8 + j < n`   ->   if i*8 + 7 < n: tile nest without it; else: as it was.
 
     The same for loads along a vector at min(i*8 + j, n - 1): a complete tile loads whole vectors.
+    Numbers like min(i*8 + j, 3) are the same in all lanes of most vectors.
     A tile nest is a loop marked vector or unroll with only such loops inside. Where it is known
     which tiles along one loop are not complete, and these are few (those at the borders of an
     image), each gets code of its own, in which the conditions are decided while it is printed.
@@ -182,9 +184,10 @@ def _split_tile(nest: Stmt, arith: Arith) -> Stmt:
             conditions[x.cond] = None
     lanes = {x.var for x in statements(nest) if isinstance(x, For) and x.kind is VECTOR}
     for st in stores(nest):
+        conditions.update(dict.fromkeys(_same_in_all(st.value, lanes)))
         for e in walk(st.value):
-            if type(e) is Binary and e.op == "min" and e.dtype.is_int and free_vars(e) & lanes:
-                conditions[e.a <= e.b if free_vars(e.a) & lanes else e.b <= e.a] = None
+            for i in e.indices if type(e) is Load else ():
+                conditions.update(dict.fromkeys(_not_clamped(i, lanes)))
             if type(e) is Select and free_vars(e.cond) & inner and (_loads(e.a) or _loads(e.b)):
                 conditions.update(dict.fromkeys(conjuncts(e.cond)))
     whole: dict[Expr, Expr] = {}
@@ -214,6 +217,30 @@ def _split_tile(nest: Stmt, arith: Arith) -> Stmt:
         there = all_of(eq(x, wrap(k)) for x, k in zip(loops, place, strict=True))
         made = here if count == len(places) and place is places[-1] else If(there, here, made)
     return made
+
+
+def _not_clamped(e: Expr, lanes: set[Var]) -> Iterator[Expr]:
+    """Conditions under which the minima in an index move with the lanes."""
+    for x in walk(e):
+        if type(x) is Binary and x.op == "min" and x.dtype.is_int and free_vars(x) & lanes:
+            yield x.a <= x.b if free_vars(x.a) & lanes else x.b <= x.a
+
+
+def _same_in_all(e: Expr, lanes: set[Var]) -> Iterator[Expr]:
+    """Conditions under which minima and maxima outside of indices (how many taps of a window are
+    inside, say) are the same in all lanes."""
+    if type(e) is Load:
+        return
+    if type(e) is Binary and e.op in ("min", "max") and e.dtype.is_int:
+        for same, other in ((e.a, e.b), (e.b, e.a)):
+            if free_vars(other) & lanes and not free_vars(same) & lanes and not _limited(other):
+                yield same <= other if e.op == "min" else other <= same
+    for x in e.children():
+        yield from _same_in_all(x, lanes)
+
+
+def _limited(e: Expr) -> bool:
+    return any(type(x) is Binary and x.op in ("min", "max") for x in walk(e))
 
 
 def _exceptions(asked: list[Expr], arith: Arith) -> tuple[list[Var], list[tuple[int, ...]]] | None:
@@ -295,10 +322,10 @@ def _assume(nest: Stmt, known: set[Expr]) -> Stmt:
         if type(e) is Select and any(c in known for c in conjuncts(e.cond)):
             rest = without(e.cond)
             return e.a if rest is TRUE else Select(rest, e.a, e.b)
-        if type(e) is Binary and e.op == "min" and e.dtype.is_int:
+        if type(e) is Binary and e.op in ("min", "max") and e.dtype.is_int:
             for least, most in ((e.a, e.b), (e.b, e.a)):
                 if (least <= most) in known:
-                    return least
+                    return least if e.op == "min" else most
         return None
 
     def one(s: Stmt) -> Stmt | None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -259,13 +261,14 @@ def _avg_compute(x: te.Tensor, a: PoolAttrs) -> te.Tensor:
     plain = not (any(w.begin) or any(w.end)) or a.count_include_pad
 
     def body(n: Expr, c: Expr, *i: Expr) -> Expr:
-        count = product(
+        # Numbers per axis: the product of integers would be one per element.
+        counts = [
             Const(w.kernel[k])
             if plain and not _runs_over(w, k, sizes[k])
             else _count(w, k, out, sizes[k], a.count_include_pad)
             for k, out in enumerate(i)
-        )
-        return total[(n, c, *i)] / number(count, source.dtype)
+        ]
+        return total[(n, c, *i)] / reduce(mul, [number(n, source.dtype) for n in counts])
 
     return te.astype(te.compute(total.shape, body, "avg_pool"), x.dtype)
 
