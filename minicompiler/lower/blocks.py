@@ -51,6 +51,7 @@ from minicompiler.ir.tir import (
     stores,
     substitute_stmt,
 )
+from minicompiler.ir.types import index
 
 MOST_EXCEPTIONS = 4  # incomplete tiles that get code of their own
 MOST_TURNS = 1024  # of an outer loop that are looked at for them
@@ -147,7 +148,8 @@ def _loads(e: Expr) -> bool:
 def unswitch(func: PrimFunc, ctx: object = None) -> PrimFunc:
     """tile nest with `if i*8 + j < n`   ->   if i*8 + 7 < n: tile nest without it; else: as it was.
 
-    The same for loads along a vector at min(i*8 + j, n - 1): a complete tile loads whole vectors.
+    The same for loads along a vector at max(min(i*8 + j, n - 1), 0): a complete tile loads whole
+    vectors.
     A tile nest is a loop marked vector or unroll with only such loops inside. Where it is known
     which tiles along one loop are not complete, and these are few (those at the borders of an
     image), each gets code of its own, in which the conditions are decided while it is printed.
@@ -182,11 +184,7 @@ def _split_tile(nest: Stmt, arith: Arith) -> Stmt:
             conditions[x.cond] = None
     lanes = {x.var for x in statements(nest) if isinstance(x, For) and x.kind is VECTOR}
     for st in stores(nest):
-        for e in walk(st.value):
-            if type(e) is Binary and e.op == "min" and e.dtype.is_int and free_vars(e) & lanes:
-                conditions[e.a <= e.b if free_vars(e.a) & lanes else e.b <= e.a] = None
-            if type(e) is Select and free_vars(e.cond) & inner and (_loads(e.a) or _loads(e.b)):
-                conditions.update(dict.fromkeys(conjuncts(e.cond)))
+        conditions.update(dict.fromkeys(_within(st.value, inner, lanes, arith)))
     whole: dict[Expr, Expr] = {}
     for c in conditions:
         for part in conjuncts(c):
@@ -270,6 +268,41 @@ def _where_not(cond: Expr, loops: list[Var], arith: Arith) -> list[tuple[int, ..
     return found
 
 
+def _within(e: Expr, inner: set[Expr], lanes: set[Var], arith: Arith) -> list[Expr]:
+    """The conditions under which, all through a tile, choices by position are their first case, and
+    minima and maxima of indices are the operand that goes up with the lanes."""
+    found: list[Expr] = []
+    memo: dict[Expr, Expr] = {}
+
+    def known(parts: list[Expr]) -> bool:
+        some = [c for c in parts if _for_all(c, inner, arith) not in (None, FALSE)]
+        found.extend(some)
+        return len(some) == len(parts)
+
+    def go(e: Expr) -> Expr:
+        if e not in memo:
+            memo[e] = visit(e)
+        return memo[e]
+
+    def visit(e: Expr) -> Expr:
+        if type(e) is Select and free_vars(e.cond) & inner:
+            chooses = e.dtype is index or _loads(e.a) or _loads(e.b)
+            if chooses and known([*conjuncts(e.cond)]):
+                return go(e.a)  # what the other case would ask does not matter
+        e = e.map(go)
+        if type(e) is not Binary or e.op not in ("min", "max") or not e.dtype.is_int:
+            return e
+        if _loads(e) or not free_vars(e) & lanes:
+            return e
+        line = arith.poly(e.a - e.b)
+        up = sum(line.get((v,), 0) for v in lanes) > 0
+        kept, other = (e.a, e.b) if up else (e.b, e.a)
+        return kept if known([kept <= other if e.op == "min" else other <= kept]) else e
+
+    go(e)
+    return found
+
+
 def _for_all(cond: Expr, inner: set[Expr], arith: Arith) -> Expr | None:
     """The condition (without the inner variables) under which `cond` holds for all of them."""
     if (
@@ -295,10 +328,10 @@ def _assume(nest: Stmt, known: set[Expr]) -> Stmt:
         if type(e) is Select and any(c in known for c in conjuncts(e.cond)):
             rest = without(e.cond)
             return e.a if rest is TRUE else Select(rest, e.a, e.b)
-        if type(e) is Binary and e.op == "min" and e.dtype.is_int:
+        if type(e) is Binary and e.op in ("min", "max") and e.dtype.is_int:
             for least, most in ((e.a, e.b), (e.b, e.a)):
                 if (least <= most) in known:
-                    return least
+                    return least if e.op == "min" else most
         return None
 
     def one(s: Stmt) -> Stmt | None:
