@@ -49,7 +49,6 @@ def _resize(n: OnnxNode) -> Value:
             or n.attr("exclude_outside", 0)
             or n.attr("keep_aspect_ratio_policy", "stretch") != "stretch"
             or modes == "tf_crop_and_resize"
-            or (modes == "align_corners" and not _given(n, 3) and not _whole(n))
         )
     )  # fmt: skip
     return _weighted(n) if special else plain_resize(n)
@@ -58,12 +57,6 @@ def _resize(n: OnnxNode) -> Value:
 def _numbers(n: OnnxNode) -> bool:
     sizes = sizes_of(n.arg(3)) if _given(n, 3) else n.type(0).shape
     return sizes is not None and all(const_int(s) is not None for s in (*sizes, *n.type(0).shape))
-
-
-def _whole(n: OnnxNode) -> bool:
-    """Whether no size is rounded: scales are whole numbers, or computed from sizes."""
-    scales = n.values.of(n.arg(2))
-    return scales is None or bool(np.all(scales == np.floor(scales)))
 
 
 def _given(n: OnnxNode, k: int) -> bool:

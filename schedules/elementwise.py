@@ -40,6 +40,7 @@ WORTH_A_THREAD = 16384  # elements below which waking another thread costs more 
 LONG_LINE = 64  # vectors of a row that is as good as a longer one
 SHARES = 8  # iterations for each thread that are even enough
 WORTH_A_LINE = 6  # vectors of a row from which its first and last ones may be incomplete
+MOST_UNEVEN = 512  # elements of a row with addresses that are worked out while compiling
 _UNKNOWN = 64  # iterations of a loop whose extent is known at run time only
 
 
@@ -170,11 +171,14 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
     else:
         long = bool(outer) and extent is not None and extent >= WORTH_A_LINE * lanes
         line = streaming.broken_lines(s, name, inner) if long and _plain(s, name, inner) else 0
+        uneven = (extent or 0) * _uneven_loads(s, name, inner)
         if line:
             big, small = s.split_at_lines(inner, lanes, name, line)
         else:
             big, small = s.split(inner, lanes, "mask")
         s.mark(small, VECTOR)
+        if outer and 0 < uneven <= MOST_UNEVEN:
+            s.mark(big, UNROLL)
         if _takes_long(block) and streaming.is_large(s, name):
             ahead.fetch_soon(s, name)
         outer = [*outer, big]
@@ -323,6 +327,23 @@ def threads_over(s: Schedule, outer: list[str], block: str) -> None:
             break
     top = s.fuse(*outer[:take]) if take > 1 else outer[0]
     s.mark(top, PARALLEL)
+
+
+def _uneven_loads(s: Schedule, name: str, inner: str) -> int:
+    """The loads of a block at places such as i * 7 // 12, which neither lie evenly along a
+    loop nor are the same for a number of its iterations."""
+    block, _ = s.block(name)
+    loop, values, arith = s.loop(inner)[0], analysis.values_of(block), analysis.arith_of(s.func)
+
+    def uneven(e: Expr) -> bool:
+        divisor = const_int(e.b) if type(e) is Binary and e.op == "floordiv" else None
+        if type(e) is not Binary or not divisor:
+            return False
+        step = arith.poly(e.a).get((loop.var,), 0)
+        return step > 1 and divisor % step != 0 and step % divisor != 0
+
+    places = [[substitute(i, values) for i in x.indices] for x in analysis.operand_loads(block)]
+    return sum(any(uneven(e) for i in at for e in walk(i)) for at in places)
 
 
 def _plain(s: Schedule, name: str, inner: str) -> bool:

@@ -52,6 +52,7 @@ from minicompiler.ir.tir import (
     stores,
     substitute_stmt,
 )
+from minicompiler.ir.types import index
 
 MOST_EXCEPTIONS = 4  # incomplete tiles that get code of their own
 MOST_TURNS = 1024  # of an outer loop that are looked at for them
@@ -148,8 +149,8 @@ def _loads(e: Expr) -> bool:
 def unswitch(func: PrimFunc, ctx: object = None) -> PrimFunc:
     """tile nest with `if i*8 + j < n`   ->   if i*8 + 7 < n: tile nest without it; else: as it was.
 
-    The same for loads along a vector at min(i*8 + j, n - 1): a complete tile loads whole vectors.
-    Numbers like min(i*8 + j, 3) are the same in all lanes of most vectors.
+    The same for loads along a vector at max(min(i*8 + j, n - 1), 0): a complete tile loads whole
+    vectors. Numbers like min(i*8 + j, 3) are the same in all lanes of most vectors.
     A tile nest is a loop marked vector or unroll with only such loops inside. Where it is known
     which tiles along one loop are not complete, and these are few (those at the borders of an
     image), each gets code of its own, in which the conditions are decided while it is printed.
@@ -185,11 +186,7 @@ def _split_tile(nest: Stmt, arith: Arith) -> Stmt:
     lanes = {x.var for x in statements(nest) if isinstance(x, For) and x.kind is VECTOR}
     for st in stores(nest):
         conditions.update(dict.fromkeys(_same_in_all(st.value, lanes)))
-        for e in walk(st.value):
-            for i in e.indices if type(e) is Load else ():
-                conditions.update(dict.fromkeys(_not_clamped(i, lanes)))
-            if type(e) is Select and free_vars(e.cond) & inner and (_loads(e.a) or _loads(e.b)):
-                conditions.update(dict.fromkeys(conjuncts(e.cond)))
+        conditions.update(dict.fromkeys(_within(st.value, inner, lanes, arith)))
     whole: dict[Expr, Expr] = {}
     for c in conditions:
         for part in conjuncts(c):
@@ -217,13 +214,6 @@ def _split_tile(nest: Stmt, arith: Arith) -> Stmt:
         there = all_of(eq(x, wrap(k)) for x, k in zip(loops, place, strict=True))
         made = here if count == len(places) and place is places[-1] else If(there, here, made)
     return made
-
-
-def _not_clamped(e: Expr, lanes: set[Var]) -> Iterator[Expr]:
-    """Conditions under which the minima in an index move with the lanes."""
-    for x in walk(e):
-        if type(x) is Binary and x.op == "min" and x.dtype.is_int and free_vars(x) & lanes:
-            yield x.a <= x.b if free_vars(x.a) & lanes else x.b <= x.a
 
 
 def _same_in_all(e: Expr, lanes: set[Var]) -> Iterator[Expr]:
@@ -294,6 +284,41 @@ def _where_not(cond: Expr, loops: list[Var], arith: Arith) -> list[tuple[int, ..
         found += [(*before, k) for k in wrong]
         if len(found) > MOST_EXCEPTIONS:
             return None
+    return found
+
+
+def _within(e: Expr, inner: set[Expr], lanes: set[Var], arith: Arith) -> list[Expr]:
+    """The conditions under which, all through a tile, choices by position are their first case, and
+    minima and maxima of indices are the operand that goes up with the lanes."""
+    found: list[Expr] = []
+    memo: dict[tuple[Expr, bool], Expr] = {}
+
+    def known(parts: list[Expr]) -> bool:
+        some = [c for c in parts if _for_all(c, inner, arith) not in (None, FALSE)]
+        found.extend(some)
+        return len(some) == len(parts)
+
+    def go(e: Expr, indexing: bool) -> Expr:
+        if (e, indexing) not in memo:
+            memo[e, indexing] = visit(e, indexing)
+        return memo[e, indexing]
+
+    def visit(e: Expr, indexing: bool) -> Expr:
+        if type(e) is Select and free_vars(e.cond) & inner:
+            chooses = e.dtype is index or _loads(e.a) or _loads(e.b)
+            if chooses and known([*conjuncts(e.cond)]):
+                return go(e.a, indexing)  # what the other case would ask does not matter
+        e = e.map(lambda x: go(x, indexing or type(e) is Load))
+        if type(e) is not Binary or e.op not in ("min", "max") or not e.dtype.is_int:
+            return e
+        if not indexing or _loads(e) or not free_vars(e) & lanes:
+            return e
+        line = arith.poly(e.a - e.b)
+        up = sum(line.get((v,), 0) for v in lanes) > 0
+        kept, other = (e.a, e.b) if up else (e.b, e.a)
+        return kept if known([kept <= other if e.op == "min" else other <= kept]) else e
+
+    go(e, False)
     return found
 
 

@@ -335,6 +335,11 @@ def _worth_inlining(t: te.Tensor, original: te.Tensor, consumers: list[te.Tensor
             cost += LOOKUP if any(type(x) is Load for x in walk(e.indices[-1])) else 0
     if divides and not te.inputs(t):  # a table of places
         return False
+    if _turns(t) and any(_by_lines(c, original) for c in consumers):
+        return False
+    lines = cost >= DEAR and any(_by_lines(t, i) for i in te.inputs(t))
+    if lines and any(_turns(c, original) for c in consumers):
+        return False
     total = any(type(i.body) is Reduce for i in te.inputs(t))
     if total and cost >= DEAR and any(_in_columns(original, c) for c in consumers):
         return False
@@ -356,6 +361,29 @@ def _worth_inlining(t: te.Tensor, original: te.Tensor, consumers: list[te.Tensor
             if not _linear(c.body, original) and (cost > 0 or (not once and _has_gaps(t.body))):
                 return False
     return len(consumers) <= 1 or cost <= CHEAP
+
+
+def _reads(t: te.Tensor, source: te.Tensor | None) -> list[Load]:
+    """The loads of t, or only those of one source."""
+    every = () if t.body is None else walk(t.body)
+    return [e for e in every if type(e) is Load and (source is None or e.buffer is source)]
+
+
+def _by_lines(t: te.Tensor, source: te.Tensor) -> bool:
+    """Whether data decides which elements of a source t reads, several for each of its own, and all
+    those along t's last axis lie side by side."""
+    chosen = [
+        e for e in _reads(t, source) if any(type(x) is Load for i in e.indices for x in walk(i))
+    ]
+    return len(chosen) > 1 and bool(t.axes) and all(e.indices[-1] is t.axes[-1] for e in chosen)
+
+
+def _turns(t: te.Tensor, source: te.Tensor | None = None) -> bool:
+    """Whether neighbours along t's last axis lie apart in what it reads."""
+    return bool(t.axes) and any(
+        t.axes[-1] in free_of(e) and t.axes[-1] not in free_vars(e.indices[-1])
+        for e in _reads(t, source)
+    )
 
 
 def _has_gaps(e: Expr) -> bool:

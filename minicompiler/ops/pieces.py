@@ -427,6 +427,13 @@ def _pad_shape(x: Shape, a: PadAttrs) -> Shape:
     return tuple(simplified(s + b + e) for s, b, e in zip(x, a.begin, a.end, strict=True))
 
 
+def _turned_around(at: Expr, size: Expr, most: Expr) -> Expr:
+    """at % size, where at lies at most `most` outside: once around is compared, not divided."""
+    if Arith().prove(most <= size) is not True:
+        return at % size
+    return select(all_of([inside(at, size)]), at, select(at < 0, at + size, at - size))
+
+
 def _pad_compute(x: te.Tensor, a: PadAttrs) -> te.Tensor:
     def body(*i: Expr) -> Expr:
         index, conds = [], []
@@ -443,7 +450,7 @@ def _pad_compute(x: te.Tensor, a: PadAttrs) -> te.Tensor:
             if a.mode == "edge":
                 at = clamped(at, size)
             elif a.mode == "wrap":
-                at = at % size
+                at = _turned_around(at, size, maximum(b, e))
             else:
                 away = binary("max", at, const(0) - at)
                 at = binary("min", away, (size - 1) * 2 - away)

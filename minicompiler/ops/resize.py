@@ -102,12 +102,14 @@ def _resize_infer(x: Arg, a: ResizeAttrs) -> TensorType:
 
 def _position(i: Expr, size: Expr, out: Expr, a: ResizeAttrs, axis: int) -> tuple[Expr, Expr]:
     """The position in x of output index i, as numerator and denominator."""
-    if a.coordinates == "align_corners":
-        return i * (size - 1), binary("max", out - 1, 1)
     p, q = out, size  # scale = p / q
     if a.scales:
         r = ratio(a.scales[axis])
         p, q = Const(r.numerator), Const(r.denominator)
+    if a.coordinates == "align_corners":
+        if not a.scales:
+            return i * (size - 1), binary("max", out - 1, 1)
+        return i * (size - 1) * q, binary("max", size * p - q, 1)  # the size is not rounded
     if a.coordinates == "asymmetric":
         return i * q, p
     middle = (i * 2 + 1) * q
@@ -231,7 +233,8 @@ def _keys(t: Any, a: float) -> list[Any]:
 def _np_position(i: int, size: int, out: int, a: ResizeAttrs, axis: int) -> Fraction:
     scale = ratio(a.scales[axis]) if a.scales else Fraction(out, size)
     if a.coordinates == "align_corners":
-        return Fraction(i * (size - 1), out - 1) if out > 1 else Fraction(0)
+        last = (scale * size if a.scales else out) - 1
+        return i * (size - 1) / Fraction(last) if last > 0 else Fraction(0)
     if a.coordinates == "asymmetric":
         return i / scale
     if a.coordinates == "tf_half_pixel_for_nn":

@@ -189,25 +189,26 @@ def _put(b: Buffer, value: Expr) -> Stmt:
 
 
 def by_pixel(x: te.Tensor) -> tuple[te.Tensor, int]:
-    """x[n, c, h, w] with the channels innermost, and how many of them are computed side by side:
+    """x[n, c, ...] with the channels innermost, and how many of them are computed side by side:
     they are filled up with zeros to a multiple."""
     images, channels, *sizes = x.shape
     lanes = min(CHANNELS, 1 << max((const_int(channels) or CHANNELS) - 1, 0).bit_length())
     room = simplified(ceildiv(channels, lanes) * lanes)
 
-    def pixel(n: Expr, y: Expr, z: Expr, c: Expr) -> Expr:
+    def pixel(n: Expr, *at: Expr) -> Expr:
+        *place, c = at
         if room is channels:
-            return x[n, c, y, z]
-        there = x[n, clamped(c, channels), y, z]
+            return x[(n, c, *place)]
+        there = x[(n, clamped(c, channels), *place)]
         return select(c < channels, there, const(0, there.dtype))
 
     return te.compute((images, *sizes, room), pixel, "pixels"), lanes
 
 
 def by_channel(bins: te.Tensor, channels: Expr) -> te.Tensor:
-    """bins[r, i, j, c] with its channels outside, and without those that only fill up."""
-    shape = bins.shape[0], channels, *bins.shape[1:3]
-    return te.compute(shape, lambda r, c, i, j: bins[r, i, j, c], "turned")
+    """bins[r, ..., c] with its channels outside, and without those that only fill up."""
+    shape = bins.shape[0], channels, *bins.shape[1:-1]
+    return te.compute(shape, lambda r, c, *i: bins[(r, *i, c)], "turned")
 
 
 def _roi_compute(x: te.Tensor, rois: te.Tensor, batch: te.Tensor, a: RoiAlignAttrs) -> te.Tensor:

@@ -9,7 +9,7 @@ Weights of cubic interpolation: R. Keys, "Cubic convolution interpolation", 1981
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..ir.op import Arg, Op, Precision, register
 from ..ir.types import TensorType, index
 from .draws import Draw, array, choice, flag, integer
 from .elementwise import magnitude
+from .roi import by_channel, by_pixel
 from .rules import (
     Size,
     clamped,
@@ -42,6 +43,7 @@ from .rules import (
 Array = np.ndarray
 MODES = ("nearest", "linear", "cubic")
 PADDINGS = ("zeros", "border", "reflection")
+Read = Callable[[Sequence[Expr]], Expr]  # the element of an image at a place
 _CUBIC = -0.75
 
 
@@ -66,11 +68,9 @@ def _whole(e: Expr, size: Size) -> Expr:
     return cast(binary("max", binary("min", e, bound + 4.0), -4.0), index)
 
 
-def _pixel(
-    x: te.Tensor, lead: Sequence[Expr], at: Sequence[Expr], sizes: Sequence[Expr], zeros: bool
-) -> Expr:
-    """An element; outside x 0 or the nearest one."""
-    value = x[(*lead, *(clamped(i, n) for i, n in zip(at, sizes, strict=True)))]
+def _pixel(read: Read, at: Sequence[Expr], sizes: Sequence[Expr], zeros: bool) -> Expr:
+    """An element; outside 0 or the nearest one."""
+    value = read([clamped(i, n) for i, n in zip(at, sizes, strict=True)])
     if not zeros:
         return value
     within = all_of(inside(i, n) for i, n in zip(at, sizes, strict=True))
@@ -93,15 +93,14 @@ def _weights(t: Expr, mode: str) -> list[tuple[int, Expr]]:
 
 
 def _interpolated(
-    x: te.Tensor,
-    lead: Sequence[Expr],
+    read: Read,
+    sizes: Sequence[Expr],
     at: Sequence[Expr],
     mode: str = "linear",
     padding: str = "zeros",
     corners: bool = True,
 ) -> Expr:
-    """x at float positions (in elements) of its last axes."""
-    sizes = x.shape[len(lead) :]
+    """An image of some sizes at float positions (in elements); read: its element at whole ones."""
     limits = []
     for n in sizes:
         size = number(n, at[0].dtype)
@@ -131,14 +130,15 @@ def _interpolated(
     zeros = padding == "zeros"
     if mode == "nearest":
         near = [settled(_whole(e, n), k) for k, (e, n) in enumerate(zip(moved, sizes, strict=True))]
-        return _pixel(x, lead, near, sizes, zeros)
+        return _pixel(read, near, sizes, zeros)
     base = [_whole(_floor(e), n) for e, n in zip(moved, sizes, strict=True)]
-    weights = [_weights(cast(e - _floor(e), x.dtype), mode) for e in moved]
+    dtype = read(base).dtype
+    weights = [_weights(cast(e - _floor(e), dtype), mode) for e in moved]
     total: Expr | None = None
     for taps in itertools.product(*weights):
         pairs = zip(base, taps, strict=True)
         spots = [settled(b + tap, k) for k, (b, (tap, _)) in enumerate(pairs)]
-        value = _pixel(x, lead, spots, sizes, zeros)
+        value = _pixel(read, spots, sizes, zeros)
         for _, w in taps:
             value = value * w
         total = value if total is None else total + value
@@ -170,21 +170,29 @@ def _grid_infer(x: Arg, grid: Arg, a: GridSampleAttrs) -> TensorType:
 
 def _grid_compute(x: te.Tensor, grid: te.Tensor, a: GridSampleAttrs) -> te.Tensor:
     source, places = widened(x), widened(grid)
-    d = len(x.shape) - 2
+    channels, *sizes = x.shape[1:]
+    d = len(sizes)
+    # Where to read is told once per pixel, for all channels, so these are what is contiguous.
+    pixels, _ = by_pixel(source)
 
-    def body(n: Expr, c: Expr, *i: Expr) -> Expr:
+    def body(n: Expr, *to: Expr) -> Expr:
+        *i, c = to
         at = []
         for k in range(d):
             e = places[(n, *i, Const(d - 1 - k))]
-            size = number(x.shape[2 + k], e.dtype)
+            size = number(sizes[k], e.dtype)
             if a.align_corners:
                 at.append((e + 1.0) * 0.5 * (size - 1.0))
             else:
                 at.append(((e + 1.0) * size - 1.0) * 0.5)
-        return _interpolated(source, (n, c), at, a.mode, a.padding, a.align_corners)
 
-    made = te.compute((*x.shape[:2], *grid.shape[1:-1]), body, "grid_sample")
-    return te.astype(made, x.dtype)
+        def read(place: Sequence[Expr]) -> Expr:
+            return pixels[(n, *place, c)]
+
+        return _interpolated(read, sizes, at, a.mode, a.padding, a.align_corners)
+
+    made = te.compute((*grid.shape[:-1], pixels.shape[-1]), body, "grid_sample")
+    return te.astype(by_channel(made, channels), x.dtype)
 
 
 def _np_weights(t: Array, mode: str) -> list[tuple[int, Array]]:
@@ -341,7 +349,7 @@ def _deform_compute(x: te.Tensor, w: te.Tensor, offset: te.Tensor, *rest: Any) -
         for k in range(d):
             plain = out[k] * a.strides[k] - a.pads_begin[k] + taps[k] * a.dilations[k]
             at.append(number(plain, source.dtype) + moves[(n, first * d + k, *out)])
-        value = _interpolated(source, (n, c), at)
+        value = _interpolated(lambda place: source[(n, c, *place)], x.shape[2:], at)
         return value if mask is None else value * cast(mask[(n, first, *out)], value.dtype)
 
     spread = te.compute((*x.shape[:2], *kernel, *offset.shape[2:]), moved, "moved")

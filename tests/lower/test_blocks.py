@@ -10,10 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minicompiler.ir import interp
-from minicompiler.ir.expr import Const, Expr, Load, Var, const, eq, minimum, wrap
+from minicompiler.ir.expr import (
+    Const,
+    Expr,
+    Load,
+    Var,
+    all_of,
+    const,
+    eq,
+    maximum,
+    minimum,
+    select,
+    wrap,
+)
 from minicompiler.ir.tir import (
     SERIAL,
     UNROLL,
+    VECTOR,
     Buffer,
     For,
     If,
@@ -22,6 +35,7 @@ from minicompiler.ir.tir import (
     Store,
     seq,
     statements,
+    stores,
 )
 from minicompiler.ir.types import float32
 from minicompiler.lower.blocks import MOST_EXCEPTIONS, hoist_conditions, unswitch
@@ -86,6 +100,29 @@ def test_tiles_at_both_ends_have_their_own_code() -> None:
     assert special(unswitch(nest((2, 1, 4), [v * 4 + i >= wrap(1), v * 4 + i < wrap(7)]))) == [
         "v == 0"  # and the other one needs no question
     ]
+
+
+AT = v * 4 + i - 3  # of 26 places around 20 elements
+AWAY = maximum(AT, const(0) - AT)
+MOVED = {
+    "edge": maximum(minimum(AT, const(19)), 0),
+    "reflected": minimum(AWAY, const(38) - AWAY),
+    "once around": select(all_of([AT >= 0, AT < 20]), AT, select(AT < 0, AT + 20, AT - 20)),
+}
+
+
+@pytest.mark.parametrize("moved", MOVED.values(), ids=list(MOVED))
+def test_only_tiles_at_the_ends_move_places_into_bounds(moved: Expr) -> None:
+    x, r = Buffer("x", float32, (Const(20),)), Buffer("r", float32, (Const(26),))
+    store = If(v * 4 + i < 26, Store(r, (v * 4 + i,), Load(x, (moved,))))
+    tile = For(i, Const(4), VECTOR, store)
+    func = PrimFunc("f", (x, r), 1, (), (), (For(v, Const(7), SERIAL, tile),))
+    made = unswitch(func)
+    assert special(made) == ["v == 0", "v == 5", "v == 6"]
+    plain = [s for s in stores(made.phases[0]) if s.value is Load(x, (AT,))]
+    assert len(plain) == 1
+    values = np.arange(1, 21, dtype=np.float32)
+    np.testing.assert_array_equal(*(interp.run(f, [values])[0] for f in (made, func)))
 
 
 def test_many_incomplete_tiles_share_their_code() -> None:

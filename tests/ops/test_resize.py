@@ -88,12 +88,15 @@ def test_one_module_resizes_to_all_sizes(mode: str, coordinates: str) -> None:
 
 @pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
 @pytest.mark.parametrize("scale", [0.625, 1.75])
-def test_what_is_cut_off_is_cut_off_at_both_ends(mode: str, scale: float) -> None:
-    """half_pixel_symmetric, of images whose sizes come with the call."""
+@pytest.mark.parametrize("coordinates", ["half_pixel_symmetric", "align_corners"])
+def test_positions_know_what_rounding_the_size_cut_off(
+    mode: str, scale: float, coordinates: str
+) -> None:
+    """Of images whose sizes come with the call."""
     scales = np.array([1, 1, scale, 2 * scale], np.float32)
     resized = node(
         "Resize", "x - scales", "y",
-        mode=mode, coordinate_transformation_mode="half_pixel_symmetric",
+        mode=mode, coordinate_transformation_mode=coordinates,
     )  # fmt: skip
     made = model([resized], {"x": numbers(1, 2, 5, 7)}, ["y"], {"scales": scales}, opset=19,
                  shapes={"x": ("n", 2, "h", "w")})  # fmt: skip

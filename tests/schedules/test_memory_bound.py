@@ -38,6 +38,7 @@ from minicompiler.ir.verify_tir import verify_tir
 from minicompiler.lower.blocks import hoist_conditions, lower_blocks, unswitch
 from minicompiler.lower.to_tir import from_tensors
 from minicompiler.schedules.cpu import schedule
+from minicompiler.schedules.elementwise import MOST_UNEVEN
 from minicompiler.schedules.schedule import Schedule
 from minicompiler.target import Target
 
@@ -545,6 +546,36 @@ def test_a_row_whose_number_is_used_stays_a_row() -> None:
     func = schedule(from_tensors("f", [x, z], [y]), AVX2).func
     *_, row = (x for x in statements(func) if isinstance(x, For) and x.kind is not VECTOR)
     assert str(row.extent) == "3"  # vectors of 8
+
+
+@pytest.mark.parametrize(
+    ("top", "bottom", "width", "unrolled"),
+    [
+        (7, 12, 95, True),
+        (3, 2, 40, True),
+        (1, 2, 96, False),  # each twice: a vector that is spread
+        (4, 2, 40, False),  # every second
+        (7, 12, MOST_UNEVEN + 1, False),  # too much code
+    ],
+)
+def test_places_that_are_divided_are_numbers_in_short_rows(
+    top: int, bottom: int, width: int, unrolled: bool
+) -> None:
+    x = te.placeholder("x", (9, 2000), float32)
+    y = te.compute((9, width), lambda i, j: x[i, j * top // bottom], "y")
+    func = scheduled(y, x)
+    assert any(isinstance(s, For) and s.kind is UNROLL for s in statements(func)) == unrolled
+    values = np.random.default_rng(0).standard_normal((9, 2000), np.float32)
+    want = values[:, np.arange(width) * top // bottom]
+    np.testing.assert_array_equal(interp.run(func, [values])[0], want)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_images_made_larger_by_a_fraction(dynamic: bool) -> None:
+    x = np.random.default_rng(0).standard_normal((3, 2, 20, 20), np.float32)
+    got = run("resize", x, dynamic, scales=(1.0, 1.0, 1.7, 1.7))
+    at = np.ceil((np.arange(34) + 0.5) * 20 / 34 - 1).astype(int)
+    np.testing.assert_array_equal(got, x[:, :, at[:, None], at])
 
 
 def test_rows_from_many_tables_side_by_side() -> None:
