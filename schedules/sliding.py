@@ -26,6 +26,7 @@ from minicompiler.ir.expr import (
     wrap,
 )
 from minicompiler.ir.tir import SERIAL, Block, Buffer, For, Iter, Scope, Seq, Stmt, Store
+from minicompiler.ir.types import index
 from minicompiler.lower.to_tir import identity_of
 
 from . import analysis
@@ -71,10 +72,10 @@ def line_steps(block: Block, line: Iter, arith: Arith) -> Steps | None:
     taps = {i.var for i in block.iters if i.reduce}
     steps: Steps = {}
     for load in analysis.operand_loads(block):
-        for index in load.indices:
-            if line.var in free_vars(index):
-                along = {line.var, *(free_vars(index) & taps)}
-                steps = {v: arith.poly(index).get((v,), 0) for v in along}
+        for at in load.indices:
+            if line.var in free_vars(at):
+                along = {line.var, *(free_vars(at) & taps)}
+                steps = {v: arith.poly(at).get((v,), 0) for v in along}
     if update is None or len(steps) < 2 or min(steps.values()) < 1 or not taps - steps.keys():
         return None
     value = _at(update[1], steps, line, Var("j"), arith)
@@ -86,7 +87,7 @@ def _at(e: Expr, steps: Steps, line: Iter, place: Expr, arith: Arith) -> Expr:
     these where it uses them in another way than by their sum."""
     if not free_vars(e) & steps.keys():
         return e
-    if e.dtype.is_int and isinstance(e, Binary):
+    if e.dtype is index and isinstance(e, Binary):
         times = arith.poly(e).get((line.var,), 0) // steps[line.var]
         made = arith.simplify(e + (place - _position(steps)) * times)
         if not free_vars(made) & steps.keys():

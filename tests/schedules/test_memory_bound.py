@@ -426,6 +426,18 @@ def test_averages_count_taps_once_per_tile(width: int) -> None:
     assert sorted(counting) == [False, True]
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_windows_of_computed_integers_slide(dtype: str) -> None:
+    """Numbers are no places, whatever their type: those of zero points, say."""
+    x = te.placeholder("x", (4, 40, 60), DType(dtype))
+    a, b = te.reduce_vars(2)
+    total = te.compute(
+        (4, 38, 58), lambda k, i, j: x[k, i + a, j + b] - 120, "s", ("sum", {a: 3, b: 3})
+    )
+    s = schedule(from_tensors("f", [x], [total]), AVX2, after_step=verify_tir)
+    assert any(step.primitive == "slide" for step in s.steps)
+
+
 def test_slide_needs_windows_on_a_line_and_across_it() -> None:
     x = te.placeholder("x", (4, 9, 30), float32)
     (a,) = te.reduce_vars(1)
