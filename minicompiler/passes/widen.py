@@ -55,6 +55,7 @@ def widen_products(fn: Function, ctx: Any) -> Function:
         if isinstance(v, Apply)
         and not isinstance(v.op, Function)
         and v.op.precision is Precision.LOW
+        and len(v.args) > 1  # an einsum of one operand multiplies nothing
         and any(a is not None and is_low(type_of(a).dtype) for a in v.args)
         and _uses(v) >= OFTEN
     ]

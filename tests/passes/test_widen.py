@@ -7,7 +7,7 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 import pytest
-from onnx_models import numbers
+from onnx_models import model, node, numbers
 
 import minicompiler as mc
 from minicompiler.frontend.builder import Builder
@@ -156,3 +156,12 @@ def test_an_operand_of_two_products_is_converted_once() -> None:
     a, b = (numbers(16, 16, seed=k).astype(np.float16) for k in range(2))
     fn = widen_products(net.function(y=net.matmul(x, a), z=net.matmul(x, b)), None)
     assert [v.op.name for v in applies(fn)].count("cast") == 3  # of x, and of both results
+
+
+@pytest.mark.parametrize("equation", ["ij->ji", "ii->i", "ij->"])
+def test_one_operand_is_no_product(equation: str) -> None:
+    x = numbers(9, 9, seed=3).astype(np.float16)
+    m = model([node("Einsum", "x", "y", equation=equation)], {"x": x}, ["y"])
+    (y,) = mc.compile(m)(x)
+    want = np.einsum(equation, x.astype(np.float64))
+    np.testing.assert_allclose(y.astype(np.float64), want, rtol=1e-3, atol=1e-3)
