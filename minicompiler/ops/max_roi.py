@@ -20,7 +20,6 @@ import numpy as np
 from .. import te
 from ..ir.expr import (
     ONE,
-    ZERO,
     Call,
     Const,
     Expr,
@@ -38,7 +37,7 @@ from ..ir.op import Arg, Op, Precision, register
 from ..ir.tir import PARALLEL, SERIAL, VECTOR, Alloc, Buffer, For, Scope, Stmt, Store, seq
 from ..ir.types import DType, TensorType, index
 from .draws import Draw, array, choice, integer
-from .roi import by_channel, by_pixel
+from .roi import by_channel, by_pixel, held, hold
 from .rules import (
     clamped,
     direct,
@@ -57,7 +56,6 @@ from .rules import (
 from .scatter import Fresh
 
 Array = np.ndarray
-_ONLY = (ZERO,)
 _FAR = float(1 << 30)  # pixels: sums and differences of such positions are integers of any size
 
 
@@ -103,33 +101,25 @@ class _Side:
     def rectangle(self, low: Expr, high: Expr) -> list[Stmt]:
         """Before all bins. Products are stored before anything is added, which would else be fused
         with them and be rounded differently."""
-        length = maximum(_rounded(_in(self.high)) - _in(self.start) + 1, 1)
+        length = maximum(_rounded(held(self.high)) - held(self.start) + 1, 1)
         return [
-            _put(self.low, low * self.scale), _put(self.high, high * self.scale),
-            _put(self.start, _rounded(_in(self.low))),
-            _put(self.step, number(length, self.dtype) / float(self.bins)),
+            hold(self.low, low * self.scale), hold(self.high, high * self.scale),
+            hold(self.start, _rounded(held(self.low))),
+            hold(self.step, number(length, self.dtype) / float(self.bins)),
         ]  # fmt: skip
 
     def bin(self, i: Expr) -> list[Stmt]:
         """Before the pixels of bin i."""
 
         def border(rounding: str, k: Expr) -> Expr:
-            at = Call(rounding, (number(k, self.dtype) * _in(self.step),))
-            return minimum(maximum(cast(at, index) + _in(self.start), 0), self.size)
+            at = Call(rounding, (number(k, self.dtype) * held(self.step),))
+            return minimum(maximum(cast(at, index) + held(self.start), 0), self.size)
 
-        count = maximum(border("ceil", i + 1) - _in(self.first), 0)
-        return [_put(self.first, border("floor", i)), _put(self.count, count)]
+        count = maximum(border("ceil", i + 1) - held(self.first), 0)
+        return [hold(self.first, border("floor", i)), hold(self.count, count)]
 
     def pixel(self, k: Expr) -> Expr:
-        return clamped(_in(self.first) + k, self.size)
-
-
-def _in(b: Buffer) -> Expr:
-    return Load(b, _ONLY)
-
-
-def _put(b: Buffer, value: Expr) -> Stmt:
-    return Store(b, _ONLY, value)
+        return clamped(held(self.first) + k, self.size)
 
 
 def _rounded(e: Expr) -> Expr:
@@ -165,20 +155,20 @@ def _compute(x: te.Tensor, rois: te.Tensor, a: MaxRoiPoolAttrs) -> te.Tensor:
 
             def larger(at: tuple[Expr, ...]) -> Expr:
                 return binary(
-                    "max", Load(made, at), Load(image, (_in(n), y.pixel(p), z.pixel(q), at[-1]))
+                    "max", Load(made, at), Load(image, (held(n), y.pixel(p), z.pixel(q), at[-1]))
                 )
 
-            some = all_of([_in(y.count) > 0, _in(z.count) > 0])
+            some = all_of([held(y.count) > 0, held(z.count) > 0])
             start = every(lambda at: select(some, lowest(dtype), const(0, dtype)))
-            inner = For(q, _in(z.count), SERIAL, every(larger))
-            return seq([*z.bin(j), start, For(p, _in(y.count), SERIAL, inner)])
+            inner = For(q, held(z.count), SERIAL, every(larger))
+            return seq([*z.bin(j), start, For(p, held(y.count), SERIAL, inner)])
 
         r, i, j = fresh("r"), fresh("i"), fresh("j")
         which, x1, y1, x2, y2 = (Load(rectangles, (r, Const(k))) for k in range(5))
         line = For(j, Const(a.width), SERIAL, one_bin(r, i, j))
         nest: Stmt = seq(
             [
-                _put(n, wrapped(cast(which, index), images)),
+                hold(n, wrapped(cast(which, index), images)),
                 *y.rectangle(y1, y2), *z.rectangle(x1, x2),
                 For(i, Const(a.height), SERIAL, seq([*y.bin(i), line])),
             ]

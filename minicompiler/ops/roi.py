@@ -125,66 +125,68 @@ class _Axis:
         # A product is stored before anything is subtracted: fused into the difference it would be
         # rounded differently, and rectangles of whole pixels would get other numbers of samples.
         shift = 0.5 if self.a.half_pixel else 0.0
-        size = _in(self.high) - _in(self.low)
+        size = held(self.high) - held(self.low)
         if not self.a.half_pixel:
             size = binary("max", size, 1.0)
         count: Expr = const(float(self.a.ratio), self.dtype)
         if not self.a.ratio:
-            some = binary("min", Call("ceil", (_in(self.step),)), MOST_SAMPLES)
-            count = select(_in(self.step) > 0.0, some, const(0.0, self.dtype))
+            some = binary("min", Call("ceil", (held(self.step),)), MOST_SAMPLES)
+            count = select(held(self.step) > 0.0, some, const(0.0, self.dtype))
         return [
-            _put(self.low, low * self.a.scale), _put(self.low, _in(self.low) - shift),
-            _put(self.high, high * self.a.scale), _put(self.high, _in(self.high) - shift),
-            _put(self.step, size / float(self.bins)), _put(self.count, count),
-            _put(self.apart, _in(self.step) / _in(self.count)),
+            hold(self.low, low * self.a.scale), hold(self.low, held(self.low) - shift),
+            hold(self.high, high * self.a.scale), hold(self.high, held(self.high) - shift),
+            hold(self.step, size / float(self.bins)), hold(self.count, count),
+            hold(self.apart, held(self.step) / held(self.count)),
         ]  # fmt: skip
 
     def bin(self, i: Expr) -> list[Stmt]:
         """Before the samples of bin i."""
-        start = _in(self.low) + number(i, self.dtype) * _in(self.step)
+        start = held(self.low) + number(i, self.dtype) * held(self.step)
         if self.a.ratio:
             return [
-                _put(self.start, start), _put(self.first, ZERO),
-                _put(self.visited, wrap(self.a.ratio)),
+                hold(self.start, start), hold(self.first, ZERO),
+                hold(self.visited, wrap(self.a.ratio)),
             ]  # fmt: skip
         # Samples lie at -1 to `size` and at least half a pixel apart, unless there is only one: so
         # a few more than twice the size of the image are enough, whatever the rectangle.
-        count, zero = _in(self.count), const(0.0, self.dtype)
-        before = (-1.0 - _in(self.start)) / _in(self.apart) - 0.5
-        after = (self.length - _in(self.start)) / _in(self.apart) - 0.5
+        count, zero = held(self.count), const(0.0, self.dtype)
+        before = (-1.0 - held(self.start)) / held(self.apart) - 0.5
+        after = (self.length - held(self.start)) / held(self.apart) - 0.5
         first = select(before >= 2.0, binary("min", Call("floor", (before,)) - 1.0, count), zero)
         last = binary("max", Call("floor", (after,)) + 2.0, 0.0)
         end = cast(select(after + 2.0 < count, last, count), index)
         return [
-            _put(self.start, start), _put(self.first, cast(first, index)),
-            _put(self.visited, clamped(end - _in(self.first), self.size * 2 + 9)),
+            hold(self.start, start), hold(self.first, cast(first, index)),
+            hold(self.visited, clamped(end - held(self.first), self.size * 2 + 9)),
         ]  # fmt: skip
 
     def samples(self) -> Expr:
         """The extent of the loop over samples."""
-        return wrap(self.a.ratio) if self.a.ratio else _in(self.visited)
+        return wrap(self.a.ratio) if self.a.ratio else held(self.visited)
 
     def sample(self, k: Expr, inside: Sequence[Stmt], outside: Stmt | None) -> Stmt:
         """What to do for sample k, which may lie in the image or not."""
-        place, near = _in(self.place), _in(self.near)
-        at = number(k + _in(self.first), self.dtype) + 0.5
+        place, near = held(self.place), held(self.near)
+        at = number(k + held(self.first), self.dtype) + 0.5
         moved = binary("max", binary("min", place, self.length - 1.0), 0.0)
         there = all_of([const(-1.0, self.dtype) <= place, place <= self.length])
         steps = [
-            _put(self.place, moved),
-            _put(self.near, clamped(cast(place, index), self.size)),
-            _put(self.far, clamped(near + 1, self.size)),
-            _put(self.weight, place - number(near, self.dtype)),
+            hold(self.place, moved),
+            hold(self.near, clamped(cast(place, index), self.size)),
+            hold(self.far, clamped(near + 1, self.size)),
+            hold(self.weight, place - number(near, self.dtype)),
         ]
         found = If(there, seq([*steps, *inside]), outside)
-        return seq([_put(self.place, _in(self.start) + at * _in(self.apart)), found])
+        return seq([hold(self.place, held(self.start) + at * held(self.apart)), found])
 
 
-def _in(b: Buffer) -> Expr:
+def held(b: Buffer) -> Expr:
+    """What a register holds."""
     return Load(b, _ONLY)
 
 
-def _put(b: Buffer, value: Expr) -> Stmt:
+def hold(b: Buffer, value: Expr) -> Stmt:
+    """Puts a number into a register."""
     return Store(b, _ONLY, value)
 
 
@@ -238,7 +240,7 @@ def _roi_compute(x: te.Tensor, rois: te.Tensor, batch: te.Tensor, a: RoiAlignAtt
         def one_bin(r: Expr, i: Expr, j: Expr) -> Stmt:
             def take(at: tuple[Expr, ...]) -> Expr:
                 corners = [
-                    Load(image, (_in(n), _in(p), _in(q), at[-1])) * Load(weights, (Const(k),))
+                    Load(image, (held(n), held(p), held(q), at[-1])) * Load(weights, (Const(k),))
                     for k, (p, q) in enumerate(itertools.product((y.near, y.far), (z.near, z.far)))
                 ]
                 combine = "max" if a.maximum else "add"
@@ -252,12 +254,12 @@ def _roi_compute(x: te.Tensor, rois: te.Tensor, batch: te.Tensor, a: RoiAlignAtt
 
             start: Expr = zero
             if a.maximum:  # samples that are not looked at are 0 as well
-                whole = [number(_in(s.visited), dtype) >= _in(s.count) for s in (y, z)]
-                some = [_in(s.visited) > 0 for s in (y, z)]
+                whole = [number(held(s.visited), dtype) >= held(s.count) for s in (y, z)]
+                some = [held(s.visited) > 0 for s in (y, z)]
                 start = select(all_of([*whole, *some]), lowest(dtype), zero)
             # The mean is taken in the weights, which all channels share.
-            part = const(1, dtype) if a.maximum else 1.0 / (_in(y.count) * _in(z.count))
-            halves = [(1.0 - _in(s.weight), _in(s.weight)) for s in (y, z)]
+            part = const(1, dtype) if a.maximum else 1.0 / (held(y.count) * held(z.count))
+            halves = [(1.0 - held(s.weight), held(s.weight)) for s in (y, z)]
             share = [
                 Store(weights, (Const(k),), u * v * part)
                 for k, (u, v) in enumerate(itertools.product(*halves))
@@ -272,7 +274,7 @@ def _roi_compute(x: te.Tensor, rois: te.Tensor, batch: te.Tensor, a: RoiAlignAtt
         borders = [Load(rectangles, (r, Const(k))) for k in range(4)]
         nest: Stmt = seq(
             [
-                _put(n, wrapped(Load(which, (r,)), images)),
+                hold(n, wrapped(Load(which, (r,)), images)),
                 *y.rectangle(borders[1], borders[3]),
                 *z.rectangle(borders[0], borders[2]),
                 For(i, Const(a.height), SERIAL,
