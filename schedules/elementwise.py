@@ -247,7 +247,8 @@ def _inner_line(s: Schedule, name: str, order: list[str]) -> list[str]:
     values = analysis.values_of(block)
     own = {
         v
-        for it in _outside_loads(block.body.value) | free_vars(block.where)
+        for it in {*walk(block.body.value, into_loads=False), *free_vars(block.where)}
+        if type(it) is Var
         for v in free_vars(values.get(it, it))
     }
     long = LONG_LINE * s.target.vector_bytes // block.body.buffer.dtype.bytes
@@ -276,13 +277,6 @@ def as_one(s: Schedule, name: str, outer: str, inner: str) -> bool:
     )
 
 
-def _outside_loads(e: Expr) -> set[Expr]:
-    """The variables of an expression that are not only in indices."""
-    if type(e) is Load:
-        return set()
-    return {e} if type(e) is Var else set[Expr]().union(*map(_outside_loads, e.children()))
-
-
 def lanes_for(s: Schedule, block: Block) -> int:
     """How many elements an iteration computes: a vector, or several where each takes long, or the
     result is large (a load right behind a store may have to wait for it, where their addresses
@@ -298,9 +292,10 @@ def lanes_for(s: Schedule, block: Block) -> int:
 
 def _widest(e: Expr) -> int:
     """The bytes of the largest number that an expression computes with, positions apart."""
-    if type(e) is Load:
-        return e.dtype.bytes
-    return max([0 if e.dtype is int64 else e.dtype.bytes, *map(_widest, e.children())])
+    return max(
+        0 if x.dtype is int64 and type(x) is not Load else x.dtype.bytes
+        for x in walk(e, into_loads=False)
+    )
 
 
 def _takes_long(block: Block) -> bool:

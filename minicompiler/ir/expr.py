@@ -642,8 +642,9 @@ def rewrite(
     return go(e)
 
 
-def walk(e: Expr) -> Iterator[Expr]:
-    """Every distinct subexpression once, parents before children."""
+def walk(e: Expr, into_loads: bool = True) -> Iterator[Expr]:
+    """Every distinct subexpression once, parents before children. into_loads: also what tells
+    where a load reads."""
     seen: set[Expr] = set()
     stack = [e]
     while stack:
@@ -651,7 +652,8 @@ def walk(e: Expr) -> Iterator[Expr]:
         if x not in seen:
             seen.add(x)
             yield x
-            stack.extend(x.children())
+            if into_loads or type(x) is not Load:
+                stack.extend(x.children())
 
 
 def loads(e: Expr) -> list[Load]:

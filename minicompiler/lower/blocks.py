@@ -219,14 +219,11 @@ def _split_tile(nest: Stmt, arith: Arith) -> Stmt:
 def _same_in_all(e: Expr, lanes: set[Var]) -> Iterator[Expr]:
     """Conditions under which minima and maxima outside of indices (how many taps of a window are
     inside, say) are the same in all lanes."""
-    if type(e) is Load:
-        return
-    if type(e) is Binary and e.op in ("min", "max") and e.dtype.is_int:
-        for same, other in ((e.a, e.b), (e.b, e.a)):
-            if free_vars(other) & lanes and not free_vars(same) & lanes and not _limited(other):
-                yield same <= other if e.op == "min" else other <= same
-    for x in e.children():
-        yield from _same_in_all(x, lanes)
+    for x in walk(e, into_loads=False):
+        if type(x) is Binary and x.op in ("min", "max") and x.dtype.is_int:
+            for same, other in ((x.a, x.b), (x.b, x.a)):
+                if free_vars(other) & lanes and not free_vars(same) & lanes and not _limited(other):
+                    yield same <= other if x.op == "min" else other <= same
 
 
 def _limited(e: Expr) -> bool:

@@ -171,12 +171,11 @@ def _dequantized(v: Value | None) -> Apply | None:
 
 def _cheaper(v: Apply, packed: Apply, max_error: float) -> bool:
     """False for a convolution that a way with fewer multiplications computes faster in float32."""
-    assert isinstance(v.op, Op)
-    direct = _costs(v, max_error)[:1]
-    if direct in ([], [0.0]):
+    floats = _costs(v, max_error)
+    if not any(floats[:1]):
         return True
-    pairs = [_GAIN * c for c in (*direct, *[2 * c for c in _costs(packed, 0.0)]) if c]
-    return min(pairs) <= min(_costs(v, max_error))
+    pairs = [_GAIN * c for c in (floats[0], *[2 * c for c in _costs(packed, 0.0)]) if c]
+    return min(pairs) <= min(floats)
 
 
 def _costs(v: Apply, max_error: float) -> list[float]:

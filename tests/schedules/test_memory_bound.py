@@ -542,6 +542,20 @@ def test_small_numbers_fill_vectors(dtype: str, to: str, lanes: int) -> None:
     assert str(vector.extent) == str(lanes)
 
 
+def test_what_an_expression_shares_is_looked_at_once() -> None:
+    """As a tree this one has 2**60 leaves."""
+    x = te.placeholder("x", (64, 9, 9), float32)
+
+    def body(c: Expr, h: Expr, w: Expr) -> Expr:
+        e: Expr = x[c, h, w]
+        for _ in range(60):
+            e = e * binary("max", e, 0.5)
+        return e
+
+    s = schedule(from_tensors("f", [x], [te.compute((64, 9, 9), body, "y")]), AVX2)
+    assert unswitch(lower_blocks(s.func)).phases
+
+
 @pytest.mark.parametrize("extent", [3136, 3000, 5000])
 def test_columns_are_cut_evenly(extent: int) -> None:
     x = te.placeholder("x", (64, extent), float32)
