@@ -19,7 +19,7 @@ from minicompiler.ir.graph import Value, type_of
 from minicompiler.ir.types import int64
 from minicompiler.ops import elementwise as el
 from minicompiler.ops import index as ix
-from minicompiler.ops import linalg, norm
+from minicompiler.ops import linalg, norm, padding
 from minicompiler.ops import pieces as pc
 from minicompiler.ops import reduce as red
 from minicompiler.ops import scatter as sc
@@ -278,8 +278,8 @@ def _grouped(n: OnnxNode) -> Any:
 def _appended(n: OnnxNode, past: Value, x: Value, first: Value) -> Value:
     """What is new behind what each sequence has."""
     shape, after = type_of(past).shape, type_of(x).shape[2]
-    attrs = pc.PadAttrs((0,) * 4, (0, 0, after, 0), "constant", 0)
-    room = n.apply(pc.pad, past, attrs=attrs, name="")
+    attrs = padding.PadAttrs((0,) * 4, (0, 0, after, 0), "constant", 0)
+    room = n.apply(padding.pad, past, attrs=attrs, name="")
     if len(shape) != 4:
         n.fail(f"{n.op_type} with a past {type_of(past)}")
     return n.apply(sc.write_at, room, x, first, attrs=sc.WriteAtAttrs(2), name="")

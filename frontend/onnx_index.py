@@ -11,11 +11,10 @@ from minicompiler.errors import ImportModelError
 from minicompiler.ir.expr import const_int, product
 from minicompiler.ir.graph import Value, type_of
 from minicompiler.ir.op import Op
-from minicompiler.ops import contract, linalg
+from minicompiler.ops import contract, linalg, padding
 from minicompiler.ops import elementwise as el
 from minicompiler.ops import index as ix
 from minicompiler.ops import order as od
-from minicompiler.ops import pieces as pc
 from minicompiler.ops import reduce as red
 from minicompiler.ops import scatter as sc
 from minicompiler.ops import shape as sh
@@ -71,7 +70,7 @@ def _max_unpool(n: OnnxNode) -> Value:
     if wanted is None:
         n.fail("the output shape of MaxUnpool has to be known")
     after = tuple(w - s for w, s in zip(wanted, shape, strict=True))
-    return n.apply(pc.pad, image, attrs=pc.PadAttrs((0,) * (d + 2), after, "constant", 0))
+    return n.apply(padding.pad, image, attrs=padding.PadAttrs((0,) * (d + 2), after, "constant", 0))
 
 
 # ---- sorting ------------------------------------------------------------------------------------

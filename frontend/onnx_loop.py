@@ -37,7 +37,7 @@ from minicompiler.ops import control as ct
 from minicompiler.ops import count as cn
 from minicompiler.ops import elementwise as el
 from minicompiler.ops import index as ix
-from minicompiler.ops import pieces as pc
+from minicompiler.ops import padding
 from minicompiler.ops import shape as sh
 
 from .onnx_node import OnnxNode, items
@@ -254,8 +254,8 @@ def _padded(n: OnnxNode, values: Sequence[Value], sizes: dict[Place, Expr]) -> l
         t = type_of(made[k])
         more = [ZERO] * t.rank
         more[axis] = Arith().simplify(most - t.shape[axis])
-        attrs = pc.PadAttrs((0,) * t.rank, tuple(more))
-        made[k] = n.apply(pc.pad, made[k], attrs=attrs, name="")
+        attrs = padding.PadAttrs((0,) * t.rank, tuple(more))
+        made[k] = n.apply(padding.pad, made[k], attrs=attrs, name="")
     return made
 
 

@@ -18,7 +18,7 @@ from minicompiler.ir.types import int64
 from minicompiler.ops import conv as cv
 from minicompiler.ops import elementwise as el
 from minicompiler.ops import linalg, norm
-from minicompiler.ops import pieces as pc
+from minicompiler.ops import padding as pd
 from minicompiler.ops import pool as pl
 from minicompiler.ops import reduce as red
 from minicompiler.ops import shape as sh
@@ -76,8 +76,8 @@ def bordered(
         else:
             before[2 + k], after[2 + k] = first, last
     if any(isinstance(s, Expr) for s in before):
-        attrs = pc.PadAttrs(tuple(before), tuple(after), "constant", value)
-        x = n.apply(pc.pad, x, attrs=attrs, name="")
+        attrs = pd.PadAttrs(tuple(before), tuple(after), "constant", value)
+        x = n.apply(pd.pad, x, attrs=attrs, name="")
     return x, tuple(begin), tuple(end)
 
 

@@ -18,6 +18,7 @@ from minicompiler.ir.graph import Constant, Value, type_of
 from minicompiler.ir.op import Op
 from minicompiler.ops import elementwise as el
 from minicompiler.ops import index as ix
+from minicompiler.ops import padding
 from minicompiler.ops import pieces as pc
 from minicompiler.ops import reduce as red
 from minicompiler.ops import resize as rs
@@ -159,13 +160,13 @@ def _pad(n: OnnxNode) -> Value:
     rank = n.type(0).rank
     if n.opset < 11:
         pads = tuple(n.attr("pads"))
-        attrs = pc.PadAttrs(pads[:rank], pads[rank:], mode, n.attr("value", 0.0))
-        return n.apply(pc.pad, n.arg(0), attrs=attrs)
+        attrs = padding.PadAttrs(pads[:rank], pads[rank:], mode, n.attr("value", 0.0))
+        return n.apply(padding.pad, n.arg(0), attrs=attrs)
     value = n.scalar(2) if mode == "constant" else None
     axes = n.known(3)
-    attrs = pc.PadAttrs(mode=mode, value=0 if value is None else value)
+    attrs = padding.PadAttrs(mode=mode, value=0 if value is None else value)
     if axes is None:
-        return n.apply(pc.pad, n.arg(0), n.arg(1), attrs=attrs)
+        return n.apply(padding.pad, n.arg(0), n.arg(1), attrs=attrs)
     sizes = sizes_of(n.arg(1))
     if sizes is None:
         n.fail("the padding is computed from data", "only shapes and constants may determine it")
@@ -175,8 +176,8 @@ def _pad(n: OnnxNode) -> Value:
     end: list[Any] = [0] * rank
     for k, axis in enumerate(n.axis(int(a), rank) for a in axes.reshape(-1)):
         begin[axis], end[axis] = sizes[k], sizes[k + axes.size]
-    attrs = pc.PadAttrs(tuple(begin), tuple(end), mode, attrs.value)
-    return n.apply(pc.pad, n.arg(0), attrs=attrs)
+    attrs = padding.PadAttrs(tuple(begin), tuple(end), mode, attrs.value)
+    return n.apply(padding.pad, n.arg(0), attrs=attrs)
 
 
 def _trilu(n: OnnxNode) -> Value:

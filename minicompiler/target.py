@@ -177,6 +177,11 @@ class Target:
         """The features in LLVM's syntax, `+avx,+avx2,...`."""
         return ",".join(f"+{feature}" for feature in self.features)
 
+    def lanes(self, size: int) -> int:
+        """How many numbers of `size` bytes a register computes with: those of fewer than 4 are
+        widened for it."""
+        return self.vector_bytes // max(4, size)
+
     def has(self, *features: str) -> bool:
         """Whether generated code may use all of these instruction sets."""
         return all(feature in self.features for feature in features)

@@ -95,7 +95,7 @@ def _axes(s: Schedule) -> Axes | None:
     if not summed or not columns or around != {*before, *summed, *columns}:
         return None
     width = const_int(s.loop(columns[-1])[0].extent) or LEAST
-    vector = s.target.vector_bytes // max(4, last.body.buffer.dtype.bytes)
+    vector = s.target.lanes(last.body.buffer.dtype.bytes)
     known = all(const_int(s.loop(n)[0].extent) is not None for n in summed)
     return Axes(before, summed, columns) if known and width >= 2 * vector else None
 
@@ -178,7 +178,7 @@ def _row_by_row(s: Schedule, name: str, top: str, height: int, depth: int) -> No
     """Schedules the part of a block inside a block of columns. Of the last axis that reductions go
     over, the loop at `depth`, `height` rows are taken at a time."""
     block, _ = s.block(name)
-    lanes = s.target.vector_bytes // max(4, block.body.buffer.dtype.bytes)
+    lanes = s.target.lanes(block.body.buffer.dtype.bytes)
     lanes *= elementwise.LONG_VECTORS
     loops = s.loops_of(name, top)
     if analysis.is_reduction(block):

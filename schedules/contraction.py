@@ -245,7 +245,7 @@ def _tile(s: Schedule, nest: Nest) -> tuple[int, int, int, int | None]:
     known."""
     t = s.target
     out = nest.block.body
-    lanes = t.vector_bytes // max(4, out.buffer.dtype.bytes)
+    lanes = t.lanes(out.buffer.dtype.bytes)
     vector_extent = const_int(nest.vector.extent)
     blocked = block_of(out.buffer.layout, axis_of(out, nest.vector))
     row_extent: int | None = 1
@@ -316,7 +316,7 @@ def _schedule(s: Schedule, nest: Nest) -> None:
         v_o, v_b = s.split(v_o, width // block, "mask")
         tile = [v_b, v_i]
     elif width & (width - 1):  # vectors have a power of two of lanes
-        tile = [*s.split(v_i, s.target.vector_bytes // max(4, out.buffer.dtype.bytes))]
+        tile = [*s.split(v_i, s.target.lanes(out.buffer.dtype.bytes))]
     row_o = None
     if row is not None:
         row_o, row_i = s.split(row, rows, "mask")

@@ -119,7 +119,7 @@ def apply(s: Schedule) -> None:
     for b in others:
         contraction.follow_reader_layout(s, b)
     # ---- loops: result in memory order, window, tile --------------------------------------------
-    lanes = s.target.vector_bytes // max(4, main.body.buffer.dtype.bytes)
+    lanes = s.target.lanes(main.body.buffer.dtype.bytes)
     block = nest.layout.splits()[-1][2] or lanes  # channels that lie side by side
     outer, lane = s.split(_loop(nest.vector), block, "mask")
     parts = []

@@ -39,7 +39,7 @@ def applies(s: Schedule, nest: Nest) -> bool:
 def apply(s: Schedule, nest: Nest) -> None:
     """Schedules the product, and what stands beside it by itself."""
     name, own = nest.block.name, nest.block.body.buffer
-    lanes = s.target.vector_bytes // max(4, own.dtype.bytes)
+    lanes = s.target.lanes(own.dtype.bytes)
     others = [b.name for b in analysis.blocks(s.func) if b.name != name]
     rows = math.prod(const_int(r.extent) or 1 for r in nest.rows)
     streams = min(_STREAMS, _SUMS // rows, const_int(nest.vector.extent) or _STREAMS)

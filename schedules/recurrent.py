@@ -151,7 +151,7 @@ def _tile(s: Schedule, p: _Product, followers: list[str], t: str, number: str) -
     number: tells its choices from those of other contractions in the step.
     """
     name, buffer = p.block.name, p.block.body.buffer
-    lanes = s.target.vector_bytes // max(4, buffer.dtype.bytes)
+    lanes = s.target.lanes(buffer.dtype.bytes)
     gates, count = _size(p.sides) or 1, _size(p.rows)
     # Few rows: all gates in one tile. More: a tile of rows for one gate after the other, and the
     # sums of a block of units in cache. A number that is not known is often one.

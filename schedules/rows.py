@@ -262,7 +262,7 @@ def schedule_reduction(s: Schedule, name: str, top: str | None = None) -> bool:
     reducing = analysis.reduce_loops(block, inside)
     if not reducing:
         return False
-    lanes = s.target.vector_bytes // max(4, block.body.buffer.dtype.bytes)
+    lanes = s.target.lanes(block.body.buffer.dtype.bytes)
     arith = analysis.arith_of(s.func)
     spatial = [x for x in inside if x not in reducing]
     if _goes_across(block, spatial, arith):
@@ -380,7 +380,7 @@ def _columns(s: Schedule, name: str) -> bool:
     if block.body.buffer.layout is not None:
         return False
     order = elementwise.memory_order(s, name)
-    lanes = 4 * s.target.vector_bytes // max(4, block.body.buffer.dtype.bytes)
+    lanes = 4 * s.target.lanes(block.body.buffer.dtype.bytes)
     extent = const_int(s.loop(order[-1])[0].extent)
     if extent is not None and extent < 2 * lanes:
         return False

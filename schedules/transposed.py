@@ -34,7 +34,7 @@ def schedule(s: Schedule, name: str, order: list[str]) -> bool:
     load = loads[0]
     fused = [s.fuse(*g) if len(g) > 1 else g[0] for g in groups]
     along, across = fused[k], fused[-1]
-    lanes = s.target.vector_bytes // max(4, load.buffer.dtype.bytes)
+    lanes = s.target.lanes(load.buffer.dtype.bytes)
     extent = const_int(s.loop(across)[0].extent)
     wide = 2 * lanes if extent is None or extent >= 2 * lanes else lanes
     if extent is not None and extent < 8 * lanes and extent % wide and extent % lanes == 0:

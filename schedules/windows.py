@@ -99,7 +99,7 @@ def _rows(s: Schedule, places: str) -> int:
 
 def _vector(s: Schedule, name: str, line: str) -> list[str]:
     """Splits the loop over a line into tiles of whole vectors; the loop around them, if any."""
-    lanes = s.target.vector_bytes // max(4, s.block(name)[0].body.buffer.dtype.bytes)
+    lanes = s.target.lanes(s.block(name)[0].body.buffer.dtype.bytes)
     whole = const_int(s.loop(line)[0].extent)
     if whole is not None and whole <= WIDEST * lanes:
         return []

@@ -21,6 +21,7 @@ from . import (
     max_roi,
     norm,
     order,
+    padding,
     pairs,
     pieces,
     pool,
@@ -41,6 +42,7 @@ OWN = frozenset(REGISTRY.values())
 __all__ = [
     "OWN",
     "activations", "affine", "append", "codes", "contract", "control", "conv", "count",
-    "elementwise", "evaluate", "index", "linalg", "max_roi", "norm", "order", "pairs", "pieces",
-    "pool", "quant", "recurrent", "reduce", "resize", "roi", "sample", "scatter", "shape", "trees",
+    "elementwise", "evaluate", "index", "linalg", "max_roi", "norm", "order", "padding", "pairs",
+    "pieces", "pool", "quant", "recurrent", "reduce", "resize", "roi", "sample", "scatter",
+    "shape", "trees",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 from ..ir.expr import const_int, wrap
 from ..ir.graph import Apply, Constant, Value, apply, type_of
 from ..ir.types import TensorType
-from ..ops import activations, conv, elementwise, pieces
+from ..ops import activations, conv, elementwise, padding, pieces
 from ..ops.windows import Windows
 
 _LEAD = 2  # images and channels
@@ -97,7 +97,7 @@ def _windows(v: Apply) -> Windows:
 def _border(v: Apply) -> Apply | None:
     """The node that puts a constant border around the spatial axes of what `v` reads."""
     border = v.args[0]
-    if not isinstance(border, Apply) or border.op is not pieces.pad:
+    if not isinstance(border, Apply) or border.op is not padding.pad:
         return None
     if border.attrs.mode != "constant":
         return None

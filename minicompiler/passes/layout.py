@@ -33,7 +33,7 @@ from ..ir.graph import (
 from ..ir.layout import IndexMap, axes
 from ..ir.op import Kind
 from ..ir.types import TensorType
-from ..ops import conv, elementwise, pieces, pool, resize
+from ..ops import conv, elementwise, padding, pieces, pool, resize
 from ..target import Target
 from .kind import kind_of
 
@@ -159,7 +159,7 @@ def _passed_on(v: Apply) -> Sequence[Value | None]:
     """The arguments whose channels are those of the result."""
     if isinstance(v.type, tuple):
         return ()
-    if v.op in _SPATIAL or v.op in (pieces.pad, resize.resize):
+    if v.op in _SPATIAL or v.op in (padding.pad, resize.resize):
         return v.args[:1]
     if v.op is pieces.concat:
         return v.args

@@ -30,7 +30,7 @@ from ..ir.graph import (
 )
 from ..ir.op import Op
 from ..ir.types import TensorType, float32
-from ..ops import activations, conv, elementwise, index, pieces, pool, scatter, shape
+from ..ops import activations, conv, elementwise, index, padding, pieces, pool, scatter, shape
 from . import borders, positions
 
 Rule = Callable[[Apply], Value | None]
@@ -354,7 +354,7 @@ RULES: dict[Op, tuple[Rule, ...]] = {
     elementwise.identity: (_unchanged,),
     shape.expand: (_unchanged,),
     pieces.tile: (_unchanged,),
-    pieces.pad: (_unpadded,),
+    padding.pad: (_unpadded,),
     pieces.strided_slice: (_whole_slice,),
     shape.transpose: (_transpose,),
     shape.reshape: (_view,),

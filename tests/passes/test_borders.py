@@ -12,7 +12,7 @@ from tolerance import assert_close
 from minicompiler.ir.expr import Const, Dim
 from minicompiler.ir.graph import Apply, Constant, Function, Input, Value, applies, apply
 from minicompiler.ir.types import TensorType, float32
-from minicompiler.ops import activations, conv, elementwise, pieces, pool
+from minicompiler.ops import activations, conv, elementwise, padding, pool
 from minicompiler.ops.evaluate import run_reference
 from minicompiler.passes.fold import fold_constants
 from minicompiler.passes.simplify import simplify
@@ -28,8 +28,8 @@ def border(
     x: Value, value: float = 0, amounts: Any = (1, 0, 2, 1), mode: str = "constant"
 ) -> Value:
     top, left, bottom, right = amounts
-    attrs = pieces.PadAttrs((0, 0, top, left), (0, 0, bottom, right), mode, value)
-    return apply(pieces.pad, x, attrs=attrs)
+    attrs = padding.PadAttrs((0, 0, top, left), (0, 0, bottom, right), mode, value)
+    return apply(padding.pad, x, attrs=attrs)
 
 
 def pooled(op: Any, x: Value, **attrs: Any) -> Value:
@@ -61,7 +61,7 @@ MERGED = {
 @pytest.mark.parametrize("name", MERGED)
 def test_merged(name: str) -> None:
     fn = simple(MERGED[name], X)
-    assert not any(v.op is pieces.pad for v in applies(fn))
+    assert not any(v.op is padding.pad for v in applies(fn))
     x = np.random.default_rng(1).standard_normal((2, 3, 9, 8), np.float32)
     (want,) = run_reference(Function("f", (X,), (MERGED[name],)), [x])
     assert_close(run_reference(fn, [x])[0], want, 27)
@@ -79,14 +79,14 @@ KEPT = {
 
 @pytest.mark.parametrize("name", KEPT)
 def test_kept(name: str) -> None:
-    assert any(v.op is pieces.pad for v in applies(simple(KEPT[name], X)))
+    assert any(v.op is padding.pad for v in applies(simple(KEPT[name], X)))
 
 
 def test_border_of_channels_stays() -> None:
-    attrs = pieces.PadAttrs((0, 1, 0, 0), (0, 0, 0, 0))
+    attrs = padding.PadAttrs((0, 1, 0, 0), (0, 0, 0, 0))
     wide = Constant(np.ones((4, 4, 3, 3), np.float32))
-    fn = simple(convolved(apply(pieces.pad, X, attrs=attrs), wide), X)
-    assert any(v.op is pieces.pad for v in applies(fn))
+    fn = simple(convolved(apply(padding.pad, X, attrs=attrs), wide), X)
+    assert any(v.op is padding.pad for v in applies(fn))
 
 
 WHOLE = {"kernel": (1280, 1280), "strides": (1280, 1280), "ceil_mode": True}

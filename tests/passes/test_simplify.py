@@ -13,6 +13,7 @@ from minicompiler.ir.graph import Constant, Function, Input, Item, Value, applie
 from minicompiler.ir.types import TensorType, bool_, float32, int32
 from minicompiler.ops import activations as act
 from minicompiler.ops import elementwise as el
+from minicompiler.ops import padding
 from minicompiler.ops import pieces as pc
 from minicompiler.ops import reduce as red
 from minicompiler.ops import shape as sh
@@ -62,7 +63,7 @@ GONE = {
     "reshaped back": reshaped(reshaped(X, 6, 4), 2, 3, 4),
     "squeezed back": apply(sh.squeeze, apply(sh.unsqueeze, X), attrs=sh.SqueezeAttrs((0,))),
     "whole slice": apply(pc.strided_slice, X, attrs=pc.SliceAttrs((0,), (1 << 40,), (1,), (1,))),
-    "padding of 0": apply(pc.pad, X, attrs=pc.PadAttrs((0, 0, 0), (0, 0, 0))),
+    "padding of 0": apply(padding.pad, X, attrs=padding.PadAttrs((0, 0, 0), (0, 0, 0))),
     "concat of one": apply(pc.concat, X),
     "expand to same": apply(sh.expand, X, attrs=sh.ExpandAttrs((1, 3, 4))),
     "where True": apply(el.where, c([[True]], bool), X, apply(el.neg, X)),
