@@ -672,34 +672,74 @@ def _number(e: Const) -> str:
     return str(e.value)
 
 
-def _text(e: Expr, level: int = 0) -> str:
-    if type(e) is Const:
-        return _number(e)
-    if isinstance(e, Var | Dim):
-        return e.name
-    if type(e) is Binary:
-        if e.op not in _SYMBOL:
-            return f"{e.op}({e.a}, {e.b})"
-        symbol, mine = _SYMBOL[e.op]
-        a, b = _text(e.a, mine), _text(e.b, mine + 1)
-        tight = mine >= 5
-        text = f"{a}{symbol}{b}" if tight else f"{a} {symbol} {b}"
-        return f"({text})" if mine < level else text
-    if type(e) is Cast:
-        return f"{e.dtype}({e.a})"
-    if type(e) is Select:
-        return f"select({e.cond}, {e.a}, {e.b})"
-    if type(e) is Call:
-        return f"{e.fn}({', '.join(map(str, e.args))})"
-    if type(e) is Load:
-        mask = "" if e.mask is None else f" if {e.mask}"
-        return f"{e.buffer.name}[{', '.join(map(str, e.indices))}{mask}]"
-    if type(e) is Ramp:
-        step = "" if e.stride is ONE else f":{e.stride}"
-        return f"<{e.base}..{step}x{e.lanes}>"
-    if type(e) is Splat:
-        return f"<{e.value}>x{e.lanes}"
-    if type(e) is Reduce:
-        axes = ", ".join(f"{v}<{x}" for v, x in zip(e.axes, e.extents, strict=True))
-        return f"{e.combiner}({e.body}, {axes})"
-    raise TypeError(type(e).__name__)
+_LONG_TEXT = 1000
+"""The text of an expression with more parts, shared ones counted as often as they are used, names
+these."""
+
+
+def _text(e: Expr) -> str:
+    """The text of an expression. A long one names what it uses several times, since it would double
+    with each such use: `%0 * max(%0, 0.0) where %0 = x[i] + 1.0`."""
+    sizes: dict[Expr, int] = {}  # inner expressions first
+    uses: dict[Expr, int] = {}
+
+    def size(x: Expr) -> int:
+        uses[x] = uses.get(x, 0) + 1
+        if x not in sizes:
+            sizes[x] = 1 + sum(map(size, x.children()))
+        return sizes[x]
+
+    names: dict[Expr, str] = {}
+    if size(e) <= _LONG_TEXT:
+        return _written(e, names)
+    meanings = []
+    for x in sizes:
+        if uses[x] > 1 and x.children():
+            name = f"%{len(names)}"
+            meanings.append(f"{name} = {_written(x, names)}")
+            names[x] = name
+    where = f" where {', '.join(reversed(meanings))}" if meanings else ""
+    return _written(e, names) + where
+
+
+def _written(e: Expr, names: Mapping[Expr, str]) -> str:
+    """The text of an expression, with names for some that it consists of."""
+
+    def many(xs: Iterable[Expr]) -> str:
+        return ", ".join(map(go, xs))
+
+    def go(x: Expr, level: int = 0) -> str:
+        if x in names:
+            return names[x]
+        if type(x) is Const:
+            return _number(x)
+        if isinstance(x, Var | Dim):
+            return x.name
+        if type(x) is Binary:
+            if x.op not in _SYMBOL:
+                return f"{x.op}({go(x.a)}, {go(x.b)})"
+            symbol, mine = _SYMBOL[x.op]
+            a, b = go(x.a, mine), go(x.b, mine + 1)
+            tight = mine >= 5
+            text = f"{a}{symbol}{b}" if tight else f"{a} {symbol} {b}"
+            return f"({text})" if mine < level else text
+        if type(x) is Cast:
+            return f"{x.dtype}({go(x.a)})"
+        if type(x) is Select:
+            return f"select({many((x.cond, x.a, x.b))})"
+        if type(x) is Call:
+            return f"{x.fn}({many(x.args)})"
+        if type(x) is Load:
+            mask = "" if x.mask is None else f" if {go(x.mask)}"
+            return f"{x.buffer.name}[{many(x.indices)}{mask}]"
+        if type(x) is Ramp:
+            step = "" if x.stride is ONE else f":{go(x.stride)}"
+            return f"<{go(x.base)}..{step}x{x.lanes}>"
+        if type(x) is Splat:
+            return f"<{go(x.value)}>x{x.lanes}"
+        if type(x) is Reduce:
+            axes = ", ".join(f"{v}<{go(n)}" for v, n in zip(x.axes, x.extents, strict=True))
+            return f"{x.combiner}({go(x.body)}, {axes})"
+        raise TypeError(type(x).__name__)
+
+    return go(e)

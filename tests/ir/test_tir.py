@@ -9,7 +9,7 @@ from tir_samples import SAMPLES, matmul_of
 from minicompiler.errors import InternalError
 from minicompiler.ir import interp
 from minicompiler.ir.equal import tir_equal
-from minicompiler.ir.expr import TRUE, Const, Load, Var, const, substitute
+from minicompiler.ir.expr import TRUE, Const, Expr, Load, Var, const, minimum, substitute
 from minicompiler.ir.tir import (
     PARALLEL,
     SERIAL,
@@ -100,6 +100,20 @@ def test_text_marks_a_statement() -> None:
     marked = script(func, func.phases[0]).splitlines()
     assert [line for line in marked if line.startswith("  >")] == ["  >     for i in 4:"]
     assert str(func) == script(func)
+
+
+def test_a_long_text_names_what_it_uses_again() -> None:
+    """Written out, this expression is a text of 2**60 parts."""
+    e: Expr = I
+    for _ in range(60):
+        e = e * minimum(e, 3)
+    text, _, where = str(e).partition(" where ")
+    numbers = {"i": 2, "min": min}
+    for meaning in reversed(where.split(", %")):
+        name, _, value = meaning.removeprefix("%").partition(" = ")
+        numbers[f"n{name}"] = eval(value.replace("%", "n"), {}, numbers)
+    # 2 * 2, 4 * 3, 12 * 3, ...
+    assert eval(text.replace("%", "n"), {}, numbers) == 4 * 3**59
 
 
 @pytest.mark.parametrize("name", SAMPLES)
