@@ -62,7 +62,8 @@ class Kernel:
     params: per kernel parameter ("arg", k): argument k of the fused function; ("prepared", k): a
     constant made while compiling; ("result", k). prepared: for each, its symbol, its own parameters
     in the same form, dtype and physical shape. flops, moved, points: operations, bytes and
-    iterations of a call, see lower/cost.py.
+    iterations of a call, see lower/cost.py. preparing: LLVM IR for this machine of what computes
+    `prepared`, where `code` is for another one that has more.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Kernel:
     flops: Size
     moved: Size
     points: Size
+    preparing: str
     code: bytes
 
 
@@ -93,7 +95,7 @@ _fingerprint: list[str] = []
 
 
 def stamp(target: Target) -> str:
-    """Version, the sources that make kernels, and the target."""
+    """Version, the sources that make kernels, the target, and what makes constants for it."""
     if not _fingerprint:
         digest = hashlib.blake2b(digest_size=16)
         top = Path(__file__).parent
@@ -105,7 +107,14 @@ def stamp(target: Target) -> str:
         for path in sorted([*files, *(top / f"{n}.py" for n in ("kernel", "pipeline", "te"))]):
             digest.update(path.read_bytes())
         _fingerprint.append(digest.hexdigest())
-    return f"{VERSION} {_fingerprint[0]} {json.dumps(target.to_json(), sort_keys=True)}"
+    machines = [target, *_maker(target)]
+    return f"{VERSION} {_fingerprint[0]} {json.dumps([t.to_json() for t in machines])}"
+
+
+def _maker(target: Target) -> list[Target]:
+    """This machine, if it cannot run code for the target: constants are made here."""
+    host = Target.host()
+    return [host] if target.missing_features(host) else []
 
 
 def start_kernel(
@@ -171,6 +180,7 @@ def _kernel_from(data: Mapping[str, Any], code: bytes) -> Kernel:
         size(data["flops"]),
         size(data["moved"]),
         size(data["points"]),
+        data["preparing"],
         bytes(code),
     )
 
@@ -260,7 +270,7 @@ def write_kernel(
         for f in (func, *[p.func for p in prepared]):
             verify_tir(f, True, facts)
     name = fn.name + suffix
-    parts = []
+    parts, preparing = [], []
     emitted = None
     names = []
     for k, f in enumerate([func, *[p.func for p in prepared]]):
@@ -282,6 +292,7 @@ def write_kernel(
         if k and (e.shared is not ZERO or e.local is not ZERO):
             raise InternalError(f"{f.name} needs workspace while compiling", lowered.locs)
         parts.append(e.text)
+        preparing += [emit(f, here).text for here in _maker(target) if k]
     assert emitted is not None
     ready = [p.buffer for p in prepared]
 
@@ -318,6 +329,7 @@ def write_kernel(
         to_size(flops(meaning)),
         to_size(moved(meaning)),
         to_size(points(meaning)),
+        _merge(preparing) if preparing else "",
         b"",
     )
     parts[0] = override.llvm(suffix) or parts[0]

@@ -109,9 +109,13 @@ def _from_json(data: Mapping[str, Any]) -> Peaks:
 
 
 class Meter:
-    """The generated functions, ready to run on some threads."""
+    """The generated functions, ready to run on some threads.
+
+    Raises RunError if this machine cannot run code for the target.
+    """
 
     def __init__(self, target: Target, threads: int) -> None:
+        target.check_host(f"code for {target}")
         self.lanes, self.threads = target.vector_bytes // 4, threads
         symbols = ["mc_fma", "mc_read", "mc_write"]
         self.library = Library(compile_object(_text(target), target), symbols)

@@ -20,12 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from .codegen.native import compile_object
 from .ir.graph import Apply, Constant, Value
 from .ir.types import DType
 from .kernel import Kernel
 from .runtime.loader import Library
 from .runtime.pages import Block, Pages, memory_of
 from .runtime.pool import kernel_symbols
+from .target import Target
 
 Array = np.ndarray
 _KEPT_MAPPED = 32 << 20  # bytes of a constant that stays in the mapped file of the model
@@ -80,8 +82,10 @@ class Preparation:
 
     def _library(self, kernel: Kernel) -> Library:
         if kernel.name not in self.libraries:
-            exports = [kernel.name, *[p[0] for p in kernel.prepared]]
-            self.libraries[kernel.name] = Library(kernel.code, exports, kernel_symbols())
+            code, exports = kernel.code, [p[0] for p in kernel.prepared]
+            if kernel.preparing:
+                code = compile_object(kernel.preparing, Target.host())
+            self.libraries[kernel.name] = Library(code, exports, kernel_symbols())
         return self.libraries[kernel.name]
 
     def _constant(self, v: Apply, k: int) -> Future[Array]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from minicompiler import config
-from minicompiler.errors import MinicompilerError
+from minicompiler.errors import MinicompilerError, RunError
 
 # Only features that generated code may use: others (rdrand, sse4a, ...) would needlessly tie a
 # saved module to one vendor's machines. Backends enable exactly `Target.features`, and use
@@ -191,6 +191,15 @@ class Target:
         if host.arch != self.arch:
             return [self.arch]
         return [feature for feature in self.features if feature not in host.features]
+
+    def check_host(self, what: str) -> None:
+        """Raises RunError if this machine cannot run `what`, code for the target."""
+        missing = self.missing_features(self.host())
+        if missing:
+            raise RunError(
+                f"{what} uses instructions that this processor lacks: {', '.join(missing)}",
+                hint='compile it for this machine, or for an older one such as target="cpu:avx2"',
+            )
 
     def to_json(self) -> dict[str, Any]:
         """All fields, as JSON types."""

@@ -268,9 +268,7 @@ class Module:
         self._template = template
 
     def _start(self) -> Any:
-        missing = self.target.missing_features(Target.host())
-        if missing:
-            raise _unsupported("this module", missing)
+        self.target.check_host("this module")
         return get_pool(self.threads)
 
     def _copy(self, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> None:
@@ -386,9 +384,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Module:
             raise ValueError("kernels or constants are missing")
     except (KeyError, TypeError, ValueError, AttributeError, MinicompilerError) as error:
         raise RunError(f'"{name}" is not a complete saved module: {error}') from error
-    missing = target.missing_features(Target.host())
-    if missing:
-        raise _unsupported(f'"{name}"', missing)
+    target.check_host(f'"{name}"')
     return Module(plan, objects, main, constants, target, threads)
 
 
@@ -591,13 +587,6 @@ def _check_names(
     if complete and missing:
         names = ", ".join(f'"{n}"' for n in missing)
         raise RunError(f"{kind} {names} is missing", hint=f"the {kind}s: {', '.join(known)}")
-
-
-def _unsupported(what: str, missing: Sequence[str]) -> RunError:
-    return RunError(
-        f"{what} uses instructions that this processor lacks: {', '.join(missing)}",
-        hint='compile it for this machine, or for an older one such as target="cpu:avx2"',
-    )
 
 
 def _after_fork() -> None:
