@@ -7,8 +7,11 @@ Each takes an OnnxNode and returns the value(s) of its results.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from minicompiler.ir.expr import ONE
 from minicompiler.ir.graph import Value, type_of
@@ -76,6 +79,24 @@ def cast_to(n: OnnxNode, x: Value, dtype: DType, name: str = "") -> Value:
     if type_of(x).dtype is dtype:
         return x
     return n.apply(el.cast_, x, attrs=el.CastAttrs(dtype), name=name)
+
+
+def rounding_integers(convert: Converter) -> Converter:
+    """Interpolates integers as floats; the result is rounded, half to even, and saturated."""
+
+    def convert_any(n: OnnxNode) -> Value:
+        t = n.type(0).dtype
+        if not t.is_int or n.attr("mode", "nearest") == "nearest":
+            return convert(n)
+        floats = cast_to(n, n.arg(0), DType("float32" if t.bits <= 16 else "float64"))
+        made = convert(dataclasses.replace(n, inputs=(floats, *n.inputs[1:])))
+        made = n.apply(el.round_, made, name="")
+        info = np.iinfo(t.numpy)
+        attrs = el.ClipAttrs(float(info.min), float(info.max))
+        return n.apply(el.cast_, n.apply(el.clip, made, attrs=attrs, name=""),
+                       attrs=el.CastAttrs(t))  # fmt: skip
+
+    return convert_any
 
 
 # ---- two and more operands ----------------------------------------------------------------------
