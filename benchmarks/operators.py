@@ -308,7 +308,7 @@ def main() -> int:
         try:
             found.append(measured(made, args))
         except (ArithmeticError, mc.MinicompilerError) as e:
-            failed.append(f"{made.name}: {e}")
+            failed.append(f"{made.name}: {str(e).splitlines()[0]}")
             print(failed[-1])
         else:
             print(text(found[-1]), flush=True)

@@ -18,6 +18,7 @@ from minicompiler.ir.graph import Value, type_of
 from minicompiler.ir.op import Op
 from minicompiler.ir.types import DType, TensorType
 from minicompiler.ops import activations as act
+from minicompiler.ops import cumulative as cu
 from minicompiler.ops import elementwise as el
 from minicompiler.ops import reduce as red
 from minicompiler.ops import shape as sh
@@ -206,11 +207,13 @@ def _arg_reduction(op: Op) -> Converter:
     return convert
 
 
-def _cumsum(n: OnnxNode) -> Value:
-    exclusive, reverse = bool(n.attr("exclusive", 0)), bool(n.attr("reverse", 0))
-    return n.apply(
-        red.cumsum, n.arg(0), attrs=red.CumsumAttrs(int(n.scalar(1)), exclusive, reverse)
-    )
+def _cumulative(op: Op) -> Converter:
+    def convert(n: OnnxNode) -> Value:
+        exclusive, reverse = bool(n.attr("exclusive", 0)), bool(n.attr("reverse", 0))
+        attrs = cu.CumulativeAttrs(int(n.scalar(1)), exclusive, reverse)
+        return n.apply(op, n.arg(0), attrs=attrs)
+
+    return convert
 
 
 def _global(op: Op) -> Converter:
@@ -273,7 +276,8 @@ MATH: dict[str, Converter] = {
     "CastLike": _cast_like,
     "Celu": with_attrs(act.celu, alpha=1.0),
     "Clip": _clip,
-    "CumSum": _cumsum,
+    "CumProd": _cumulative(cu.cumprod),
+    "CumSum": _cumulative(cu.cumsum),
     "Dropout": _dropout,
     "Elu": with_attrs(act.elu, alpha=1.0),
     "Gelu": with_attrs(act.gelu, approximate="none"),
