@@ -26,7 +26,7 @@ from minicompiler.ops import sample as sp
 from minicompiler.ops import shape as sh
 
 from .onnx_data import element_type
-from .onnx_math import Converter, cast_to
+from .onnx_math import Converter, cast_to, rounding_integers
 from .onnx_nn import padding
 from .onnx_node import OnnxNode, sizes_of
 from .onnx_shape import one_per_axis, positions
@@ -400,7 +400,7 @@ IMAGE: dict[str, Converter] = {
     "GridSample": _grid_sample,
     "MaxRoiPool": _max_roi_pool,
     "MelWeightMatrix": _mel_weights,
-    "Resize": _resize,
+    "Resize": rounding_integers(_resize),
     "RoiAlign": _roi_align,
     "STFT": _stft,
 }

@@ -164,12 +164,6 @@ def _bitcast(n: OnnxNode) -> Value:
     return n.apply(el.bitcast, n.arg(0), attrs=el.CastAttrs(dtype))
 
 
-def _cumprod(n: OnnxNode) -> Value:
-    exclusive, reverse = bool(n.attr("exclusive", 0)), bool(n.attr("reverse", 0))
-    attrs = red.CumsumAttrs(int(n.scalar(1)), exclusive, reverse)
-    return n.apply(red.cumprod, n.arg(0), attrs=attrs)
-
-
 def _binarizer(n: OnnxNode) -> Value:
     limit = n.constant(n.attr("threshold", 0.0), n.type(0).dtype.numpy)
     return cast_to(n, n.apply(el.greater, n.arg(0), limit, name=""), n.type(0).dtype, n.outputs[0])
@@ -195,7 +189,6 @@ def _col2im(n: OnnxNode) -> Value:
 INDEX: dict[str, Converter] = {
     "BitCast": _bitcast,
     "Col2Im": _col2im,
-    "CumProd": _cumprod,
     "Det": lambda n: n.apply(linalg.det, n.arg(0)),
     "Einsum": _einsum,
     "Hardmax": _hardmax,

@@ -7,14 +7,18 @@ Each takes an OnnxNode and returns the value(s) of its results.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from minicompiler.ir.expr import ONE
 from minicompiler.ir.graph import Value, type_of
 from minicompiler.ir.op import Op
 from minicompiler.ir.types import DType, TensorType
 from minicompiler.ops import activations as act
+from minicompiler.ops import cumulative as cu
 from minicompiler.ops import elementwise as el
 from minicompiler.ops import reduce as red
 from minicompiler.ops import shape as sh
@@ -76,6 +80,24 @@ def cast_to(n: OnnxNode, x: Value, dtype: DType, name: str = "") -> Value:
     if type_of(x).dtype is dtype:
         return x
     return n.apply(el.cast_, x, attrs=el.CastAttrs(dtype), name=name)
+
+
+def rounding_integers(convert: Converter) -> Converter:
+    """Interpolates integers as floats; the result is rounded, half to even, and saturated."""
+
+    def convert_any(n: OnnxNode) -> Value:
+        t = n.type(0).dtype
+        if not t.is_int or n.attr("mode", "nearest") == "nearest":
+            return convert(n)
+        floats = cast_to(n, n.arg(0), DType("float32" if t.bits <= 16 else "float64"))
+        made = convert(dataclasses.replace(n, inputs=(floats, *n.inputs[1:])))
+        made = n.apply(el.round_, made, name="")
+        info = np.iinfo(t.numpy)
+        attrs = el.ClipAttrs(float(info.min), float(info.max))
+        return n.apply(el.cast_, n.apply(el.clip, made, attrs=attrs, name=""),
+                       attrs=el.CastAttrs(t))  # fmt: skip
+
+    return convert_any
 
 
 # ---- two and more operands ----------------------------------------------------------------------
@@ -185,11 +207,13 @@ def _arg_reduction(op: Op) -> Converter:
     return convert
 
 
-def _cumsum(n: OnnxNode) -> Value:
-    exclusive, reverse = bool(n.attr("exclusive", 0)), bool(n.attr("reverse", 0))
-    return n.apply(
-        red.cumsum, n.arg(0), attrs=red.CumsumAttrs(int(n.scalar(1)), exclusive, reverse)
-    )
+def _cumulative(op: Op) -> Converter:
+    def convert(n: OnnxNode) -> Value:
+        exclusive, reverse = bool(n.attr("exclusive", 0)), bool(n.attr("reverse", 0))
+        attrs = cu.CumulativeAttrs(int(n.scalar(1)), exclusive, reverse)
+        return n.apply(op, n.arg(0), attrs=attrs)
+
+    return convert
 
 
 def _global(op: Op) -> Converter:
@@ -252,7 +276,8 @@ MATH: dict[str, Converter] = {
     "CastLike": _cast_like,
     "Celu": with_attrs(act.celu, alpha=1.0),
     "Clip": _clip,
-    "CumSum": _cumsum,
+    "CumProd": _cumulative(cu.cumprod),
+    "CumSum": _cumulative(cu.cumsum),
     "Dropout": _dropout,
     "Elu": with_attrs(act.elu, alpha=1.0),
     "Gelu": with_attrs(act.gelu, approximate="none"),

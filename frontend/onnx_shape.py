@@ -26,7 +26,7 @@ from minicompiler.ops import shape as sh
 from minicompiler.ops.rules import Size
 
 from .onnx_data import element_type
-from .onnx_math import Converter
+from .onnx_math import Converter, rounding_integers
 from .onnx_node import OnnxNode, sizes_of
 
 # ---- constants ----------------------------------------------------------------------------------
@@ -321,5 +321,5 @@ SHAPE: dict[str, Converter] = {
     "Transpose": _transpose,
     "Trilu": _trilu,
     "Unsqueeze": _unsqueeze,
-    "Upsample": _upsample,
+    "Upsample": rounding_integers(_upsample),
 }

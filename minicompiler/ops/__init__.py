@@ -14,6 +14,7 @@ from . import (
     control,
     conv,
     count,
+    cumulative,
     elementwise,
     evaluate,
     index,
@@ -42,7 +43,7 @@ OWN = frozenset(REGISTRY.values())
 __all__ = [
     "OWN",
     "activations", "affine", "append", "codes", "contract", "control", "conv", "count",
-    "elementwise", "evaluate", "index", "linalg", "max_roi", "norm", "order", "padding", "pairs",
-    "pieces", "pool", "quant", "recurrent", "reduce", "resize", "roi", "sample", "scatter",
-    "shape", "trees",
+    "cumulative", "elementwise", "evaluate", "index", "linalg", "max_roi", "norm", "order",
+    "padding", "pairs", "pieces", "pool", "quant", "recurrent", "reduce", "resize", "roi",
+    "sample", "scatter", "shape", "trees",
 ]  # fmt: skip

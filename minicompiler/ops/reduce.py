@@ -1,4 +1,4 @@
-"""Reductions over axes, softmax among them; cumulative sums and positions of extrema.
+"""Reductions over axes, softmax among them; positions of extrema.
 
 reduce_mean(x; axes=(-1,), keepdims=True)   axes None: all of them
 argmax(x; axis=1)                           the first position of the largest element
@@ -351,80 +351,3 @@ argmin = register(
         _arg_samples,
     )
 )
-
-
-# ---- cumsum -------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class CumsumAttrs:
-    """exclusive: an element does not count itself. reverse: sums run from the end."""
-
-    axis: int = 0
-    exclusive: bool = False
-    reverse: bool = False
-
-
-def _cumulative(name: str, combine: str, neutral: int, ufunc: np.ufunc) -> Op:
-    """Registers a running sum or product along an axis."""
-
-    def infer(x: Arg, a: CumsumAttrs) -> TensorType:
-        need_dtype(name, x, "fi")
-        need_rank(name, x, 1)
-        axis_of(a.axis, x.type.rank, name)
-        return x.type
-
-    def compute(x: te.Tensor, a: CumsumAttrs) -> te.Tensor:
-        axis = a.axis % len(x.shape)
-        source = widened(x)
-        length = x.shape[axis]
-        rest = (*x.shape[:axis], *x.shape[axis + 1 :])
-        start = te.compute(rest, lambda *i: const(neutral, source.dtype), "start")
-
-        def update(t: Expr, now: tuple[te.Tensor, ...]) -> list[te.Tensor]:
-            at = length - 1 - t if a.reverse else t
-
-            def body(*i: Expr) -> Expr:
-                return binary(combine, now[0][i], source[(*i[:axis], at, *i[axis:])])
-
-            return [te.compute(rest, body, name)]
-
-        (sums,) = te.scan(length, [start], update, name)  # entry t: of the first t elements
-
-        def chosen(*i: Expr) -> Expr:
-            before = length - 1 - i[axis] if a.reverse else i[axis]
-            at = before if a.exclusive else before + 1
-            return sums[(at, *i[:axis], *i[axis + 1 :])]
-
-        return te.astype(te.compute(x.shape, chosen, name), x.dtype)
-
-    def reference(x: Array, a: CumsumAttrs) -> Array:
-        x = np.flip(x, a.axis) if a.reverse else x
-        if a.exclusive and x.size:
-            crop = tuple(
-                slice(0, -1) if k == a.axis % x.ndim else slice(None) for k in range(x.ndim)
-            )
-            edge = [(1, 0) if k == a.axis % x.ndim else (0, 0) for k in range(x.ndim)]
-            x = np.pad(x[crop], edge, constant_values=neutral)
-        y = ufunc.accumulate(x, axis=a.axis, dtype=x.dtype)
-        return np.flip(y, a.axis) if a.reverse else y
-
-    def samples(draw: Draw) -> tuple[list[Array], CumsumAttrs]:
-        of = shape(draw, 1)
-        x = array(draw, of, choice(draw, ("float32", "float64", "int32", "int64")))
-        axis = integer(draw, -len(of), len(of) - 1)
-        return [x], CumsumAttrs(axis, flag(draw), flag(draw))
-
-    return register(
-        Op(
-            name,
-            CumsumAttrs,
-            infer,
-            direct(compute),
-            float32_inside(reference),
-            samples,
-            precision=Precision.FLOAT32_INSIDE,
-        )
-    )
-
-
-cumsum = _cumulative("cumsum", "add", 0, np.add)
-cumprod = _cumulative("cumprod", "mul", 1, np.multiply)

@@ -88,6 +88,8 @@ def _resize_infer(x: Arg, a: ResizeAttrs) -> TensorType:
         fail(f"resize: {len(a.sizes or a.scales)} sizes or scales for {x.type}")
     if a.mode not in ("nearest", "linear", "cubic"):
         fail(f"resize: mode {a.mode!r} is not supported", "supported: nearest, linear, cubic")
+    if a.mode != "nearest" and not x.type.dtype.is_float:
+        fail(f"resize {a.mode} takes float elements, got {x.type.dtype}", "insert a Cast")
     if a.coordinates not in COORDINATES:
         fail(f"resize: coordinates {a.coordinates!r} are not supported", ", ".join(COORDINATES))
     if a.rounding not in ROUNDINGS:

@@ -81,13 +81,15 @@ def strips(extent: Expr, fresh: Fresh, body: Callable[[Expr, Expr], Stmt]) -> St
     )
 
 
-def along(low: Expr, high: Expr, fresh: Fresh, body: Callable[[Expr], Stmt]) -> Stmt:
-    """body(j) for low <= j < high, `LANES` at a time; the bodies must not depend on each other."""
+def along(
+    low: Expr, high: Expr, fresh: Fresh, body: Callable[[Expr], Stmt], lanes: int = LANES
+) -> Stmt:
+    """body(j) for low <= j < high, `lanes` at a time; the bodies must not depend on each other."""
     part, lane, rest = fresh("part"), fresh("lane"), fresh("rest")
-    whole = (high - low) // LANES
-    vector = For(lane, wrap(LANES), VECTOR, body(low + part * LANES + lane))
-    left = high - low - whole * LANES
-    tail = For(rest, left, SERIAL, body(low + whole * LANES + rest))
+    whole = (high - low) // lanes
+    vector = For(lane, wrap(lanes), VECTOR, body(low + part * lanes + lane))
+    left = high - low - whole * lanes
+    tail = For(rest, left, SERIAL, body(low + whole * lanes + rest))
     return seq([For(part, whole, SERIAL, vector), tail])
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx.reference import ReferenceEvaluator
 from onnx_models import model, node, numbers
 from tolerance import assert_close
 
@@ -78,6 +79,17 @@ def test_an_image_that_shrinks_to_nothing(mode: str) -> None:
     scales = np.array([1, 1, 0.2, 1], np.float32)
     m = model([node("Resize", "x - s", "y", mode=mode)], {"x": x}, ["y"], {"s": scales})
     assert mc.compile(m)(x)[0].shape == (1, 1, 0, 3)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32"])
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+def test_integers_between_others_are_rounded_and_saturated(mode: str, dtype: str) -> None:
+    x = np.random.default_rng(0).integers(-128, 127, (1, 2, 9, 7)).astype(dtype)
+    scales = np.array([1, 1, 1.75, 3], np.float32)
+    m = model([node("Resize", "x - s", "y", mode=mode)], {"x": x}, ["y"], {"s": scales})
+    (got,), (want,) = mc.compile(m)(x), ReferenceEvaluator(m).run(None, {"x": x})
+    assert got.dtype == want.dtype == dtype
+    assert np.abs(got.astype(np.int64) - want).max() <= 1  # halves may lie a rounding error apart
 
 
 @pytest.mark.parametrize("align_corners", [0, 1])
