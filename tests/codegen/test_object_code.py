@@ -209,6 +209,16 @@ def test_small_integers_are_divided_side_by_side(dtype: str) -> None:
         assert not re.search(r"[su](div|rem) <", "".join(texts))
 
 
+def test_places_that_are_worked_out_from_floats_are_vectors() -> None:
+    """One channel of an image, read at places that are data: only the loads are one by one."""
+    image, grid = value("x", 1, 1, 16, 64), value("g", 1, 16, 64, 2)
+    fn = Function("sampled", (image, grid), (node("grid_sample", image, grid),))
+    text = "".join(t for _, _, texts in kernels(fn, HOST) for t in texts)
+    converted = set(re.findall(r"fptosi (\S+ \S+ \S+) %\S+ to (\S+ \S+ \S+)", text))
+    assert converted
+    assert all(f.endswith("float>") and i.endswith("i32>") for f, i in converted)
+
+
 def test_generated_text_is_deterministic() -> None:
     for fn in (gemm(True), convolution(True), rows(), elementwise()):
         first, second = ([t for _, _, texts in kernels(fn, HOST) for t in texts] for _ in range(2))
