@@ -185,9 +185,15 @@ class Indices(Conversions):
         return self.floor_signed(op, a, b, "i64", 1, home)
 
     def floor_signed(self, op: str, a: str, b: str, scalar: str, lanes: int, level: int) -> str:
+        ty = vector(scalar, lanes)
+        r = self.op(f"srem {ty} {a}, {b}", level)
+        q = self.op(f"sdiv {ty} {a}, {b}", level) if op != "mod" else ""
+        return self.floored(op, q, r, b, scalar, lanes, level)
+
+    def floored(self, op: str, q: str, r: str, b: str, scalar: str, lanes: int, level: int) -> str:
+        """Quotient or remainder of a division rounded down, from those of one rounded to zero."""
         ty, flag = vector(scalar, lanes), vector("i1", lanes)
         zero = "0" if lanes == 1 else "zeroinitializer"
-        r = self.op(f"srem {ty} {a}, {b}", level)
         signs = self.op(f"xor {ty} {r}, {b}", level)
         differ = self.op(f"icmp slt {ty} {signs}, {zero}", level)
         some = self.op(f"icmp ne {ty} {r}, {zero}", level)
@@ -195,7 +201,6 @@ class Indices(Conversions):
         if op == "mod":
             more = self.op(f"add {ty} {r}, {b}", level)
             return self.op(f"select {flag} {fix}, {ty} {more}, {ty} {r}", level)
-        q = self.op(f"sdiv {ty} {a}, {b}", level)
         less = self.op(f"sext {flag} {fix} to {ty}", level)
         return self.op(f"add {ty} {q}, {less}", level)
 

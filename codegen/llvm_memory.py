@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from minicompiler.errors import CodegenError
-from minicompiler.ir.expr import FALSE, TRUE, Binary, Const, Expr, Load, Var, free_vars
+from minicompiler.ir.expr import FALSE, TRUE, Binary, Cast, Const, Expr, Load, Var, free_vars, walk
 from minicompiler.ir.polynomials import Poly, plus
 from minicompiler.ir.tir import Buffer, Prefetch, PrimFunc, Scope, Store
 from minicompiler.ir.types import DType
@@ -119,10 +119,13 @@ class Memory(Values):
         i = self.resolve(i)
         if not self.reads(i):
             return i
-        value = self.value(i)
+        return self.data_index(self.value(i).name, self.level_of(i, self.reads(i)))
+
+    def data_index(self, value: str, level: int = -1) -> Var:
+        """A variable for an index that was computed in a scope (by default the innermost)."""
         self.count += 1
         var = Var(f"data{self.count}")
-        self.names[var], self.level[var] = value.name, self.level_of(i, self.reads(i))
+        self.names[var], self.level[var] = value, level % len(self.scopes)
         return var
 
     def nowhere(self) -> str:
@@ -296,6 +299,7 @@ class Memory(Values):
         v, lanes = self.vector
         scalar = memory_type(e.buffer.dtype)
         ty, result = vector(scalar, lanes), "poison"
+        computed = {i: self.value(i, mask) for i in e.indices if _computed(i, v)}
         saved, self.vector = self.vector, None
         masks, self.masks = self.masks, []
         for lane in range(lanes):
@@ -303,7 +307,13 @@ class Memory(Values):
             wanted = self.lane_of(mask, lane)
             # The loads of indices are wanted only where this one is.
             self.masks = [] if wanted is None else [Operand(wanted)]
-            indices = tuple([self.lane_index(i) for i in e.indices])
+            places = {
+                i: self.data_index(
+                    self.op(f"extractelement {vector('i64', lanes)} {x.name}, i64 {lane}")
+                )
+                for i, x in computed.items()
+            }
+            indices = tuple([places[i] if i in places else self.lane_index(i) for i in e.indices])
             p = self.address(e.buffer, self.at_env(self.offset(e.buffer, indices)))
             if wanted is not None:
                 p = self.op(f"select i1 {wanted}, ptr {p}, ptr {self.nowhere()}")
@@ -514,3 +524,8 @@ class Memory(Values):
             return v
         text = f"zext {value_type(t, v.lanes)} {v.name} to {vector('i8', v.lanes)}"
         return Operand(self.op(text), v.lanes)
+
+
+def _computed(i: Expr, lanes: Expr) -> bool:
+    """Whether an index is worked out from floats, which vectors do better than each lane alone."""
+    return lanes in free_vars(i) and any(type(x) is Cast and x.a.dtype.is_float for x in walk(i))

@@ -102,20 +102,13 @@ class Values(Lanes):
             if type(decided) is Const:
                 return Operand(literal(decided))
         buffers = self.reads(e)
-        active = None
-        if not buffers:
-            mask = None
-        elif self.masks:
-            active = self.masks[-1]
-        free = free_vars(e)
-        used: list[object] = [(v, self.env[v]) for v in self.env if v in free]
-        if self.arguments:
-            used += [x for x in self.arguments.items() if x[0] in free]
-        key = (e, *used, self.vector if in_vector else None, mask, active)
-        for scope in reversed(self.scopes):
-            found = scope.values.get(key) or scope.passing.get(key)
-            if found is not None:
-                return found
+        mask = mask if buffers else None
+        key = self.key(e, mask)
+        found = self.found(key)
+        if found is None and mask is not None:
+            found = self.found(self.key(e, None))  # wanted in more lanes before
+        if found is not None:
+            return found
         level = len(self.scopes) - 1 if in_vector else self.level_of(e, buffers)
         if level < len(self.scopes) - 1:
             return self.value_at(e, level)
@@ -125,6 +118,24 @@ class Values(Lanes):
         else:
             self.scopes[-1].passing[key] = result
         return result
+
+    def key(self, e: Expr, mask: Operand | None) -> tuple[object, ...]:
+        """What the value of an expression depends on at this point."""
+        free = free_vars(e)
+        used: list[object] = [(v, self.env[v]) for v in self.env if v in free]
+        if self.arguments:
+            used += [x for x in self.arguments.items() if x[0] in free]
+        vector = self.vector if self.vector is not None and self.vector[0] in free else None
+        active = self.masks[-1] if self.masks and self.reads(e) else None
+        return (e, *used, vector, mask, active)
+
+    def found(self, key: tuple[object, ...]) -> Operand | None:
+        """The value that was emitted for a key, if it was."""
+        for scope in reversed(self.scopes):
+            known = scope.values.get(key) or scope.passing.get(key)
+            if known is not None:
+                return known
+        return None
 
     def level_of(self, e: Expr, buffers: frozenset[Buffer]) -> int:
         """The scope of a value: outside of the loops that change nothing about it, where it is made
@@ -257,7 +268,9 @@ class Values(Lanes):
                 unsafe = self.op(f"or {flag} {bad}, {minus}")
             one = everywhere(scalar, "1", lanes)
             by = self.op(f"select {flag} {unsafe}, {ty} {one}, {ty} {b}")
-        if not t.is_signed:
+        if lanes > 1 and not known and t.bits <= 32:
+            result = self.float_division(op, a, by, t, lanes)
+        elif not t.is_signed:
             result = self.op(f"{'urem' if op == 'mod' else 'udiv'} {ty} {a}, {by}")
         elif op == "div":
             result = self.op(f"sdiv {ty} {a}, {by}")
@@ -269,6 +282,19 @@ class Values(Lanes):
             less = self.op(f"sub {ty} {zero}, {a}")
             result = self.op(f"select {flag} {minus}, {ty} {less}, {ty} {result}")
         return self.op(f"select {flag} {bad}, {ty} {zero}, {ty} {result}")
+
+    def float_division(self, op: str, a: str, b: str, t: DType, lanes: int) -> str:
+        """Vectors of integers divided as floats of twice their bits, which is exact: a quotient
+        below n by 1/b or more is not rounded up to n. Processors divide integers one by one."""
+        scalar, letter = value_type(t), "s" if t.is_signed else "u"
+        ty, wide = vector(scalar, lanes), vector("float" if t.bits <= 16 else "double", lanes)
+        x, y = [self.op(f"{letter}itofp {ty} {v} to {wide}") for v in (a, b)]
+        ratio = self.op(f"fdiv {wide} {x}, {y}")
+        q = self.op(f"fpto{letter}i {wide} {ratio} to {ty}")
+        if op == "div" or (op == "floordiv" and not t.is_signed):
+            return q
+        r = self.op(f"sub {ty} {a}, {self.op(f'mul {ty} {q}, {b}')}")
+        return self.floored(op, q, r, b, scalar, lanes, -1) if t.is_signed else r
 
     def shift(self, op: str, a: str, b: str, t: DType, lanes: int) -> str:
         """A shift by the width or more leaves only the sign."""
@@ -345,6 +371,7 @@ class Values(Lanes):
         if cond.name == "false":
             return self.value(e.b, mask)
         a_mask = b_mask = mask
+        whole = self.found(self.key(e.a, None)) is not None  # also where it is not wanted
         if self.reads(e.a):
             a_mask = self.both(mask, cond)
         if self.reads(e.b):
@@ -352,7 +379,7 @@ class Values(Lanes):
         a, b = self.value(e.a, a_mask), self.value(e.b, b_mask)
         lanes = max(cond.lanes, a.lanes, b.lanes)
         outside = type(e.a) is Load and e.a.buffer.scope in _OUTSIDE
-        if outside and a.lanes == lanes and e.b is const(0, e.dtype):
+        if outside and not whole and a.lanes == lanes and e.b is const(0, e.dtype):
             return a  # lanes that are not loaded are zeros
         scalar, ty = value_type(e.dtype), value_type(e.dtype, lanes)
         a, b = self.splat(a, scalar, lanes), self.splat(b, scalar, lanes)

@@ -84,7 +84,7 @@ def _weighted(n: OnnxNode) -> Value:
     for k, axis in enumerate(axes):
         part = (0.0, 1.0)
         if crop and roi is not None:
-            part = float(roi[k]), float(roi[k + len(axes)])
+            part = roi[k], roi[k + len(axes)]  # of their own type: ties depend on its rounding
         same = scales[k] == 1 if sizes is None else sizes[k] is t.shape[axis]  # type: ignore[index]
         if same and part == (0.0, 1.0) and policy == "stretch":
             continue
@@ -155,8 +155,8 @@ def _coordinate(
         return o / scale
     if mode == "tf_crop_and_resize":
         if full == 1:
-            return (roi[0] + roi[1]) * (size - 1) / 2
-        return o * (roi[1] - roi[0]) * (size - 1) / (full - 1) + roi[0] * (size - 1)
+            return float((roi[0] + roi[1]) * (size - 1) / 2)
+        return float(o * (roi[1] - roi[0]) * (size - 1) / (full - 1) + roi[0] * (size - 1))
     if mode == "pytorch_half_pixel" and full == 1:
         return -0.5
     at = (o + 0.5) / scale - 0.5

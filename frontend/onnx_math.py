@@ -16,7 +16,7 @@ import numpy as np
 from minicompiler.ir.expr import ONE
 from minicompiler.ir.graph import Value, type_of
 from minicompiler.ir.op import Op
-from minicompiler.ir.types import DType, TensorType
+from minicompiler.ir.types import DType, TensorType, float64
 from minicompiler.ops import activations as act
 from minicompiler.ops import cumulative as cu
 from minicompiler.ops import elementwise as el
@@ -187,13 +187,21 @@ def _dropout(n: OnnxNode) -> Any:
 
 
 # ---- reductions ---------------------------------------------------------------------------------
-def _reduction(op: Op, on_bool: Op | None = None) -> Converter:
+def _reduction(op: Op, on_bool: Op | None = None, roots: bool = False) -> Converter:
+    """on_bool: the operator for bools. roots: results are roots or logarithms, those of integers
+    cut off to integers."""
+
     def convert(n: OnnxNode) -> Value:
         axes = n.ints(1, "axes")
         if not axes:  # a norm over no axes still takes magnitudes
             axes = () if n.attr("noop_with_empty_axes", 0) else None
-        chosen = on_bool if on_bool is not None and n.type(0).dtype.is_bool else op
-        return n.apply(chosen, n.arg(0), attrs=red.ReduceAttrs(axes, bool(n.attr("keepdims", 1))))
+        dtype = n.type(0).dtype
+        chosen = on_bool if on_bool is not None and dtype.is_bool else op
+        attrs = red.ReduceAttrs(axes, bool(n.attr("keepdims", 1)))
+        if not roots or dtype.is_float:
+            return n.apply(chosen, n.arg(0), attrs=attrs)
+        made = n.apply(chosen, cast_to(n, n.arg(0), float64), attrs=attrs, name="")
+        return cast_to(n, made, dtype)
 
     return convert
 
@@ -296,9 +304,9 @@ MATH: dict[str, Converter] = {
     "PRelu": _prelu,
     "Pow": _pow,
     "ReduceL1": _reduction(red.reduce_l1),
-    "ReduceL2": _reduction(red.reduce_l2),
-    "ReduceLogSum": _reduction(red.reduce_log_sum),
-    "ReduceLogSumExp": _reduction(red.reduce_log_sum_exp),
+    "ReduceL2": _reduction(red.reduce_l2, roots=True),
+    "ReduceLogSum": _reduction(red.reduce_log_sum, roots=True),
+    "ReduceLogSumExp": _reduction(red.reduce_log_sum_exp, roots=True),
     "ReduceMax": _reduction(red.reduce_max, red.reduce_any),
     "ReduceMean": _reduction(red.reduce_mean),
     "ReduceMin": _reduction(red.reduce_min, red.reduce_all),

@@ -18,9 +18,11 @@ from minicompiler.ir.expr import (
     Expr,
     Load,
     Select,
+    ceildiv,
     conjuncts,
     const_int,
     free_vars,
+    loads,
     maximum,
     minimum,
     substitute,
@@ -115,6 +117,28 @@ def arith_of(func: PrimFunc) -> Arith:
                 known = ranges.get(i.var)
                 ranges[i.var] = (ZERO, most if known is None else maximum(known[1], most))
     return Arith(ranges)
+
+
+def choices(e: Expr) -> Iterator[Expr]:
+    """The comparisons by which an expression chooses, without what data decides."""
+    for x in walk(e):
+        if type(x) is Select:
+            yield from (c for c in conjuncts(x.cond) if not loads(c))
+        elif type(x) is Binary and x.op in ("min", "max") and x.dtype.is_int and not loads(x):
+            yield x.a <= x.b
+
+
+def turn(cond: Expr, var: Expr, arith: Arith) -> Expr | None:
+    """The first value of `var` for which a comparison is not what it was before, where it is linear
+    in it; None for others."""
+    if type(cond) is not Binary or cond.op not in ("lt", "le") or not cond.a.dtype.is_int:
+        return None
+    line = dict(arith.poly(cond.b - cond.a))  # at least 0 or 1 where it holds
+    slope = line.pop((var,), 0)
+    if slope == 0 or any(var in free_vars(a) for m in line for a in m):
+        return None
+    least = (1 if cond.op == "lt" else 0) - arith.expr(line)
+    return arith.simplify(ceildiv(least, slope) if slope > 0 else -least // -slope + 1)
 
 
 def strides(buffer: Buffer, indices: tuple[Expr, ...], var: Expr, arith: Arith) -> int | None:

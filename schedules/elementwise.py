@@ -12,8 +12,10 @@ import math
 from typing import TYPE_CHECKING
 
 from minicompiler.ir.expr import (
+    ZERO,
     Binary,
     Call,
+    Const,
     Expr,
     Load,
     Select,
@@ -40,6 +42,7 @@ WORTH_A_THREAD = 16384  # elements below which waking another thread costs more 
 LONG_LINE = 64  # vectors of a row that is as good as a longer one
 SHARES = 8  # iterations for each thread that are even enough
 WORTH_A_LINE = 6  # vectors of a row from which its first and last ones may be incomplete
+MOST_PIECES_OF_A_LINE = 8  # where choices by position change within it
 MOST_UNEVEN = 512  # elements of a row with addresses that are worked out while compiling
 _UNKNOWN = 64  # iterations of a loop whose extent is known at run time only
 
@@ -158,35 +161,84 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
         if transposed.schedule(s, name, order):
             return
         order = _joined(s, name, _in_pieces(s, name, order))
-    inner = order[-1]
-    loop, _ = s.loop(inner)
-    extent = const_int(loop.extent)
     outer = order[:-1]
+    little = _count(s, s.loops_of(name)) < WORTH_A_THREAD
+    alone = bool(outer) and (little or _enough(s, outer))
+    lines = _pieces_of_line(s, name, order[-1]) if alone else [(name, order[-1])]
+    vectors = [_in_vectors(s, *line, lanes, outer, alone) for line in lines]
+    if parallel:
+        inner = [n for n in vectors if n is not None and len(lines) == 1]
+        nest = itertools.takewhile(lambda n: s.loop(n)[0].kind is not UNROLL, [*outer, *inner])
+        shared = [*nest]
+        # The iterations of the last are single vectors: its index should stay a plain one.
+        longest = max([n for n, _ in lines], key=lambda n: _count(s, s.loops_of(n)))
+        threads_over(s, shared[:-1] if _enough(s, shared[:-1]) else shared, longest)
+
+
+def _enough(s: Schedule, loops: list[str]) -> bool:
+    """Whether threads share the iterations of some loops evenly."""
+    return _count(s, loops) >= SHARES * s.target.cores
+
+
+def _in_vectors(
+    s: Schedule, name: str, inner: str, lanes: int, outer: list[str], again: bool
+) -> str | None:
+    """Vectors along the innermost loop of a block; the loop over them, if there are several.
+
+    again: one thread runs all of it, so that the last vectors may overlap."""
+    block, _ = s.block(name)
+    extent = const_int(s.loop(inner)[0].extent)
     if _copies(s, name, inner):
         wide = LONG_VECTORS * s.target.vector_bytes // block.body.buffer.dtype.bytes
-        lanes = wide if extent is not None and extent >= 4 * wide else lanes
+        lanes = wide if extent is not None and extent >= 2 * wide else lanes
     if extent is not None and extent <= 2 * lanes:
         if extent > 1:
             s.mark(inner, VECTOR)
+        return None
+    long = bool(outer) and extent is not None and extent >= WORTH_A_LINE * lanes
+    line = streaming.broken_lines(s, name, inner) if long and _plain(s, name, inner) else 0
+    uneven = (extent or 0) * _uneven_loads(s, name, inner)
+    if line:
+        big, small = s.split_at_lines(inner, lanes, name, line)
     else:
-        long = bool(outer) and extent is not None and extent >= WORTH_A_LINE * lanes
-        line = streaming.broken_lines(s, name, inner) if long and _plain(s, name, inner) else 0
-        uneven = (extent or 0) * _uneven_loads(s, name, inner)
-        if line:
-            big, small = s.split_at_lines(inner, lanes, name, line)
+        again = again and extent is not None
+        big, small = s.split(inner, lanes, "overlap" if again else "mask")
+    s.mark(small, VECTOR)
+    if outer and 0 < uneven <= MOST_UNEVEN:
+        s.mark(big, UNROLL)
+    if _takes_long(block) and streaming.is_large(s, name):
+        ahead.fetch_soon(s, name)
+    return big
+
+
+def _pieces_of_line(s: Schedule, name: str, inner: str) -> list[tuple[str, str]]:
+    """r[i] = select(i < 3, 0, x[i - 3])   ->   for i in 3: r[i] = 0;  for i_t in n: r[i_t + 3] = ..
+
+    The innermost loop is cut where choices by position change. Its blocks, and the loop of each."""
+    loops, whole = [inner], 0
+    while whole < len(loops) < MOST_PIECES_OF_A_LINE:
+        at = _turn(s, loops[whole])
+        if at is None:
+            whole += 1
         else:
-            big, small = s.split(inner, lanes, "mask")
-        s.mark(small, VECTOR)
-        if outer and 0 < uneven <= MOST_UNEVEN:
-            s.mark(big, UNROLL)
-        if _takes_long(block) and streaming.is_large(s, name):
-            ahead.fetch_soon(s, name)
-        outer = [*outer, big]
-    if parallel:
-        shared = [*itertools.takewhile(lambda n: s.loop(n)[0].kind is not UNROLL, outer)]
-        # The iterations of the last are single vectors: its index should stay a plain one.
-        enough = _count(s, shared[:-1]) >= SHARES * s.target.cores
-        threads_over(s, shared[:-1] if enough else shared, name)
+            loops[whole : whole + 1] = s.cut(loops[whole], at)
+    return [(next(analysis.blocks(s.loop(n)[0])).name, n) for n in loops]
+
+
+def _turn(s: Schedule, name: str) -> int | None:
+    """An iteration of a loop from which on what its block chooses by position is another: counted
+    from the start, or, below 0, from an end that is not known."""
+    loop, _ = s.loop(name)
+    block, arith = next(analysis.blocks(loop)), analysis.arith_of(s.func)
+    values = analysis.values_of(block)
+    for cond in analysis.choices(block.body.value):
+        at = analysis.turn(substitute(cond, values), loop.var, arith)
+        if at is None or not (arith.prove(at > ZERO) and arith.prove(at < loop.extent)):
+            continue
+        for known in (at, arith.simplify(at - loop.extent)):
+            if const_int(known) is not None:
+                return const_int(known)
+    return None
 
 
 def _in_pieces(s: Schedule, name: str, order: list[str]) -> list[str]:
@@ -235,8 +287,8 @@ def _joined(s: Schedule, name: str, order: list[str]) -> list[str]:
     Short innermost loops are one, if enough are left for the threads. The new order."""
     line = _inner_line(s, name, order)
     outer = order[: -len(line)]
-    work = _count(s, [x.var.name for x in analysis.loops_in(s.block(name)[1])])
-    few = work >= WORTH_A_THREAD and _count(s, outer) < SHARES * s.target.cores
+    work = _count(s, s.loops_of(name))
+    few = work >= WORTH_A_THREAD and not _enough(s, outer)
     return order if len(line) == 1 or few else [*outer, s.fuse(*line)]
 
 
@@ -306,7 +358,7 @@ def threads_over(s: Schedule, outer: list[str], block: str) -> None:
     """Fuses outer loops into one that is shared by the threads, where there is enough work."""
     if not outer:
         return
-    work = _count(s, [x.var.name for x in analysis.loops_in(s.block(block)[1])])
+    work = _count(s, s.loops_of(block))
     if work < WORTH_A_THREAD:
         return
     # An outermost size that is not known is often that of a batch of one, which may have work for
@@ -350,7 +402,7 @@ def _plain(s: Schedule, name: str, inner: str) -> bool:
 
 
 def _copies(s: Schedule, name: str, inner: str) -> bool:
-    """Whether a block only moves elements, and whole vectors of them along a loop."""
+    """Whether a block only moves elements, or fills, and whole vectors of them along a loop."""
     block, _ = s.block(name)
     loop, values = s.loop(inner)[0], analysis.values_of(block)
     todo = [block.body.value]
@@ -359,7 +411,7 @@ def _copies(s: Schedule, name: str, inner: str) -> bool:
             if loads(e.cond) or loop.var in free_vars(substitute(e.cond, values)):
                 return False
             todo += [e.a, e.b]
-        elif type(e) is not Load:
+        elif type(e) is not Load and type(e) is not Const:
             return False
     return all(m == 1 for m in steps(s, name, loop.var))
 

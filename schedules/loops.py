@@ -42,7 +42,6 @@ from minicompiler.ir.tir import (
     Seq,
     Stmt,
     Store,
-    map_exprs,
     map_statements,
     read_buffers,
     seq,
@@ -56,7 +55,7 @@ from . import analysis
 if TYPE_CHECKING:
     from .schedule import Schedule
 
-TAILS = ("perfect", "mask", "guard", "even", "cut")
+TAILS = ("perfect", "mask", "guard", "even", "overlap")
 MAX_UNROLL = 4096
 
 
@@ -73,7 +72,8 @@ def split(s: Schedule, name: str, factor: int, tail: str, multiple: int = 1) -> 
       guard    the inner loop runs min(factor, rest) times (no condition in its body)
       even     as guard, but the blocks are of equal size and have at most `factor` iterations;
                there are as few as that allows, or the next `multiple` of a number
-      cut      a second nest does the rest; its loops and blocks end in `_t`
+      overlap  the last iterations begin earlier, so that they end with the extent: of some elements
+               they compute once more what is there
     """
     loop, _ = s.loop(name)
     if tail not in TAILS:
@@ -83,7 +83,7 @@ def split(s: Schedule, name: str, factor: int, tail: str, multiple: int = 1) -> 
             s.refuse(f"the {what} must be a positive integer, got {n!r}", loop)
     if loop.kind is not SERIAL:
         s.refuse(f"loop {name} is marked {loop.kind.value} already", loop, "split before mark")
-    _keep_order(s, loop)
+    keep_order(s, loop)
     arith = analysis.arith_of(s.func)
     extent = arith.simplify(loop.extent)
     divides = multiple == 1 and arith.simplify(extent % factor) is Const(0)
@@ -123,16 +123,24 @@ def split(s: Schedule, name: str, factor: int, tail: str, multiple: int = 1) -> 
         rest = minimum(Const(factor), extent - outer * factor)
         s.swap(loop, For(outer, blocks_outer, SERIAL, For(inner, rest, SERIAL, body)))
     else:
-        analysis.refuse_parallel_below(s, loop)
-        whole = arith.simplify(extent // factor)
-        if whole is Const(0):
-            s.refuse(f"the extent {extent} is less than {factor}: all of it would be tail", loop)
-        rest_var = s.fresh_var(name + "_t")
-        behind: dict[Expr, Expr] = {loop.var: whole * factor + rest_var}
-        rest_body = substitute_stmt(renamed(s, loop.body, "t"), behind)
-        main = For(outer, whole, SERIAL, For(inner, Const(factor), SERIAL, body))
-        s.swap(loop, Seq((main, For(rest_var, arith.simplify(extent % factor), SERIAL, rest_body))))
+        reason = _once_only(loop)
+        if reason or arith.prove(factor <= extent) is not True:
+            s.refuse(reason or f"the extent {extent} is not known to reach {factor}", loop)
+        body = substitute_stmt(
+            loop.body, {loop.var: minimum(outer * factor, extent - factor) + inner}
+        )
+        s.swap(loop, For(outer, blocks_outer, SERIAL, For(inner, Const(factor), SERIAL, body)))
     return outer.name, inner.name
+
+
+def _once_only(loop: For) -> str:
+    """Why iterations of a loop may not be run again; empty where they make the same anew."""
+    inner = list(analysis.blocks(loop.body))
+    if any(analysis.is_reduction(b) for b in inner):
+        return "there is a reduction inside, which would add its terms again"
+    if read_buffers(loop.body) & written_buffers(loop.body):
+        return f"{loop.var} reads what it writes, which may be of a later iteration"
+    return ""
 
 
 def split_at_lines(s: Schedule, name: str, factor: int, block: str, line: int) -> tuple[str, str]:
@@ -153,7 +161,7 @@ def split_at_lines(s: Schedule, name: str, factor: int, block: str, line: int) -
             s.refuse(f"the {what} must be an integer above 1, got {n!r}", loop)
     if loop.kind is not SERIAL:
         s.refuse(f"loop {name} is marked {loop.kind.value} already", loop, "split before mark")
-    _keep_order(s, loop)
+    keep_order(s, loop)
     arith = analysis.arith_of(s.func)
     writer, path = s.block(block)
     if loop not in path:
@@ -175,7 +183,7 @@ def split_at_lines(s: Schedule, name: str, factor: int, block: str, line: int) -
     return outer.name, inner.name
 
 
-def _keep_order(s: Schedule, *around: For) -> None:
+def keep_order(s: Schedule, *around: For) -> None:
     """The iterations of a recurrence stay as they are."""
     for x in around:
         if x.tag == SCAN:
@@ -195,44 +203,12 @@ def add_condition(body: Stmt, cond: Expr) -> Stmt:
     return map_statements(body, one)
 
 
-def renamed(s: Schedule, body: Stmt, suffix: str) -> Stmt:
-    """A copy with fresh loop, block and buffer names, which end in `_suffix`."""
-    mapping: dict[Expr, Expr] = {}
-    copies: dict[Buffer, Buffer] = {}
-    for x in statements(body):
-        if isinstance(x, For):
-            mapping[x.var] = s.fresh_var(f"{x.var.name}_{suffix}")
-        elif isinstance(x, Alloc):
-            copies[x.buffer] = x.buffer.with_(name=s.fresh(f"{x.buffer.name}_{suffix}"))
-
-    def load(e: Expr) -> Expr | None:
-        made = copies.get(e.buffer) if type(e) is Load else None
-        return None if made is None else Load(made, e.indices, e.mask)  # type: ignore[attr-defined]
-
-    def store(x: Store) -> Store:
-        return x.with_(buffer=copies.get(x.buffer, x.buffer))
-
-    def one(x: Stmt) -> Stmt | None:
-        if isinstance(x, For):
-            return x.with_(var=mapping[x.var])
-        if isinstance(x, Alloc):
-            return x.with_(buffer=copies[x.buffer])
-        if isinstance(x, Block):
-            init = None if x.init is None else store(x.init)
-            name = s.fresh(f"{x.name}_{suffix}")
-            return x.with_(name=name, init=init, body=store(x.body))
-        return None
-
-    copied = substitute_stmt(map_statements(body, one), mapping)
-    return map_exprs(copied, lambda e: rewrite(e, load)) if copies else copied
-
-
 def fuse(s: Schedule, names: list[str]) -> str:
     """Directly nested loops a, b -> one loop f with a = f // extent(b), b = f % extent(b)."""
     if len(names) < 2:
         s.refuse("needs at least two loops")
     chain = [s.loop(n)[0] for n in names]
-    _keep_order(s, *chain)
+    keep_order(s, *chain)
     for a, b in itertools.pairwise(chain):
         if a.body is not b:
             s.refuse(f"loop {b.var} is not directly inside {a.var}", b, "reorder first")
@@ -278,7 +254,7 @@ def reorder(s: Schedule, names: list[str]) -> None:
         here = here.body
     if any(n not in [x.var.name for x in chain] for n in names):
         s.refuse("the loops do not stand in one nest", outermost)
-    _keep_order(s, *chain)
+    keep_order(s, *chain)
     for x in chain:
         if x.kind not in (SERIAL, UNROLL):
             s.refuse(f"loop {x.var} is marked {x.kind.value} already", x, "reorder before mark")
@@ -412,7 +388,7 @@ def mark(s: Schedule, name: str, kind: LoopKind) -> None:
     """PARALLEL and VECTOR need iterations that do not touch each other's results; VECTOR and
     UNROLL a constant extent. A VECTOR loop may also combine all its lanes into one element."""
     loop, path = s.loop(name)
-    _keep_order(s, loop)
+    keep_order(s, loop)
     if kind in (VECTOR, UNROLL):
         extent = const_int(loop.extent)
         if extent is None or extent > MAX_UNROLL:

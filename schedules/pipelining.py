@@ -32,7 +32,7 @@ from minicompiler.ir.tir import (
 )
 
 from . import analysis
-from .loops import renamed
+from .cutting import renamed
 
 if TYPE_CHECKING:
     from .schedule import Schedule

@@ -39,6 +39,7 @@ from minicompiler.target import Target
 from . import (
     analysis,
     blocks,
+    cutting,
     hints,
     loops,
     pipelining,
@@ -222,6 +223,11 @@ class Schedule:
             block=block,
             line=line,
         )
+
+    def cut(self, loop: str, at: int) -> tuple[str, str]:
+        """The first `at` iterations of a loop (for at < 0, all but the last), then the others in a
+        nest of their own; the two loops."""
+        return self._apply("cut", lambda: cutting.cut(self, loop, at), loop=loop, at=at)
 
     def fuse(self, *names: str) -> str:
         """Directly nested loops become one, outermost named first."""

@@ -44,6 +44,10 @@ def split(s: Schedule, pick: Pick) -> None:
     s.split(pick(loop_names(s)), pick((1, 2, 3, 4, 8)), pick(TAILS))
 
 
+def cut(s: Schedule, pick: Pick) -> None:
+    s.cut(pick(loop_names(s)), pick((1, 2, 3, 4, -1, -3)))
+
+
 def split_at_lines(s: Schedule, pick: Pick) -> None:
     s.split_at_lines(pick(loop_names(s)), pick((1, 3, 8)), pick(block_names(s)), pick((1, 4, 16)))
 
@@ -163,7 +167,7 @@ def prefetch_next(s: Schedule, pick: Pick) -> None:
 
 STEPS = (
     split, split, split, fuse, reorder, reorder, mark, inline, compute_at, compute_at,
-    split_at_lines, compute_with, compute_with, delay, delay,
+    split_at_lines, cut, compute_with, compute_with, delay, delay,
     decompose_reduction, decompose_reduction, stage, stage, stage, relayout, rfactor, rolling,
     slide, prefetch, prefetch, prefetch_next, skip,
 )  # fmt: skip

@@ -46,7 +46,9 @@ from minicompiler.ir.tir import (
     Stmt,
     Store,
     is_empty,
+    map_exprs,
     map_statements,
+    read_buffers,
     seq,
     statements,
     stores,
@@ -97,7 +99,8 @@ def lower_blocks(func: PrimFunc, ctx: object = None) -> PrimFunc:
 
 def hoist_conditions(func: PrimFunc, ctx: object = None) -> PrimFunc:
     """Ifs directly inside a loop whose conditions do not depend on it move out of it; one of
-    several statements in an innermost loop makes two loops, with and without it."""
+    several statements in an innermost loop makes two loops, with and without it. Where elements are
+    chosen by conditions that do not depend on the loop, there is a loop for each choice."""
 
     def one(s: Stmt) -> Stmt | None:
         if not isinstance(s, For):
@@ -109,7 +112,7 @@ def hoist_conditions(func: PrimFunc, ctx: object = None) -> PrimFunc:
             body = body.then
         moved = [c for c in conditions if s.var not in free_vars(c) and not _loads(c)]
         if not moved:
-            return _two_loops(s)
+            return _two_loops(s) or _loop_for_each(s)
         made: Stmt = s.with_(body=_under([c for c in conditions if c not in moved], body))
         return _under(moved, made)
 
@@ -134,6 +137,38 @@ def _two_loops(s: For) -> Stmt | None:
     with_it = seq([x.then if mine and isinstance(x, If) else x for x, mine in pairs])
     without = seq([x for x, mine in pairs if not mine])
     return If(cond, s.with_(body=with_it), None if is_empty(without) else s.with_(body=without))
+
+
+def _loop_for_each(s: For) -> Stmt | None:
+    """for k: r[k] = select(c, a[k], b)   ->   if c: (for k: r[k] = a[k]) else: (for k: r[k] = b)"""
+    chosen = _chosen_outside(s)
+    if not chosen:
+        return None
+
+    def other(e: Expr) -> Expr | None:
+        return e.b if type(e) is Select and chosen <= {*conjuncts(e.cond)} else None
+
+    bodies = _assume(s.body, chosen), map_exprs(s.body, lambda e: rewrite(e, other))
+    cases = [s.with_(body=b) for b in bodies]
+    if all(_chosen_outside(x) for x in cases):
+        return None  # several choices, each of which would double the code
+    then, orelse = [_loop_for_each(x) or x for x in cases]
+    return If(all_of(sorted(chosen, key=str)), then, orelse)
+
+
+def _chosen_outside(s: For) -> set[Expr]:
+    """Conditions by which a loop over vectors chooses what to load, and which are the same in all
+    of it."""
+    made = [*stores(s.body)]
+    if s.kind is not SERIAL or s.tag or len(made) != 1 or made[0].buffer in read_buffers(s.body):
+        return set()
+    within = {x.var for x in statements(s) if isinstance(x, For)}
+    for e in walk(made[0].value, into_loads=False):
+        if type(e) is Select and (_loads(e.a) or _loads(e.b)):
+            same = {c for c in conjuncts(e.cond) if not free_vars(c) & within and not _loads(c)}
+            if same:
+                return same
+    return set()
 
 
 def _under(conditions: list[Expr], body: Stmt) -> Stmt:

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from .. import te
+from ..ir.arith import Arith
 from ..ir.expr import Call, Const, Expr, all_of, binary, cast, const, eq, product, select, wrap
 from ..ir.op import Arg, Op, Precision, register
-from ..ir.types import TensorType, index
+from ..ir.types import TensorType, index, int32
 from .draws import Draw, array, choice, flag, integer
 from .elementwise import magnitude
 from .roi import by_channel, by_pixel
@@ -65,7 +66,11 @@ def _reflected(e: Expr, low: Expr, high: Expr) -> Expr:
 def _whole(e: Expr, size: Size) -> Expr:
     """A float position as an index; what lies far outside stays outside."""
     bound = number(wrap(size), e.dtype)
-    return cast(binary("max", binary("min", e, bound + 4.0), -4.0), index)
+    near = binary("max", binary("min", e, bound + 4.0), -4.0)
+    most = Arith().interval(wrap(size))[1]
+    # Processors have vectors of conversions to int32.
+    small = most is not None and most + 4 <= np.iinfo(np.int32).max
+    return cast(cast(near, int32) if small else near, index)
 
 
 def _pixel(read: Read, at: Sequence[Expr], sizes: Sequence[Expr], zeros: bool) -> Expr:

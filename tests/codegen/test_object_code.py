@@ -193,6 +193,32 @@ def test_inner_loops_hold_no_stack_access(fn: Function, level: str) -> None:
     assert loops
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32"])
+def test_what_is_loaded_already_is_not_loaded_under_a_mask(dtype: str) -> None:
+    """The sign of x is x itself where x is neither above nor below 0."""
+    x = value("x", 4096, dtype=DType(dtype))
+    for _, _, texts in kernels(Function("sign", (x,), (node("sign", x),)), HOST):
+        assert not any("masked" in text for text in texts)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint16", "int32", "uint32"])
+def test_small_integers_are_divided_side_by_side(dtype: str) -> None:
+    x, y = value("x", 4096, dtype=DType(dtype)), value("y", 4096, dtype=DType(dtype))
+    for name in ("div", "mod"):
+        (texts,) = (t for _, _, t in kernels(Function(name, (x, y), (node(name, x, y),)), HOST))
+        assert not re.search(r"[su](div|rem) <", "".join(texts))
+
+
+def test_places_that_are_worked_out_from_floats_are_vectors() -> None:
+    """One channel of an image, read at places that are data: only the loads are one by one."""
+    image, grid = value("x", 1, 1, 16, 64), value("g", 1, 16, 64, 2)
+    fn = Function("sampled", (image, grid), (node("grid_sample", image, grid),))
+    text = "".join(t for _, _, texts in kernels(fn, HOST) for t in texts)
+    converted = set(re.findall(r"fptosi (\S+ \S+ \S+) %\S+ to (\S+ \S+ \S+)", text))
+    assert converted
+    assert all(f.endswith("float>") and i.endswith("i32>") for f, i in converted)
+
+
 def test_generated_text_is_deterministic() -> None:
     for fn in (gemm(True), convolution(True), rows(), elementwise()):
         first, second = ([t for _, _, texts in kernels(fn, HOST) for t in texts] for _ in range(2))

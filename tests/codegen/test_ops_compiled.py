@@ -229,6 +229,21 @@ def test_integers_wrap_and_never_trap(dtype: str) -> None:
         assert got[0].dtype == want.dtype
 
 
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_quotients_next_to_whole_numbers(dtype: str) -> None:
+    """Where they are computed as floats, they must not be rounded to them."""
+    most = np.iinfo(dtype).max
+    by = np.unique(np.geomspace(1, most // 2, 200).astype(dtype))
+    whole = most // by * by
+    x = np.concatenate([whole, whole - 1, whole // 2 // by * by - 1]).astype(dtype)
+    y = np.tile(by, 3)
+    if np.iinfo(dtype).min:
+        x, y = np.concatenate([x, -x, x]), np.concatenate([y, y, -y])
+    cases: list[Case] = [(REGISTRY[n], [x, y], REGISTRY[n].attrs()) for n in ("div", "mod")]
+    for case, got in zip(cases, compiled(cases), strict=True):
+        np.testing.assert_array_equal(got[0], reference(case)[0], err_msg=case[0].name)
+
+
 @pytest.mark.parametrize("source", [*INTEGERS, *FLOATS, "bool"])
 def test_conversions_between_all_types(source: str) -> None:
     cast = REGISTRY["cast"]

@@ -45,6 +45,8 @@ CASES: list[Case] = [
         "LogSoftmax IsNaN IsInf Celu Shrink"
     ).split()],
     *[(op, [POS], [], {}, 20) for op in ("Log", "Sqrt", "Reciprocal", "ReduceLogSum")],
+    *[(op, [I64 % 7 + 1], [i64(1)], {}, 20)
+      for op in ("ReduceL2", "ReduceLogSum", "ReduceLogSumExp")],
     *[(op, [X3, numbers(3, 1, seed=1, low=1)], [], {}, 20)
       for op in ("Add", "Sub", "Mul", "Div", "Less")],
     *[(op, [B, B[:1]], [], {}, 20) for op in ("And", "Or", "Xor")],
@@ -144,6 +146,9 @@ CASES: list[Case] = [
     ("Resize", [X4], ["-", f32(1, 1, 2, 2)],
      {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}, 13),
     ("Resize", [X4], ["-", "-", i64(2, 4, 5, 9)], {"mode": "linear"}, 19),
+    # Half an element behind the first one, where it is rounded to float32.
+    ("Resize", [X4[:, :, :6]], [f32(0, 0, 0.1, 0.1, 1, 1, 0.8, 0.8), "-", i64(2, 4, 3, 3)],
+     {"coordinate_transformation_mode": "tf_crop_and_resize"}, 18),
     ("Upsample", [X4], [f32(1, 1, 2, 2)], {}, 9),
     ("Shape", [X4], [], {"start": 1}, 15),
     ("Size", [X4], [], {}, 13),
