@@ -36,7 +36,9 @@ def schedule(s: Schedule, name: str, order: list[str]) -> bool:
     along, across = fused[k], fused[-1]
     lanes = s.target.lanes(load.buffer.dtype.bytes)
     extent = const_int(s.loop(across)[0].extent)
-    wide = 2 * lanes if extent is None or extent >= 2 * lanes else lanes
+    # Lines of the result that lie a power of two apart are thrown out before the next piece comes.
+    whole = max(2 * lanes, s.target.vector_bytes // load.buffer.dtype.bytes)
+    wide = whole if extent is None or extent >= whole else lanes
     if extent is not None and extent < 8 * lanes and extent % wide and extent % lanes == 0:
         wide = lanes  # the tail would be a large part of a short axis
     across_o, across_i = s.split(across, wide, "mask")

@@ -64,11 +64,13 @@ def test_transposes(shape: tuple[int, ...], perm: tuple[int, ...], dynamic: bool
         np.testing.assert_array_equal(run("transpose", x, dynamic, perm=perm), x.transpose(perm))
 
 
-def test_a_transpose_reads_and_writes_vectors() -> None:
-    x = te.placeholder("x", (64, 96), float32)
+@pytest.mark.parametrize(("dtype", "lanes"), [("float32", ["8", "16"]), ("uint8", ["8", "32"])])
+def test_a_transpose_reads_and_writes_vectors(dtype: str, lanes: list[str]) -> None:
+    x = te.placeholder("x", (64, 96), DType(dtype))
     f = scheduled(te.compute((96, 64), lambda i, j: x[j, i], "y"), x)
     loops = [s for s in statements(f) if isinstance(s, For)]
-    assert sum(s.kind is VECTOR for s in loops) == 2  # into the tile, and out of it
+    into, out_of = (str(s.extent) for s in loops if s.kind is VECTOR)
+    assert [into, out_of] == lanes
     assert sum(s.kind is UNROLL for s in loops) == 2
 
 
