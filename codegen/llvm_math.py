@@ -4,8 +4,9 @@
 
 LLVM has no vector exp, tanh, erf, and we call no C library. Largest errors in ulp (units in the
 last place; float32: of all inputs, tests/codegen/test_llvm_math.py), on processors with fma:
-    float32: exp 0.92, log 0.83, rsqrt 1.5, sigmoid 5.6, tanh 4.9, erf 6.0, all others 0.51
-    float64: exp, log 1, log1p, expm1, erf 2, sigmoid, tanh 3, rsqrt, power 1.5; see llvm_trig.py
+    float32: exp 0.92, log 0.83, rsqrt 1.5, sigmoid 5.6, tanh 4.9, erf 6.0,
+        asin, acos, atan 1.2, powers: see llvm_power.py, all others 0.51
+    float64: exp, log 1, log1p, expm1, erf 2, sigmoid, tanh 3, rsqrt 1.5; see llvm_trig.py
 Method: Cody-Waite range reduction (Software Manual for the Elementary Functions, 1980).
 """
 
@@ -19,7 +20,6 @@ import numpy as np
 from minicompiler.ir.expr import (
     Binary,
     Call,
-    Const,
     Expr,
     binary,
     cast,
@@ -99,10 +99,10 @@ done:
 
 def expand(e: Expr) -> Expr | None:
     """An expression equal to a Call or a power without it; None where an instruction does it."""
-    from . import llvm_trig  # which builds on this module
+    from . import llvm_power, llvm_trig  # which build on this module
 
     if isinstance(e, Binary):
-        return power(e.a, e.b)
+        return llvm_power.power(e.a, e.b)
     assert isinstance(e, Call)
     f = _EXPANSIONS.get(e.fn)
     if f is not None:
@@ -184,13 +184,13 @@ def exp(x: Expr) -> Expr:
     of all results do not fit one factor of 8 bits, so there are two; large results become inf.
     """
     if x.dtype is float64:
-        return _exp64(x)
+        return exp64(x)
     i, r = _eighths(x, _NEAR)
-    scale = bits(_power(i, _NEAR), float32)
+    scale = bits(eighth_power(i, _NEAR), float32)
     near = fma(horner(r, *TABLE_EXP), scale, scale)
     j, r = _eighths(maximum(minimum(x, 89.0), -104.0), 8 * 254)
     n = binary("shr", j, 3)
-    scale = bits(_power(j, 8 * 254) - binary("shl", n - 254, 23), float32)
+    scale = bits(eighth_power(j, 8 * 254) - binary("shl", n - 254, 23), float32)
     far = fma(horner(r, *TABLE_EXP), scale, scale)
     half = binary("shr", n, 1)
     far = far * bits(binary("shl", half, 23), float32) * bits(binary("shl", n - half, 23), float32)
@@ -224,7 +224,7 @@ def _eighth_turns(x: Expr, bias: int, sign: int) -> tuple[Expr, Expr]:
     return bits(t, UINT32), t - shift
 
 
-def _power(i: Expr, bias: int) -> Expr:
+def eighth_power(i: Expr, bias: int) -> Expr:
     """2**(n/8) / (1 + c) as bits, for an i that ends with n + bias."""
     # Adding n + bias to the exponent field also adds the bias and n % 8 in its fractions.
     table = [
@@ -242,7 +242,7 @@ def exp_nonpositive(x: Expr) -> Expr:
     it by another 2**-28.4 of itself.
     """
     if x.dtype is float64:
-        return _exp64(x)
+        return exp64(x)
     y = maximum(x, -104.0)
     t, n = _exp_turns(y, 127 + _SMALLER)
     return _scaled(t, fma(n, const(-LN2_HIGH, float32), y), SHORT_EXP)
@@ -265,7 +265,7 @@ def _scaled(t: Expr, r: Expr, coefficients: tuple[float, ...]) -> Expr:
     return p * bits(binary("shl", bits(t, UINT32), 23), float32)
 
 
-def _exp64(x: Expr, low: Expr | None = None) -> Expr:
+def exp64(x: Expr, low: Expr | None = None) -> Expr:
     """e**(x + low) for a low that is small against an ulp of x: 1 ulp."""
     shift = 6755399441055744.0 + 2046.0
     y = maximum(minimum(x, 710.0), -746.0)
@@ -304,7 +304,7 @@ def expm1(x: Expr) -> Expr:
 
 
 # ---- log ----------------------------------------------------------------------------------------
-def _mantissa(x: Expr) -> tuple[Expr, Expr]:
+def mantissa(x: Expr) -> tuple[Expr, Expr]:
     """(k, m) with x = 2**k * m and m in [sqrt(1/2), sqrt(2)), for finite x > 0."""
     f = x.dtype
     wide = f is float64
@@ -337,7 +337,7 @@ def log(x: Expr) -> Expr:
     """ln x: x = 2**k * m, then the series of log((1+s)/(1-s)) in s = (m-1)/(m+1). 1 ulp."""
     f = x.dtype
     wide = f is float64
-    k, m = _mantissa(x)
+    k, m = mantissa(x)
     a = m - 1.0
     s = a / (m + 1.0)
     z = s * s
@@ -376,7 +376,7 @@ def sigmoid(x: Expr) -> Expr:
     i, n = _eighth_turns(y, 8 * 60, -1)
     r = fma(n, const(LN2_HIGH / 8 * 2**22, float32), y)  # of the other sign
     a, b, c, d = TABLE_EXP
-    scale = bits(_power(i, 8 * (60 + 64)), float32)
+    scale = bits(eighth_power(i, 8 * (60 + 64)), float32)
     return const(small, float32) / fma(horner(r, -a, b, -c, 1 + d), scale, small)
 
 
@@ -473,82 +473,10 @@ def _erf64(x: Expr, a: Expr) -> Expr:
     return select(a < 0.84375, near, with_sign(size, x))
 
 
-# ---- power --------------------------------------------------------------------------------------
+# ---- rsqrt --------------------------------------------------------------------------------------
 def rsqrt(x: Expr) -> Expr:
     """1 / sqrt(x), correctly rounded at each step."""
     return 1.0 / Call("sqrt", (x,))
-
-
-def power(a: Expr, b: Expr) -> Expr | None:
-    """a**b with the signs, zeros and infinities of IEEE pow. float32 0.51 ulp, float64 1.5 ulp; |n|
-    for a constant integer exponent |n| <= 8. None for integers with a variable exponent."""
-    n = b.value if type(b) is Const else None
-    if n is not None and math.isfinite(n) and float(n).is_integer() and abs(n) <= 8:
-        return small_power(a, int(n))
-    if not a.dtype.is_float:
-        return None
-    return power64(a, b) if a.dtype is float64 else in_float64(power64, a, b)
-
-
-def small_power(a: Expr, n: int) -> Expr:
-    """a**n for a small integer n by repeated squaring."""
-    if n < 0:
-        return const(1.0, a.dtype) / small_power(a, -n)
-    if n < 2:
-        return a if n else const(1.0, a.dtype)
-    half = small_power(a, n // 2)
-    return half * half * a if n % 2 else half * half
-
-
-def power64(a: Expr, b: Expr) -> Expr:
-    """e**(b * ln|a|) with the logarithm in twice the precision, then the sign and special cases."""
-    f = float64
-    size = absolute(a)
-    high, low = _log_exact(size)
-    zero, inf = const(0.0, f), const(math.inf, f)
-    ordinary = binary("and", zero < size, size < inf)
-    limit = select(eq(size, 0.0), const(-math.inf, f), size)
-    high, low = select(ordinary, high, limit), select(ordinary, low, zero)
-    p = fma(high, b, -0.0)
-    lost = fma(high, b, zero - p) + low * b
-    lost = select(absolute(p) < 2000.0, lost, zero)
-    result = _exp64(p, lost)
-    whole = eq(Call("round", (b,)), b)
-    odd = ne(Call("round", (b * 0.5,)) * 2.0, b)
-    flipped = with_sign(result, select(odd, a, const(1.0, f)))
-    negative = binary("or", a < 0.0, eq(a, 0.0))
-    invalid = binary("and", a < 0.0, binary("and", Call("not", (whole,)), size < inf))
-    result = select(binary("and", negative, whole), flipped, result)
-    result = select(invalid, const(math.nan, f), result)
-    ones = binary("or", eq(b, 0.0), eq(a, 1.0))
-    ones = binary("or", ones, binary("and", eq(a, -1.0), eq(absolute(b), math.inf)))
-    return select(ones, const(1.0, f), result)
-
-
-def _log_exact(x: Expr) -> tuple[Expr, Expr]:
-    """ln x of a finite x > 0 as a sum of two numbers, to about 64 bits."""
-    k, m = _mantissa(x)
-    a, d = m - 1.0, m + 1.0
-    dl = m - (d - 1.0)  # d + dl = m + 1
-    s = a / d
-    sl = (fma(s, const(0.0, float64) - d, a) - s * dl) / d
-    z, zl = exact_product(s, s)
-    zl = fma(s + s, sl, zl)
-    # An fma, since a plain product may be fused with the sum.
-    q = fma(horner(z, *[2.0 / n for n in range(25, 3, -2)]), z, -0.0)
-    u, ul = fast_sum(const(2.0 / 3.0, float64), q)
-    ul = ul + 3.700743415417188e-17  # what 2/3 has beyond its first 53 bits
-    v, vl = exact_product(z, u)
-    vl = fma(z, ul, fma(zl, u, vl))
-    # ln m = 2 s + s v
-    w, wl = exact_product(s, v)
-    wl = fma(s, vl, fma(sl, v, wl))
-    high, low = fast_sum(s + s, w)
-    low = low + (wl + (sl + sl))
-    kh, kl = exact_product(k, const(0.6931471805599453, float64))
-    kl = fma(k, const(2.3190468138462996e-17, float64), kl)
-    total, error = fast_sum(kh, high)
-    return fast_sum(total, error + (low + kl))
 
 
 _EXPANSIONS: dict[str, Callable[..., Expr]] = {

@@ -1,7 +1,7 @@
 """Trigonometric and hyperbolic functions and their inverses, as expressions in float64.
 
     FUNCTIONS["sin"](x)     an expression; float32 is computed here too, and rounded at the end
-    FLOAT32["sin"](x)       the same for a float32, with fewer steps
+    FLOAT32["sin"](x)       the same for a float32, with fewer steps; asin, acos, atan 1.2 ulp
 
 Largest errors in ulp for float64: sin, cos 1, tan 2 (for |x| <= 2**40, NaN beyond 2**45; a float32
 may be of any size), asin, acos, atan 2, sinh, cosh 3, asinh, acosh, atanh 3. Polynomials of fdlibm
@@ -32,6 +32,7 @@ from .llvm_math import (
     bits,
     exp,
     expm1,
+    fast_sum,
     fma,
     horner,
     log,
@@ -256,6 +257,51 @@ def atan(x: Expr) -> Expr:
     return with_sign(high - ((t * (z * p) - low) - t), x)
 
 
+# ---- inverse trigonometric, of float32 ----------------------------------------------------------
+# asin(s)/s for |s| <= 1/2 and atan(t)/t for |t| <= 1 in powers of their squares with 1 fixed,
+# minimax: relative errors 2**-27.6 and 2**-28.5 (tests/codegen/test_minimax.py finds them again).
+ASIN = (0.042158306, 0.024184778, 0.04546915, 0.074953094, 0.16666752, 1.0)
+ATAN = (
+    -0.0017827788, 0.010868565, -0.031096863, 0.057881337, -0.083993055, 0.109508805, -0.14264016,
+    0.1999853, -0.333333, 1.0,
+)  # fmt: skip
+_HALF_PI32 = (1.5707964, -4.371139e-08)  # its sum
+
+
+def _asin32_parts(x: Expr) -> tuple[Expr, Expr, Expr]:
+    """(whether |x| < 1/2, s, asin(s) - s); s is |x| or sqrt((1 - |x|) / 2)."""
+    a = absolute(x)
+    near = a < 0.5
+    z = select(near, a * a, (1.0 - a) * 0.5)
+    s = select(near, a, Call("sqrt", (z,)))
+    return near, s, s * (z * horner(z, *ASIN[:-1]))
+
+
+def _asin32(x: Expr) -> Expr:
+    near, s, more = _asin32_parts(x)
+    high, low = _HALF_PI32
+    far, lost = fast_sum(const(high, float32), s * -2.0)
+    return with_sign(select(near, s + more, far + (lost - ((more + more) - low))), x)
+
+
+def _acos32(x: Expr) -> Expr:
+    near, s, more = _asin32_parts(x)
+    high, low = _HALF_PI32
+    middle = high - (with_sign(s, x) - (low - with_sign(more, x)))
+    large = 2 * high - ((s + s) - (2 * low - (more + more)))
+    return select(near, middle, select(x < 0.0, large, (s + more) * 2.0))
+
+
+def _atan32(x: Expr) -> Expr:
+    """Beyond 1, pi/2 - atan(1/|x|)."""
+    a = absolute(x)
+    far = a > 1.0
+    t = select(far, -1.0 / a, a)
+    high, low = [select(far, const(c, float32), const(0.0, float32)) for c in _HALF_PI32]
+    z = t * t
+    return with_sign(high + (t + fma(t, z * horner(z, *ATAN[:-1]), low)), x)
+
+
 # ---- hyperbolic ---------------------------------------------------------------------------------
 def sinh(x: Expr) -> Expr:
     a = absolute(x)
@@ -301,4 +347,5 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
 # Those that a float32 need not go through all of the above for.
 FLOAT32: dict[str, Callable[[Expr], Expr]] = {
     "sin": lambda x: _wave32(x, 0), "cos": lambda x: _wave32(x, 1),
+    "asin": _asin32, "acos": _acos32, "atan": _atan32,
 }  # fmt: skip

@@ -413,7 +413,13 @@ def _copies(s: Schedule, name: str, inner: str) -> bool:
             todo += [e.a, e.b]
         elif type(e) is not Load and type(e) is not Const:
             return False
-    return all(m == 1 for m in steps(s, name, loop.var))
+    # What says where to read from is the same for all of a row.
+    places = [x for e in loads(block.body.value) for i in e.indices for x in loads(i)]
+    if any(loop.var in free_vars(substitute(i, values)) for x in places for i in x.indices):
+        return False
+    own, *moves = steps(s, name, loop.var)
+    read = zip(analysis.operand_loads(block), moves, strict=True)
+    return own == 1 and all(m == 1 or x in places for x, m in read)
 
 
 def _same_everywhere(s: Schedule, name: str) -> bool:

@@ -48,7 +48,17 @@ from ..ir.tir import (
 )
 from ..ir.types import TensorType, index, int64
 from .draws import Draw, array, choice, flag, integer, shape
-from .rules import Size, axis_of, direct, fail, need_dtype, need_rank, result, simplified
+from .rules import (
+    Size,
+    axis_of,
+    direct,
+    fail,
+    need_dtype,
+    need_rank,
+    result,
+    short_index,
+    simplified,
+)
 from .scatter import Fresh
 
 Array = np.ndarray
@@ -211,14 +221,15 @@ def _side_by_side(
     x: Buffer, first: Buffer, at: Callable[[Expr], tuple[Expr, ...]], n: Expr, k: int,
     largest: bool, fresh: Fresh,
 ) -> Stmt:  # fmt: skip
-    """Of a row: what enters moves those behind it `_SIDE` at a time, without branches. Each entry
-    waits for the last one to reach memory, as long as about ten moves one by one take."""
+    """Of a row: what enters moves those behind it `_SIDE` at a time, and none of those before
+    it. Each entry waits for the last one to reach memory, as long as ten moves one by one take."""
     # What is kept stands one place further on: all have one before them.
     room = -(-k // _SIDE) * _SIDE
+    short = short_index(n)
     kept, places, kept_next, places_next = (
         Buffer(fresh(name).name, dtype, (Const(size),), scope)
         for size, scope in ((room + 1, Scope.LOCAL), (_SIDE, Scope.REGISTER))
-        for name, dtype in (("kept", x.dtype), ("place", index))
+        for name, dtype in (("kept", x.dtype), ("place", short))
     )
 
     def enter(c: Expr, full: bool) -> Stmt:
@@ -238,7 +249,7 @@ def _side_by_side(
             lane, out = fresh("lane"), fresh("lane")
             t = lane + base
             behind = stays(t - 1) if base else binary("or", t < ONE, stays(t - 1))
-            ways = ((kept, kept_next, new), (places, places_next, c))
+            ways = ((kept, kept_next, new), (places, places_next, cast(c, short)))
             read: list[Stmt] = [
                 Store(then, (lane,), select(
                     stays(t), Load(now, (t + 1,)), select(behind, value, Load(now, (t,)))
@@ -253,7 +264,10 @@ def _side_by_side(
                 for v, part in ((lane, read), (out, write))
             ])  # fmt: skip
 
-        return seq([moved(base) for base in reversed(range(0, room, _SIDE))])
+        return seq([
+            If(~stays(Const(min(base + _SIDE, k) - 1)), moved(base))
+            for base in reversed(range(0, room, _SIDE))
+        ])  # fmt: skip
 
     c, d, t = fresh("c"), fresh("d"), fresh("t")
     some = minimum(n, k)
@@ -264,7 +278,7 @@ def _side_by_side(
         [
             For(c, some, SERIAL, enter(c, False)),
             For(d, n - some, SERIAL, If(wanted, enter(later, True))),
-            For(t, Const(k), SERIAL, Store(first, at(t), Load(places, (t + 1,)))),
+            For(t, Const(k), SERIAL, Store(first, at(t), cast(Load(places, (t + 1,)), index))),
         ]
     )
     for buffer in (kept, places, kept_next, places_next):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .. import te
-from ..ir.expr import Binary, Call, Const, Expr, binary, const, const_int, eq, product, select
+from ..ir.expr import Binary, Call, Const, Expr, binary, cast, const, const_int, eq, product, select
 from ..ir.op import Arg, Op, Precision, register
 from ..ir.types import TensorType, int64
 from .draws import FLOATS, Draw, array, choice, flag, integer, shape, some_axes
@@ -30,6 +30,7 @@ from .rules import (
     number,
     on_contents,
     result,
+    short_index,
     symbolic,
     widened,
 )
@@ -296,6 +297,7 @@ def _position(combiner: str) -> Callable[..., te.Tensor]:
         axis = a.axis % rank
         best = te.reduction(combiner, x, axis)
         size = x.shape[axis]
+        place = short_index(size)
         (r,) = te.reduce_vars(1)
 
         def body(*i: Expr) -> Expr:
@@ -304,11 +306,12 @@ def _position(combiner: str) -> Callable[..., te.Tensor]:
             hit = eq(e, best[(*rest[:axis], Const(0), *rest[axis:])])
             if x.dtype.is_float:
                 hit = Binary("or", hit, Call("isnan", (e,)))
-            return select(hit, r, const(-1) if a.last else size)
+            return select(hit, cast(r, place), const(-1, place) if a.last else cast(size, place))
 
         kept = [Const(1) if k == axis else s for k, s in enumerate(x.shape)]
         shape = kept if a.keepdims else kept[:axis] + kept[axis + 1 :]
-        return te.compute(shape, body, "position", ("max" if a.last else "min", {r: size}))
+        over = ("max" if a.last else "min", {r: size})
+        return te.astype(te.compute(shape, body, "position", over), int64)
 
     return compute
 

@@ -18,7 +18,7 @@ from ..errors import ShapeError
 from ..ir.arith import Arith
 from ..ir.expr import Const, Expr, binary, cast, const, const_int, eq, select, wrap
 from ..ir.op import Arg, Compute, assume_equal
-from ..ir.types import DType, TensorType, float32
+from ..ir.types import DType, TensorType, float32, int32, int64
 
 Size = Expr | int
 Shape = tuple[Expr, ...]
@@ -165,6 +165,12 @@ def is_low(dtype: DType) -> bool:
 def wide(dtype: DType) -> DType:
     """The type that sums and functions of `dtype` are computed in."""
     return float32 if is_low(dtype) else dtype
+
+
+def short_index(size: Expr) -> DType:
+    """The shortest type that positions on an axis of this size are computed in. (Vectors of int32
+    have twice as many lanes, and there is an instruction for their minimum.)"""
+    return int32 if Arith().prove(size < (1 << 31) - 1) else int64
 
 
 def widened(x: te.Tensor) -> te.Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from minicompiler.codegen import llvm_math, llvm_trig
+from minicompiler.codegen import llvm_math, llvm_power, llvm_trig
 
 LONG = np.longdouble
 POINTS = 4001
@@ -67,6 +67,16 @@ CASES = {
     ),
     "exp, five terms": Case(
         np.exp, (-HALF_LN2, HALF_LN2), llvm_math.SHORT_EXP, (5, 4, 3, 2, 1, 0), 5, np.float32
+    ),
+    "asin": Case(np.arcsin, (1e-3, 0.5), llvm_trig.ASIN, (11, 9, 7, 5, 3, 1), 5, np.float32),
+    "atan": Case(np.arctan, (1e-3, 1.0), llvm_trig.ATAN, tuple(range(19, 0, -2)), 9, np.float32),
+    "log2, by the atanh of s": Case(
+        lambda s: 2 * np.arctanh(s) / np.log(LONG(2)),
+        (1e-3, 3 - 2 * 2**0.5),
+        llvm_power.LOG2,
+        (9, 7, 5, 3, 1),
+        5,
+        np.float64,
     ),
     "sin": Case(np.sin, (1e-3, np.pi / 2), llvm_trig.SIN, (11, 9, 7, 5, 3, 1), 5, np.float64),
 }

@@ -8,10 +8,12 @@ import pytest
 import minicompiler as mc
 from minicompiler import te
 from minicompiler.frontend.builder import Builder
-from minicompiler.ir.tir import VECTOR, For, statements
+from minicompiler.ir.expr import Dim
+from minicompiler.ir.tir import VECTOR, Alloc, For, statements
 from minicompiler.ir.types import float32
 from minicompiler.lower.to_tir import from_tensors
 from minicompiler.ops.order import OrderAttrs, topk
+from minicompiler.ops.reduce import ArgAttrs, argmax
 
 ROWS, SIZE = 6, 70
 RNG = np.random.default_rng(0)
@@ -62,3 +64,15 @@ def test_no_element_comes_twice_where_some_are_no_numbers(k: int, largest: bool)
     got, at = mc.compile(net.function(values=values, places=places))(x)
     assert all(len(set(row)) == k for row in at)
     np.testing.assert_array_equal(got, np.take_along_axis(x, at, 1))
+
+
+@pytest.mark.parametrize("size", [SIZE, Dim("size", 10, 1 << 30), Dim("size", 10, 1 << 40)])
+def test_positions_are_short_where_the_axis_is(size: int | Dim) -> None:
+    """Vectors of int32 have twice as many lanes."""
+    wanted = "int64" if isinstance(size, Dim) and size.hi == 1 << 40 else "int32"
+    x = te.placeholder("x", (ROWS, size), float32)
+    func = from_tensors("f", [x], list(topk.computes[0].build(x, OrderAttrs(1, True, 9))))
+    kept = [s.buffer for s in statements(func.phases[0]) if isinstance(s, Alloc)]
+    assert {b.dtype.name for b in kept if b.name.startswith("place")} == {wanted}
+    func = from_tensors("f", [x], [argmax.computes[0].build(x, ArgAttrs(1))])
+    assert ("int32" in {b.dtype.name for b in func.buffers}) == (wanted == "int32")

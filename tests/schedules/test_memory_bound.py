@@ -32,6 +32,7 @@ from minicompiler.ir.types import DType, float16, float32, int64
 from minicompiler.ir.verify_tir import verify_tir
 from minicompiler.lower.blocks import hoist_conditions, lower_blocks, unswitch
 from minicompiler.lower.to_tir import from_tensors
+from minicompiler.ops.rules import clamped
 from minicompiler.schedules.cpu import schedule
 from minicompiler.schedules.elementwise import MOST_UNEVEN
 from minicompiler.schedules.schedule import Schedule
@@ -339,6 +340,15 @@ def test_a_concatenation_copies_long_pieces() -> None:
     func = schedule(from_tensors("f", [a, b], [y]), AVX2, after_step=verify_tir).func
     loops = [x for x in statements(func) if isinstance(x, For)]
     assert max(int(str(x.extent)) for x in loops) == 64 * 15 * 15 // 8
+
+
+def test_rows_that_data_picks_are_copied_in_long_pieces() -> None:
+    """Where a row lies is worked out once for each piece."""
+    x, at = te.placeholder("x", (8, 64, 256), float32), te.placeholder("at", (50, 2), int64)
+    y = te.compute((50, 256), lambda i, j: x[clamped(at[i, 0], 8), clamped(at[i, 1], 64), j], "y")
+    func = schedule(from_tensors("f", [x, at], [y]), AVX2, after_step=verify_tir).func
+    vectors = [str(s.extent) for s in statements(func) if isinstance(s, For) and s.kind is VECTOR]
+    assert vectors == ["32"]
 
 
 @pytest.mark.parametrize(
