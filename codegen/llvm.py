@@ -133,6 +133,11 @@ class _Emitter(Memory):
 
     def phase(self, s: Stmt) -> None:
         """A root statement: its parallel loop is divided, what has none is done by thread 0."""
+        if isinstance(s, If) and _divided(s):
+            then, orelse = s.then, s.orelse
+            other = None if orelse is None else lambda: self.phase(orelse)
+            self.branch(self.value(s.cond).name, lambda: self.phase(then), other)
+            return
         if _divided(s):
             self.stmt(s)
         else:

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -44,8 +44,9 @@ from .lower.blocks import lower_blocks
 from .lower.cost import flops, moved, points
 from .lower.guards import guard_accesses, run_time_guards
 from .lower.join_axes import join_axes
-from .lower.lift_constants import lift_constants
+from .lower.lift_constants import Prepared, lift_constants
 from .lower.memory import to_size
+from .lower.one_row import of_one_row, one_or_many
 from .lower.reshaped import keep_shape
 from .lower.to_tir import is_exact, lower_function
 from .runtime.diskcache import DiskCache
@@ -212,6 +213,20 @@ def plain_loops(fn: Function, constant: tuple[bool, ...], max_error: float) -> P
     return keep_shape(join_axes(lower_function(fn, constant, max_error)))
 
 
+def final_loops(
+    s: Schedule, lowered: PrimFunc, rules: Sequence[Rule]
+) -> tuple[PrimFunc, tuple[Prepared, ...]]:
+    """Scheduled loops without what constants alone determine, and where the rule asks for it, with
+    loops of their own for a single row."""
+    func, prepared = lift_constants(s.func)
+    if s.rows is None or prepared:
+        return func, prepared
+    one = schedule(of_one_row(lowered, s.rows), s.target, rules=rules)
+    if lift_constants(one.func)[1]:  # would be computed by each call
+        return func, prepared
+    return one_or_many(one.func, func, s.rows), prepared
+
+
 def rules_of(ctx: Context) -> tuple[Rule, ...]:
     """The schedule rules, those of the user included."""
     own = ctx.options.extensions.rules
@@ -263,7 +278,7 @@ def write_kernel(
     )  # fmt: skip
     original = s.func.params
     func, prepared = _timed(
-        ctx, fn.name, "tir", "lift_constants", lambda: lift_constants(s.func),
+        ctx, fn.name, "tir", "lift_constants", lambda: final_loops(s, lowered, rules_of(ctx)),
         lambda r: script(r[0]), lambda r: r[0],
     )  # fmt: skip
     if checked:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from minicompiler.ir.expr import ZERO, Binary, Expr, Load, Var, const_int, free_vars, walk
+from minicompiler.ir.expr import ZERO, Binary, Dim, Expr, Load, Var, const_int, free_vars, walk
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, SERIAL, UNROLL, VECTOR, Block, Buffer, Iter, Scope
 
@@ -160,6 +160,7 @@ def _vars(load: Load) -> frozenset[Expr]:
 def apply(s: Schedule) -> None:
     nest = _find(s)
     assert nest is not None
+    s.rows = _may_be_one(s, nest)
     lanes = s.target.vector_bytes // 4
     width = s.choose("width", (lanes, 2 * lanes, 4 * lanes), 2 * lanes)
     shape = s.block(nest.scores)[0].body.buffer.shape
@@ -225,6 +226,16 @@ def apply(s: Schedule) -> None:
     if truncate.is_triangular(s, place):
         s.truncate(place, width)
     s.mark(shared[0], PARALLEL)
+
+
+def _may_be_one(s: Schedule, nest: _Nest) -> Dim | None:
+    """The number of rows, if they may be a single one that is compared with any number of columns:
+    it reads each operand once, where it is."""
+    shape = s.block(nest.scores)[0].body.buffer.shape
+    count = ZERO if nest.row is None else shape[nest.row]
+    if not isinstance(count, Dim) or count.lo > 1 or shape[nest.column] is count:
+        return None
+    return count
 
 
 def _hold_rows(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from minicompiler.errors import ScheduleError
-from minicompiler.ir.expr import Var
+from minicompiler.ir.expr import Dim, Var
 from minicompiler.ir.layout import IndexMap, axes
 from minicompiler.ir.node import Node
 from minicompiler.ir.tir import (
@@ -90,6 +90,7 @@ class Schedule:
         self.steps: list[Step] = []
         self.choices: list[Choice] = []
         self.rule = ""  # the rule that made this schedule
+        self.rows: Dim | None = None  # where these are a single one, another schedule is better
         self._after = after_step
         self._names: set[str] | None = None
 

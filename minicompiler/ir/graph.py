@@ -18,7 +18,19 @@ from typing import Any
 import numpy as np
 
 from ..errors import InternalError, ShapeError
-from .expr import Binary, Const, Dim, Expr, Var, walk, wrapped
+from .expr import (
+    Binary,
+    Const,
+    Dim,
+    Expr,
+    Select,
+    Var,
+    maximum,
+    minimum,
+    rewrite,
+    walk,
+    wrapped,
+)
 from .layout import IndexMap
 from .node import Node, node
 from .op import Arg, NoAttrs, Op
@@ -141,6 +153,19 @@ def apply(
     return Apply(op, tuple(args), attrs, types, locs, contents, (None,) * len(results), name)
 
 
+def without_choices(size: Expr) -> Expr:
+    """A size with choices by comparisons as arithmetic, which a plan can compute: where a slice
+    begins may count from either end."""
+
+    def one(e: Expr) -> Expr | None:
+        if type(e) is not Select or type(e.cond) is not Binary or e.cond.op not in ("lt", "le"):
+            return None
+        above = e.cond.b - e.cond.a + int(e.cond.op == "le")
+        return e.b + (e.a - e.b) * maximum(minimum(above, 1), 0)
+
+    return rewrite(size, one)
+
+
 _SIZE_OPERATIONS = ("add", "sub", "mul", "floordiv", "mod", "min", "max")  # see runtime/plan.py
 
 
@@ -153,7 +178,7 @@ def _check_sizes(op: Op, t: TensorType, locs: tuple[Loc, ...]) -> None:
         elif not isinstance(s, Dim) and any(
             not isinstance(e, Dim | Var | Const)
             and not (type(e) is Binary and e.op in _SIZE_OPERATIONS)
-            for e in walk(s)
+            for e in walk(without_choices(s))
         ):
             raise ShapeError(
                 f"{op.name} would make {t}: such a size cannot be computed at run time",

@@ -14,9 +14,9 @@ A Block separates meaning from order: its iterators are what the definition rang
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-from .expr import FALSE, TRUE, ZERO, Dim, Expr, Load, Var, substitute, walk
+from .expr import FALSE, TRUE, ZERO, Dim, Expr, Load, Var, rewrite, substitute, walk
 from .layout import IndexMap
 from .node import Node, node
 from .types import DType, Loc
@@ -311,6 +311,27 @@ def read_buffers(s: Stmt | PrimFunc) -> set[Buffer]:
 def written_buffers(s: Stmt | PrimFunc) -> set[Buffer]:
     """The buffers that are stored to below `s`."""
     return {x.buffer for x in stores(s)}
+
+
+def with_buffers(s: Stmt, mapping: Mapping[Buffer, Buffer]) -> Stmt:
+    """`s` with buffers replaced by others that are indexed alike; itself where it uses none."""
+    if mapping.keys().isdisjoint(read_buffers(s) | written_buffers(s)):
+        return s
+
+    def load(e: Expr) -> Expr | None:
+        if type(e) is Load and e.buffer in mapping:
+            return Load(mapping[e.buffer], e.indices, e.mask)
+        return None
+
+    def store(x: Store) -> Store:
+        return x.with_(buffer=mapping.get(x.buffer, x.buffer))
+
+    def one(x: Stmt) -> Stmt | None:
+        if isinstance(x, Block):
+            return x.with_(init=None if x.init is None else store(x.init), body=store(x.body))
+        return store(x) if isinstance(x, Store) else None
+
+    return map_statements(map_exprs(s, lambda e: rewrite(e, load)), one)
 
 
 # ---- text ---------------------------------------------------------------------------------------

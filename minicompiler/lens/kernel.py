@@ -40,9 +40,9 @@ from minicompiler.ir.tir import (
     statements,
     sub_statements,
 )
-from minicompiler.kernel import lower_kernel, rules_of
+from minicompiler.kernel import final_loops, lower_kernel, rules_of
 from minicompiler.lower.blocks import lower_blocks
-from minicompiler.lower.lift_constants import Prepared, lift_constants
+from minicompiler.lower.lift_constants import Prepared
 from minicompiler.runtime.loader import Library
 from minicompiler.runtime.pool import kernel_symbols
 from minicompiler.schedules.cpu import schedule
@@ -87,7 +87,7 @@ def making_of(fn: Function, constant: tuple[bool, ...], ctx: Context) -> Making:
     for k, (step, func) in enumerate(zip(s.steps, after, strict=True)):
         detail = f"step {k + 1} of {len(after)} of rule {s.rule}: {step}"
         states.append(State("schedule step", step.primitive, detail, func, step))
-    func, prepared = lift_constants(s.func)
+    func, prepared = final_loops(s, lowered, rules_of(ctx))
     states.append(State("tir pass", "lift_constants", "", joined(lowered, func, prepared)))
     functions = [func, *[p.func for p in prepared]]
     for tir_pass in pipeline.TIR_PASSES:

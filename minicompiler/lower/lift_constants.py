@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 
-from minicompiler.ir.expr import Dim, Expr, Load, free_vars, rewrite
+from minicompiler.ir.expr import Dim, Expr, free_vars
 from minicompiler.ir.tir import (
     Alloc,
-    Block,
     Buffer,
     For,
-    Prefetch,
     PrimFunc,
     Scope,
     Stmt,
-    Store,
-    map_statements,
     read_buffers,
     statements,
     stores,
+    with_buffers,
     written_buffers,
 )
 
@@ -61,7 +58,7 @@ def lift_constants(func: PrimFunc) -> tuple[PrimFunc, tuple[Prepared, ...]]:
         ):
             (b,) = written
             new = b.with_(scope=Scope.PARAM, constant=True)
-            body = _swap(phase, {b: new})
+            body = with_buffers(phase, {b: new})
             name = f"{func.name}_prepare_{len(prepared)}"
             sources = tuple(
                 p for p in (*func.params, *[x.buffer for x in prepared]) if p in read_buffers(body)
@@ -72,7 +69,7 @@ def lift_constants(func: PrimFunc) -> tuple[PrimFunc, tuple[Prepared, ...]]:
             ready.add(new)
             later = [({new if x is b else x for x in w}) for w in later]
             func = func.with_(
-                phases=tuple(_swap(p, {b: new}) for p in func.phases),
+                phases=tuple(with_buffers(p, {b: new}) for p in func.phases),
                 buffers=tuple(x for x in func.buffers if x is not b),
             )
         else:
@@ -100,26 +97,3 @@ def _sizes(phase: Stmt) -> bool:
 
 def _computes_prepared(phase: Stmt, prepared: list[Prepared]) -> bool:
     return any(s.buffer is p.buffer for p in prepared for s in stores(phase))
-
-
-def _swap(phase: Stmt, mapping: dict[Buffer, Buffer]) -> Stmt:
-    def load(e: Expr) -> Expr | None:
-        if type(e) is Load and e.buffer in mapping:
-            return Load(mapping[e.buffer], e.indices, e.mask)
-        return None
-
-    def store(x: Store) -> Store:
-        value = rewrite(x.value, load)
-        buffer = mapping.get(x.buffer, x.buffer)
-        return x if value is x.value and buffer is x.buffer else x.with_(buffer=buffer, value=value)
-
-    def one(x: Stmt) -> Stmt | None:
-        if isinstance(x, Block):
-            init = None if x.init is None else store(x.init)
-            body = store(x.body)
-            return None if init is x.init and body is x.body else x.with_(init=init, body=body)
-        if isinstance(x, Prefetch):
-            return x.with_(place=rewrite(x.place, load))
-        return store(x) if isinstance(x, Store) else None
-
-    return map_statements(phase, one)

@@ -22,12 +22,22 @@ from minicompiler.ir.expr import (
     Const,
     Dim,
     Expr,
+    Select,
     Var,
     free_vars,
     substitute,
     wrap,
 )
-from minicompiler.ir.graph import Constant, Function, Input, Item, Value, layout_of, type_of
+from minicompiler.ir.graph import (
+    Constant,
+    Function,
+    Input,
+    Item,
+    Value,
+    layout_of,
+    type_of,
+    without_choices,
+)
 from minicompiler.ir.types import TensorType
 from minicompiler.lower.caches import cache_pairs
 from minicompiler.runtime import plan as rt
@@ -462,6 +472,8 @@ def to_size(e: Expr) -> rt.Size:
         return e.name
     if type(e) is Binary and e.op in rt.OPERATIONS:
         return e.op, to_size(e.a), to_size(e.b)
+    if type(e) is Select and (same := without_choices(e)) is not e:
+        return to_size(same)
     raise InternalError(f"a plan cannot compute the size `{e}`")
 
 

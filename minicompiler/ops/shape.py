@@ -34,8 +34,8 @@ from .rules import (
     need_const,
     result,
     same_dtype,
-    same_size,
     simplified,
+    surely_equal,
     text,
     unequal,
 )
@@ -142,7 +142,7 @@ def _matching(a: Shape, b: Shape) -> list[tuple[tuple[int, int], tuple[int, int]
     [n, 128, 12, 64] and [n, 128, 768]: n with n, 128 with 128, (12, 64) with 768.
     """
     tail = 0
-    while tail < min(len(a), len(b)) and same_size(a[-1 - tail], b[-1 - tail]):
+    while tail < min(len(a), len(b)) and surely_equal(a[-1 - tail], b[-1 - tail]):
         tail += 1
     groups: list[tuple[tuple[int, int], tuple[int, int]]] = []
     i = j = 0
@@ -156,7 +156,7 @@ def _matching(a: Shape, b: Shape) -> list[tuple[tuple[int, int], tuple[int, int]
                 left, p = simplified(left * a[p]), p + 1
             else:
                 right, q = simplified(right * b[q]), q + 1
-            if p > i and q > j and same_size(left, right):
+            if p > i and q > j and surely_equal(left, right):
                 cut = p, q
         p, q = cut or (end_a, end_b)
         groups.append(((i, p), (j, q)))

@@ -18,6 +18,7 @@ import math
 import mmap
 import os
 import struct
+import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import starmap
@@ -41,6 +42,7 @@ from minicompiler.target import Target
 _FORMAT = 1  # of the header of a saved module
 _CACHE_LINE = 64
 _ALIGNED_BYTES = 64 << 10  # outputs from here on start at a cache line
+_KEPT_BYTES = 4 << 20  # numpy asks for huge pages from here on, which are handed out quickly
 _CHECKED_BYTES = 16 << 20  # arenas from here on are compared with the available memory
 
 _ndarray = np.ndarray
@@ -391,7 +393,7 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Module:
 class _Context(Frame):
     """What one running call has for itself: the native table, arena and workspace."""
 
-    __slots__ = ("memory", "sizes")
+    __slots__ = ("kept", "memory", "sizes")
 
     def __init__(
         self,
@@ -402,6 +404,7 @@ class _Context(Frame):
         super().__init__(template, callee, signature)
         self.memory: _Memory | None = None
         self.sizes: Sizes | None = None  # those that the table is set up for
+        self.kept: dict[int, list[np.ndarray]] = {}  # memory of each output's last two arrays
 
     def prepare(self, sizes: Sizes, slot: int) -> None:
         """Set up for some sizes: `slot` is that of the arena, workspace and dims follow it."""
@@ -422,7 +425,22 @@ class _Context(Frame):
         """The outputs of a call of these sizes, with new arrays for None."""
         assert self.sizes is not None
         specs = self.sizes.outputs
-        return tuple([_new(*specs[i]) if y is None else y for i, y in enumerate(outputs)])
+        return tuple([self._new(i, *specs[i]) if y is None else y for i, y in enumerate(outputs)])
+
+    def _new(self, k: int, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> np.ndarray:
+        """An array for output k. The system takes longer to hand out pages of fresh memory than a
+        kernel to fill them, so memory of earlier results is used again once nobody holds these."""
+        if not _ALIGNED_BYTES <= size < _KEPT_BYTES:
+            return _new(shape, dtype, size)
+        blocks = self.kept.setdefault(k, [])
+        for i in range(len(blocks)):
+            if blocks[i].nbytes == size + _CACHE_LINE and _holders(blocks, i) == _NOBODY:
+                return _at_line(shape, dtype, blocks[i])
+        made = _new(shape, dtype, size)
+        assert isinstance(made.base, np.ndarray)
+        blocks[1:] = blocks[:1]  # the caller may still hold the result of the last call
+        blocks[:1] = [made.base]
+        return made
 
 
 class _Memory:
@@ -485,7 +503,21 @@ def _new(shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> np.ndarray:
             f"there is no memory for an output of {size / 2**30:.2f} GiB",
             hint="use smaller inputs, or split the batch",
         ) from None
+    return _at_line(shape, dtype, raw)
+
+
+def _at_line(shape: tuple[int, ...], dtype: np.dtype[Any], raw: np.ndarray) -> np.ndarray:
+    """An array in a block of memory, from its first cache line on."""
     return _ndarray(shape, dtype, raw, -address(raw) % _CACHE_LINE)
+
+
+def _holders(blocks: list[np.ndarray], k: int) -> int:
+    """References to a block, some of which are the list's and the interpreter's own. Views of an
+    array, and views of these, refer to the block."""
+    return sys.getrefcount(blocks[k])
+
+
+_NOBODY = _holders([np.empty(0)], 0)
 
 
 def _as_input(value: Any, dtype: np.dtype[Any], t: Tensor) -> np.ndarray:

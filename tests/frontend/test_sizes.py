@@ -169,3 +169,14 @@ def test_rows_whose_number_cannot_be_simplified(axes: tuple[int, ...]) -> None:
         m = model(nodes, {"x": x}, ["y"], constants, shapes={"x": ("b", "n", 64)})
         compiled = compiled or mc.compile(m)
         assert_close(compiled(x)[0], reference_of(m, {"x": x})[0], 64)
+
+
+def test_a_slice_that_begins_at_either_end() -> None:
+    """Positions relative to n tokens are cut out of a table; where it begins depends on n."""
+    nodes = [node("Shape", "x", "s"), node("Sub", "five s", "a"), node("Slice", "table a end", "y")]
+    constants = {"five": np.array([5]), "end": np.array([8]), "table": numbers(9)}
+    m = model(nodes, {"x": numbers(1)}, ["y"], constants, shapes={"x": ("n",)})
+    compiled = mc.compile(m)
+    for n in (1, 4, 5, 6, 7, 13, 14, 15, 40):
+        (y,) = compiled(numbers(n))
+        np.testing.assert_array_equal(y, reference_of(m, {"x": numbers(n)})[0])
