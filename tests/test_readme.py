@@ -91,7 +91,10 @@ def test_the_two_commands_are_what_ci_runs() -> None:
     """The parts of both commands, with the paths that .ci/run puts before them."""
     block = README.split("```sh\n")[1].split("```")[0]
     commands = [line.split("#")[0].strip() for line in block.splitlines()]
-    assert commands == ["pip install . && minicompiler demo", 'pip install -e ".[test]" && pytest']
+    assert commands == [
+        "pip install . && minicompiler demo",
+        'pip install -e ".[test]" && pytest -n 2',
+    ]
     script = (ROOT / ".ci" / "run").read_text()
     plain = re.sub(r'"\$tmp/\w+/bin/(\w+)"', r"\1", script).replace(" -q", "")
     plain = plain.replace('"$root"', ".").replace('"$root[test]"', '".[test]"')
