@@ -5,7 +5,7 @@
 LLVM has no vector exp, tanh, erf, and we call no C library. Largest errors in ulp (units in the
 last place; float32: of all inputs, tests/codegen/test_llvm_math.py), on processors with fma:
     float32: exp 0.92, log 0.83, rsqrt 1.5, sigmoid 5.6, tanh 4.9, erf 6.0,
-        asin, acos, atan 1.2, powers: see llvm_power.py, all others 0.51
+        asin, acos 1.2, atan 1.25, powers: see llvm_power.py, all others 0.51
     float64: exp, log 1, log1p, expm1, erf 2, sigmoid, tanh 3, rsqrt 1.5; see llvm_trig.py
 Method: Cody-Waite range reduction (Software Manual for the Elementary Functions, 1980).
 """

@@ -122,7 +122,7 @@ BOUNDS: dict[str, tuple[Callable[..., Any], float, float]] = {
     "tan": (np.tan, 0.51, 2.0),
     "asin": (np.arcsin, 1.2, 2.0),
     "acos": (np.arccos, 1.2, 2.0),
-    "atan": (np.arctan, 1.2, 2.0),
+    "atan": (np.arctan, 1.25, 2.0),
     "sinh": (np.sinh, 0.51, 3.0),
     "cosh": (np.cosh, 0.51, 3.0),
     "asinh": (np.arcsinh, 0.51, 3.0),
