@@ -425,9 +425,9 @@ class _Context(Frame):
         """The outputs of a call of these sizes, with new arrays for None."""
         assert self.sizes is not None
         specs = self.sizes.outputs
-        return tuple([self._new(i, *specs[i]) if y is None else y for i, y in enumerate(outputs)])
+        return tuple([self._made(i, *specs[i]) if y is None else y for i, y in enumerate(outputs)])
 
-    def _new(self, k: int, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> np.ndarray:
+    def _made(self, k: int, shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> np.ndarray:
         """An array for output k. The system takes longer to hand out pages of fresh memory than a
         kernel to fill them, so memory of earlier results is used again once nobody holds these."""
         if not _ALIGNED_BYTES <= size < _KEPT_BYTES:
