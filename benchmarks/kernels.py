@@ -450,7 +450,10 @@ def main() -> None:
         for case in cases():
             if args.which and not any(w == case.group or w in case.name for w in args.which):
                 continue
-            row = measure(case, threads, args.turns, copy, meter)
+            try:
+                row = measure(case, threads, args.turns, copy, meter)
+            except ArithmeticError as e:
+                raise SystemExit(str(e)) from None
             if case.flops:
                 row |= beside_node(case, threads, row["peak"])
             found.append(row)

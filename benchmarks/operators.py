@@ -228,7 +228,9 @@ def windows(draw: Draw) -> Iterator[Case]:
         to = np.array([1, 1, scale, scale], np.float32)
         yield case(f"{mode} {where} {scale}", node, draw(1, 32, 56, 56), s=to)
     grid = np.clip(draw(1, 56, 56, 2), -1, 1)
-    yield case("", op("GridSample", "x g"), {"x": draw(1, 32, 56, 56), "g": grid})
+    for mode, channels in product(("linear", "nearest"), (1, 3, 32)):
+        node = op("GridSample", "x g", mode=mode)
+        yield case(f"{mode} {channels}", node, {"x": draw(1, channels, 56, 56), "g": grid})
     corners = np.arange(50)[:, None] / 10 + np.array([0, 0, 30, 30])
     given = {"x": draw(1, 64, 56, 56), "r": corners.astype(grid.dtype), "b": np.zeros(50, np.int64)}
     node = op("RoiAlign", "x r b", output_height=7, output_width=7, sampling_ratio=2)
