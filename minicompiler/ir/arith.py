@@ -50,7 +50,7 @@ from .polynomials import (
     plus,
     subtract,
 )
-from .proofs import Prover, without_quotient
+from .proofs import Patience, Prover, without_quotient
 from .types import index
 
 Ranges = Mapping[Expr, tuple[Expr, Expr]]
@@ -60,14 +60,20 @@ class Arith:
     """A simplifier under variable ranges. Results are memoised, so reuse one for a whole
     function."""
 
-    def __init__(self, ranges: Ranges | None = None, facts: Iterable[Expr] = ()):
-        """`facts`: bool expressions known to hold (comparisons over Dims and Vars)."""
+    def __init__(
+        self,
+        ranges: Ranges | None = None,
+        facts: Iterable[Expr] = (),
+        patience: Patience | None = None,
+    ):
+        """`facts`: bool expressions known to hold (comparisons over Dims and Vars). `patience`: for
+        the proofs of several simplifiers together."""
         self.ranges: dict[Expr, tuple[Expr, Expr]] = dict(ranges or {})
         self._memo: dict[Expr, Expr] = {}
         self._polys: dict[Expr, Poly] = {}
         self._intervals: dict[Expr, Interval] = {}
         self._told: dict[Expr, Interval] = {}  # of atoms that are no variables, by facts
-        self._prover = Prover()
+        self._prover = Prover(patience or Patience())
         self.facts: list[Poly] = []  # each polynomial is known to be >= 0
         facts = tuple(facts)
         if facts:  # Bounds are understood before facts about them, or each would ask for the other.
@@ -85,7 +91,7 @@ class Arith:
             if fact.op == "lt":
                 poly = plus(poly, -1)
             known: Poly | None = poly
-            while known is not None:
+            while known is not None and known not in self.facts:
                 self.facts.append(known)
                 self._narrow(known)
                 self._prover.fact_added()
@@ -156,7 +162,7 @@ class Arith:
                 if type(atom) is not Binary or atom.op != "mod":
                     continue
                 others = m[:k] + m[k + 1 :]
-                quotient = self._divmod("floordiv", self.poly(atom.a), self.poly(atom.b))
+                quotient = self.poly(Binary("floordiv", atom.a, atom.b))
                 want = mul(mul(quotient, self.poly(atom.b)), {others: c})
                 # A quotient of several terms (or none) was taken apart already: nothing to join.
                 if len(want) == 1 and all(p.get(n) == d for n, d in want.items()):

@@ -21,17 +21,35 @@ if TYPE_CHECKING:
     from .arith import Arith
 
 _MOST_ATOMS = 16  # quotients, minima and maxima in a claim that is taken apart
-_PATIENCE = 1500  # steps of the search for a proof; of 65,000 that were found two took more
+_LONG = 16  # steps after which a claim is probably false: few that were proved took more
+_GIVEN_UP = 1 << 30  # terms: of a search for what turned out to be false
+
+
+class Patience:
+    """How much a search for a proof may cost, in terms of the polynomials it looks at: half as much
+    after each search that used all of it in vain. So all of them together cost little."""
+
+    MOST, LEAST = 4000, 200  # of 20,000 that were proved one in a thousand took more than 200
+
+    def __init__(self, terms: int = MOST) -> None:
+        self.terms = terms
+
+    def lost(self) -> None:
+        """A search used all of it."""
+        self.terms = max(self.terms // 2, self.LEAST)
 
 
 class Prover:
     """What one `Arith` remembers of its proofs: above all, what did not lead to one."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
         self._with_fact = False
         # (polynomial, _with_fact): the smallest depth at which no proof of >= 0 was found.
         self._unproved: dict[tuple[frozenset[tuple[Monomial, int]], bool], int] = {}
         self._steps = 0  # of the search for a proof that goes on
+        self._terms = 0  # that it looked at
+        self._claim: Poly = {}  # what it is for
         self._samples = Samples()
 
     def fact_added(self) -> None:
@@ -51,18 +69,31 @@ class Prover:
             return False
         # Terms can be bounded in any order, and all orders of a subset end at the same polynomial.
         key = frozenset(p.items()), self._with_fact
-        if depth >= self._unproved.get(key, 7) or self._steps > _PATIENCE:
+        if depth >= self._unproved.get(key, 7) or not self._may_go_on(arith, p):
             return False
         outermost = not self._steps
+        if outermost:
+            self._claim = p
         self._steps += 1
+        self._terms += len(p)
         try:
             if self._proved(arith, p, depth):
                 return True
         finally:
             if outermost:
-                self._steps = 0
+                if self._patience.terms < self._terms < _GIVEN_UP:
+                    self._patience.lost()
+                self._steps = self._terms = 0
         self._unproved[key] = depth
         return False
+
+    def _may_go_on(self, arith: Arith, p: Poly) -> bool:
+        """Whether the search shall look at one more polynomial."""
+        if self._terms > self._patience.terms:
+            return False
+        if self._steps == _LONG and self._samples.refute_at_more(arith, self._claim):
+            self._terms = _GIVEN_UP
+        return self._steps < _LONG or not self._samples.refute_at_more(arith, p)
 
     def _proved(self, arith: Arith, p: Poly, depth: int) -> bool:
         """`nonneg` where numbers alone do not decide."""

@@ -4,10 +4,14 @@
 
 What is false needs no attempt at a proof, and attempts that fail are the expensive ones. The points
 differ in how large dimensions are beside each other, and in where variables stand in their ranges.
+Known facts hold at few of them, perhaps at none: for a claim that would be costly there are more,
+where every number is drawn.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from itertools import islice
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -28,6 +32,8 @@ _POINTS: tuple[tuple[int | None, int | None, int], ...] = (
     (10_000, 3, 2),  # sizes that are halved five times still differ from 1
     (None, 2, 36),
 )
+_MORE = 100  # points that are drawn
+_ENOUGH = 8  # of those, where all facts hold
 _UNKNOWN = ("shl", "shr", "pow")  # nothing is known of their results, as of data
 
 
@@ -35,17 +41,18 @@ class Samples:
     """The values of expressions at each point, as far as they were asked for."""
 
     def __init__(self) -> None:
-        self._values: tuple[dict[Expr, int | None], ...] = tuple({} for _ in _POINTS)
+        self._values: defaultdict[int, dict[Expr, int | None]] = defaultdict(dict)
         self._valid: list[bool | None] = [None] * len(_POINTS)  # whether all facts hold there
+        self._drawn: list[int] | None = None
 
     def fact_added(self) -> None:
         """Other points may satisfy all facts now."""
         self._valid = [None] * len(_POINTS)
+        self._drawn = None
 
     def range_changed(self) -> None:
         """The points lie elsewhere."""
-        for values in self._values:
-            values.clear()
+        self._values.clear()
 
     def refute(self, arith: Arith, p: Poly) -> bool:
         """True when p < 0 at a point that lies inside of the ranges and satisfies the facts."""
@@ -58,6 +65,18 @@ class Samples:
                 if value is not None and value < 0:
                     return True
         return False
+
+    def refute_at_more(self, arith: Arith, p: Poly) -> bool:
+        """The same at points that are drawn."""
+        if self._drawn is None:
+            every = range(len(_POINTS), len(_POINTS) + _MORE)
+            holds = (k for k in every if all(self._holds(arith, f, k) for f in arith.facts))
+            self._drawn = list(islice(holds, _ENOUGH))
+        return any((self._poly_at(arith, p, k) or 0) < 0 for k in self._drawn)
+
+    def _holds(self, arith: Arith, fact: Poly, k: int) -> bool:
+        value = self._poly_at(arith, fact, k)
+        return value is not None and value >= 0
 
     def _poly_at(self, arith: Arith, p: Poly, k: int) -> int | None:
         total = 0
@@ -76,19 +95,17 @@ class Samples:
         if e in known:
             return known[e]
         known[e] = None  # cut cycles through ranges
-        above, sixths, data = _POINTS[k]
         value: int | None = None
         if type(e) is Const:
             value = e.value
         elif isinstance(e, Dim):
-            value = e.lo + (1 + crc32(e.name.encode()) % 512 if above is None else above)
+            value = e.lo + _above(e.name, k)
             value -= value % e.multiple_of
             value = max(e.lo, value if e.hi is None else min(value, e.hi))
         elif isinstance(e, Var) and e in arith.ranges:
             low, high = (self._at(arith, b, k) for b in arith.ranges[e])
             if low is not None and high is not None and low <= high:
-                part = len(e.name) % 2 * 6 if sixths is None else sixths
-                value = low + (high - low) * part // 6
+                value = low + _inside(e.name, high - low, k)
         elif type(e) is Binary and e.op not in _UNKNOWN:
             a, b = self._at(arith, e.a, k), self._at(arith, e.b, k)
             if a is not None and b is not None:
@@ -98,7 +115,29 @@ class Samples:
             value = None if cond is None else self._at(arith, e.a if cond else e.b, k)
         elif e.dtype.is_int and e.dtype.lanes == 1:  # data: any number that it may be
             low, high = arith.interval(e)
+            data = _POINTS[k][2] if k < len(_POINTS) else _draw(str(e), k)
             value = data if low is None else max(data, low)
             value = value if high is None else min(value, high)
         known[e] = value
         return value
+
+
+def _above(name: str, k: int) -> int:
+    """How far a dimension lies above its least value at point k."""
+    if k >= len(_POINTS):
+        return _draw(name, k) % (2 << k % 10)
+    above = _POINTS[k][0]
+    return 1 + crc32(name.encode()) % 512 if above is None else above
+
+
+def _inside(name: str, room: int, k: int) -> int:
+    """How far a variable has gone through its range at point k."""
+    if k >= len(_POINTS):
+        return _draw(name, k) % (room + 1)
+    sixths = _POINTS[k][1]
+    return room * (len(name) % 2 * 6 if sixths is None else sixths) // 6
+
+
+def _draw(name: str, k: int) -> int:
+    """Any number, the same one each time."""
+    return crc32(f"{name} {k}".encode())

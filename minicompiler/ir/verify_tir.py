@@ -35,6 +35,7 @@ from .expr import (
     walk,
 )
 from .node import Node
+from .proofs import Patience
 from .tir import (
     PARALLEL,
     SCAN,
@@ -107,6 +108,8 @@ class _Verifier:
         self.equal = _equalities(facts)
         self.unproved: dict[tuple[Buffer, tuple[Expr, ...]], set[int]] | None = None
         self.ranges: dict[Expr, tuple[Expr, Expr]] = {}
+        self.ariths: dict[object, Arith] = {}
+        self.patience = Patience(1000)  # an index that is not proved is clamped: no harm is done
         self.variables: set[str] = set()  # loops and dims met so far
         self.blocks: set[str] = set()
         self.buffers: set[str] = set()
@@ -429,7 +432,12 @@ class _Verifier:
 
     # ---- expressions ----------------------------------------------------------------------------
     def arith(self, facts: Iterable[Expr], ranges: dict[Expr, tuple[Expr, Expr]]) -> Arith:
-        return Arith(ranges, [c for f in facts for c in conjuncts(f)])
+        """What is known at a place. One for all accesses there: it remembers what it found out."""
+        known = tuple(dict.fromkeys(c for f in facts for c in conjuncts(f)))
+        key = known, tuple(ranges.items())
+        if key not in self.ariths:
+            self.ariths[key] = Arith(ranges, known, self.patience)
+        return self.ariths[key]
 
     def scope(self, e: Expr, p: _Place, own: Iterable[Expr], what: str, at: Node | None) -> None:
         """Every variable of `e` is defined around it, and `e` holds nothing that is not TIR."""

@@ -39,6 +39,7 @@ from ..ir.graph import Apply, Function, applies, arg_of, every_function, functio
 from ..ir.op import Counted, assumptions
 from ..ir.tir import If, PrimFunc, Seq, Stmt, Store, map_exprs, map_statements
 from ..ir.verify_tir import unproved_accesses
+from ..ops.rules import known_nonneg
 
 _DIVIDES = ("floordiv", "mod", "div")
 
@@ -166,4 +167,4 @@ def _may_be_negative(size: Expr, known: frozenset[Dim]) -> bool:
     """Whether a size has to be looked at when a call tells the dimensions `known`."""
     if isinstance(size, Const | Dim) or not known.issuperset(dims_of([size])):
         return False
-    return Arith().prove(size >= ZERO) is not True
+    return not known_nonneg(size)

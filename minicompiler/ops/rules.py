@@ -8,6 +8,7 @@ elements(f, x, y)            te tensor of f(x[i], y[i]); 16-bit floats are compu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -82,16 +83,24 @@ def axes_of(axes: Sequence[int] | None, rank: int, op: str) -> tuple[int, ...]:
 
 
 # ---- sizes --------------------------------------------------------------------------------------
+# Every pass and every kernel infers types again, of many nodes with the same sizes: what was found
+# out about them is remembered.
+_remembered = functools.lru_cache(maxsize=4096)
+
+
+@_remembered
 def simplified(e: Size) -> Expr:
     """The canonical form of a size."""
     return e if type(e) is Const else Arith().simplify(wrap(e))
 
 
+@_remembered
 def same_size(a: Size, b: Size) -> bool | None:
     """True: always equal. False: never. None: known only at run time."""
     return Arith().prove(eq(wrap(a), wrap(b)))
 
 
+@_remembered
 def surely_equal(a: Size, b: Size) -> bool:
     """True where `same_size` is, without the search for a proof that two sizes never are equal."""
     arith = Arith()
@@ -108,6 +117,7 @@ def unequal(a: Size, b: Size) -> bool:
     return same is False
 
 
+@_remembered
 def known_nonneg(e: Size) -> bool:
     """True when a size expression cannot be negative."""
     return Arith().prove(Const(0) <= wrap(e)) is True
