@@ -19,15 +19,16 @@ from minicompiler.ir.expr import (
     free_vars,
     substitute,
 )
-from minicompiler.ir.polynomials import Poly
+from minicompiler.ir.polynomials import Poly, subtract
 from minicompiler.ir.tir import Buffer, For, PrimFunc, statements
 from minicompiler.ir.types import int64
 
 from .llvm_convert import Conversions
-from .llvm_text import Operand, vector
+from .llvm_text import Division, Operand, vector
 
 _INDEX_OPS = frozenset(("add", "sub", "mul", "floordiv", "mod", "min", "max"))
 _NSW = {"add": "add nsw", "sub": "sub nsw", "mul": "mul nsw"}
+_RECENT = 4  # divisions by one size that the next may follow: a tile reads and writes a few ways
 _NO_BUFFERS: frozenset[Buffer] = frozenset()
 
 
@@ -174,15 +175,56 @@ class Indices(Conversions):
     def floor(self, op: str, ea: Expr, a: str, eb: Expr, b: str, home: int) -> str:
         """Division rounding down; plain unsigned division where both sides are known positive."""
         low = self.arith.interval(ea)[0]
-        divisor = self.arith.interval(eb)[0]
-        positive = divisor is not None and divisor > 0
+        natural, positive = low is not None and low >= 0, self.positive(eb)
+        if positive and type(eb) is not Const:
+            quotient, rest = self.divided(ea, a, eb, b, home, natural)
+            return quotient if op == "floordiv" else rest
         if not positive and b.startswith("%"):
             # Code moved out of a loop also runs where the loop does not: it must not trap.
             zero = self.op(f"icmp eq i64 {b}, 0", home)
             b = self.op(f"select i1 {zero}, i64 1, i64 {b}", home)
-        if low is not None and low >= 0 and positive:
+        if natural and positive:
             return self.op(f"{'udiv' if op == 'floordiv' else 'urem'} i64 {a}, {b}", home)
         return self.floor_signed(op, a, b, "i64", 1, home)
+
+    def divided(
+        self, ea: Expr, a: str, eb: Expr, b: str, home: int, natural: bool
+    ) -> tuple[str, str]:
+        """Quotient and rest of a division rounding down by a positive size that is not known while
+        compiling. Rows of a tile divide one number after the next: only the first is divided, the
+        others count on, since a division takes longer than the arithmetic of a row."""
+        known = self.scopes[home].divisions.setdefault(eb, [])
+        for last in reversed(known[-_RECENT:]):
+            if last.expr is ea:
+                return last.quotient, last.rest
+            if self.follows(ea, last.expr):
+                step = self.op(f"sub nsw i64 {a}, {last.dividend}", home)
+                more = self.op(f"add nsw i64 {last.rest}, {step}", home)
+                wraps = self.op(f"icmp eq i64 {more}, {b}", home)
+                rest = self.op(f"select i1 {wraps}, i64 0, i64 {more}", home)
+                carry = self.op(f"zext i1 {wraps} to i64", home)
+                quotient = self.op(f"add nsw i64 {last.quotient}, {carry}", home)
+                break
+        else:
+            if natural:
+                quotient = self.op(f"udiv i64 {a}, {b}", home)
+                rest = self.op(f"urem i64 {a}, {b}", home)
+            else:
+                quotient = self.floor_signed("floordiv", a, b, "i64", 1, home)
+                rest = self.floor_signed("mod", a, b, "i64", 1, home)
+        known.append(Division(ea, a, quotient, rest))
+        return quotient, rest
+
+    def follows(self, new: Expr, old: Expr) -> bool:
+        """Whether `new` is known to be `old` or one more."""
+        alike = type(new) is Binary and type(old) is Binary and new.op == old.op and new.b is old.b
+        if alike and (new.op == "min" or (new.op == "floordiv" and self.positive(new.b))):  # type: ignore[attr-defined]
+            return self.follows(new.a, old.a)  # type: ignore[attr-defined]
+        return subtract(self.arith.poly(new), self.arith.poly(old)) in ({}, {(): 1})
+
+    def positive(self, e: Expr) -> bool:
+        low = self.arith.interval(e)[0]
+        return low is not None and low > 0
 
     def floor_signed(self, op: str, a: str, b: str, scalar: str, lanes: int, level: int) -> str:
         ty = vector(scalar, lanes)

@@ -82,17 +82,28 @@ def literal(e: Expr) -> str:
     return f"0x{struct.unpack('<Q', struct.pack('<d', value))[0]:016X}"
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Division:
+    """A dividend, as expression and operand, and what its division by some size gave."""
+
+    expr: Expr
+    dividend: str
+    quotient: str
+    rest: str
+
+
 @dataclasses.dataclass(slots=True)
 class Lines:
     """Code being written for one loop body or branch, and the values known in it.
 
-    passing: values that the next store may change. writes: the buffers that a loop stores to; None
-    for what is no loop.
+    passing: values that the next store may change. divisions: those written last, by divisor.
+    writes: the buffers that a loop stores to; None for what is no loop.
     """
 
     lines: list[str]
     values: dict[object, Operand] = dataclasses.field(default_factory=dict)
     passing: dict[object, Operand] = dataclasses.field(default_factory=dict)
+    divisions: dict[Expr, list[Division]] = dataclasses.field(default_factory=dict)
     writes: frozenset[Buffer] | None = None
 
 

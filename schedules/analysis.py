@@ -28,6 +28,7 @@ from minicompiler.ir.expr import (
     substitute,
     walk,
 )
+from minicompiler.ir.polynomials import Poly
 from minicompiler.ir.tir import (
     PARALLEL,
     SCAN,
@@ -144,14 +145,25 @@ def turn(cond: Expr, var: Expr, arith: Arith) -> Expr | None:
 def strides(buffer: Buffer, indices: tuple[Expr, ...], var: Expr, arith: Arith) -> int | None:
     """The distance in elements between neighbouring values of `var`: 0 when it does not matter,
     None when it varies or is not known."""
-    poly = arith.poly(buffer.offset(indices))
-    stride = 0
+    change = slope(arith.poly(buffer.offset(indices)), var)
+    return None if change is None else constant(change)
+
+
+def slope(poly: Poly, var: Expr) -> Poly | None:
+    """By how much a polynomial changes from one value of `var` to the next; None when it varies."""
+    change: Poly = {}
     for m, c in poly.items():
-        if m == (var,):
-            stride = c
-        elif any(var in free_vars(a) for a in m):
+        rest = tuple(a for a in m if a is not var)
+        if any(var in free_vars(a) for a in rest) or len(rest) < len(m) - 1:
             return None
-    return stride
+        if len(rest) < len(m):
+            change[rest] = c
+    return change
+
+
+def constant(poly: Poly) -> int | None:
+    """The value of a polynomial, if it is known while compiling."""
+    return poly.get((), 0) if poly.keys() <= {()} else None
 
 
 def values_of(block: Block) -> dict[Expr, Expr]:

@@ -180,13 +180,22 @@ def _analyse(s: Schedule, name: str) -> Nest | None:
         i for i in _memory_order_without_blocks(layout, block, spatial) if i is not vector
     ]
     for it in reversed(outermost_first):
-        if it not in only:
+        if it not in only or (rows and _apart(layout, block, vector, it, rows)):
             break
         rows.insert(0, it)
     if not rows and only:
         rows = [only[-1]]
     outer = [i for i in spatial if i is not vector and i not in rows]
     return Nest(block, vector, broad, wide, rows, outer, reduce)
+
+
+def _apart(layout: IndexMap, block: Block, vector: Iter, it: Iter, rows: list[Iter]) -> bool:
+    """Whether the blocks of the vector axis lie between `it` and rows whose number is not known
+    while compiling: rows of both would have to be divided by that number, one by one."""
+    if all(const_int(r.extent) is not None for r in rows):
+        return False
+    order = [block.body.indices[axis] for axis, _, modulus in layout.splits() if modulus == 0]
+    return vector.var in order[order.index(it.var) : order.index(rows[0].var)]
 
 
 def _memory_order_without_blocks(layout: IndexMap, block: Block, spatial: list[Iter]) -> list[Iter]:

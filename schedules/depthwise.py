@@ -139,8 +139,10 @@ def apply(s: Schedule) -> None:
     for b in followers:
         s.compute_at(b, home)
     init = s.decompose_reduction(name, taps[0])
-    if reductions.needed_terms(s.block(name)[0])[0]:
-        s.skip(name)
+    # Tiles at borders that are known only at run time choose terms, which takes no branches.
+    moving = s.loop(column)[0].var if const_int(nest.line.extent) is None else None
+    if reductions.needed_terms(s.block(name)[0], moving)[0]:
+        s.skip(name, None if moving is None else column)
     tile = s.stage(main.body.buffer.name, home, Scope.REGISTER)
     for n in (*unrolled, column):
         s.mark(n, UNROLL)

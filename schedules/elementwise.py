@@ -11,6 +11,8 @@ import itertools
 import math
 from typing import TYPE_CHECKING
 
+from minicompiler.ir import polynomials
+from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import (
     ZERO,
     Binary,
@@ -27,6 +29,7 @@ from minicompiler.ir.expr import (
     substitute,
     walk,
 )
+from minicompiler.ir.polynomials import Poly
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, For, Scope
 from minicompiler.ir.types import int64
 from minicompiler.target import WORTH_SHARING
@@ -76,14 +79,16 @@ def follow_readers(s: Schedule) -> None:
 def steps(s: Schedule, name: str, loop: Expr) -> list[int | None]:
     """How far each access of a block moves in memory with a loop; the store comes first."""
     block, _ = s.block(name)
-    arith = analysis.arith_of(s.func)
+    moves = [analysis.slope(o, loop) for o in _offsets(block, analysis.arith_of(s.func))]
+    return [None if m is None else analysis.constant(m) for m in moves]
+
+
+def _offsets(block: Block, arith: Arith) -> list[Poly]:
+    """Where each access of a block goes, in elements; the store comes first."""
     values = analysis.values_of(block)
     own = [(block.body.buffer, block.body.indices)]
     loads = [(x.buffer, x.indices) for x in analysis.operand_loads(block)]
-    return [
-        analysis.strides(b, tuple(substitute(i, values) for i in at), loop, arith)
-        for b, at in own + loads
-    ]
+    return [arith.poly(b.offset(tuple(substitute(i, values) for i in at))) for b, at in own + loads]
 
 
 def memory_order(s: Schedule, name: str, below: str | None = None) -> list[str]:
@@ -322,11 +327,14 @@ def _count(s: Schedule, loops: list[str]) -> int:
 
 def as_one(s: Schedule, name: str, outer: str, inner: str) -> bool:
     """Whether every access of a block steps through two loops as through one long one."""
-    times = const_int(s.loop(inner)[0].extent)
-    moves = zip(*(steps(s, name, s.loop(n)[0].var) for n in (outer, inner)), strict=True)
-    return times is not None and all(
-        a is not None and b is not None and a == b * times for a, b in moves
-    )
+    arith = analysis.arith_of(s.func)
+    first, second = (s.loop(n)[0] for n in (outer, inner))
+    times = arith.poly(second.extent)
+    for offset in _offsets(s.block(name)[0], arith):
+        far, near = (analysis.slope(offset, x.var) for x in (first, second))
+        if far is None or near is None or far != polynomials.mul(near, times):
+            return False
+    return True
 
 
 def lanes_for(s: Schedule, block: Block) -> int:

@@ -3,6 +3,7 @@ change nothing are left out), rfactor (partial results)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from minicompiler.ir.expr import (
@@ -122,19 +123,19 @@ def _init_nest(
 
 
 # ---- skip ---------------------------------------------------------------------------------------
-def skip(s: Schedule, name: str) -> None:
+def skip(s: Schedule, name: str, keep: str | None = None) -> None:
     """C[i] = C[i] + select(i + k >= 1, x[i + k - 1], 0) * w[k]
 
     ->   C[i] = C[i] + x[i + k - 1] * w[k]   where i + k >= 1
 
     Terms that change nothing are left out: those that a condition makes the combiner's identity, or
-    (of a sum) a product with zero, whatever the other factor, so that 0 * inf counts as 0 here. The
-    init must be a block of its own.
+    (of a sum) a product with zero, whatever the other factor, so that 0 * inf counts as 0 here.
+    Conditions that change with the loop `keep` stay choices. The init must be a block of its own.
     """
     block, _ = s.block(name)
     if block.init is not None:
         s.refuse(f"block {name} has an init", block, "decompose_reduction makes it a block")
-    wanted, operand = needed_terms(block)
+    wanted, operand = needed_terms(block, None if keep is None else s.loop(keep)[0].var)
     if not wanted:
         s.refuse(f"no term of {name} is known to change nothing", block)
     values = analysis.values_of(block)
@@ -145,34 +146,41 @@ def skip(s: Schedule, name: str) -> None:
     s.swap(block, block.with_(where=where, body=body))
 
 
-def needed_terms(block: Block) -> tuple[list[Expr], Expr]:
-    """The conditions on a reduction's indices without which a term changes nothing, and the term
-    where they hold. No conditions: not a reduction, or all terms are needed."""
+def needed_terms(block: Block, keep: Var | None = None) -> tuple[list[Expr], Expr]:
+    """The conditions on a reduction's indices without which a term changes nothing, but those that
+    change with the loop over `keep`, and the term where they hold. No conditions: not a reduction,
+    or all terms are needed."""
     update = analysis.update_operand(block)
     if update is None or update[0] not in COMBINER or not analysis.is_reduction(block):
         return [], block.body.value
     identity = identity_of(COMBINER[update[0]], block.body.buffer.dtype)
-    wanted, term = _needed(update[1], identity, {i.var for i in block.iters if i.reduce})
+    reducing = {i.var for i in block.iters if i.reduce}
+    values = analysis.values_of(block)
+
+    def ours(c: Expr) -> bool:
+        changes = not reducing.isdisjoint(free_vars(c)) and not _reads(c)
+        return changes and keep not in free_vars(substitute(c, values))
+
+    wanted, term = _needed(update[1], identity, ours)
     return list(dict.fromkeys(wanted)), term
 
 
-def _needed(e: Expr, identity: Expr, reducing: set[Var]) -> tuple[list[Expr], Expr]:
-    """The conditions (on reduction indices) without which `e` is the identity, and what it is where
-    they hold."""
+def _needed(e: Expr, identity: Expr, ours: Callable[[Expr], bool]) -> tuple[list[Expr], Expr]:
+    """The conditions (of ours) without which `e` is the identity, and what it is where they hold."""
     if type(e) is Select and e.b is const(identity.value, e.dtype):  # type: ignore[attr-defined]
         parts = conjuncts(e.cond)
-        ours = [c for c in parts if free_vars(c) & reducing and not _reads(c)]
-        rest = all_of(c for c in parts if c not in ours)
-        inner, value = _needed(e.a, identity, reducing)
-        return [*ours, *inner], value if rest is TRUE else select(rest, value, e.b)
+        found = [c for c in parts if ours(c)]
+        rest = all_of(c for c in parts if c not in found)
+        inner, value = _needed(e.a, identity, ours)
+        return [*found, *inner], value if rest is TRUE else select(rest, value, e.b)
     if identity.value == 0:  # type: ignore[attr-defined]
         sides = factors(e)
         if sides is not None:
-            (p, a), (q, b) = (_needed(x, identity, reducing) for x in sides)
+            (p, a), (q, b) = (_needed(x, identity, ours) for x in sides)
             changed = Call(e.fn, (a, b)) if type(e) is Call else Binary("mul", a, b)
             return [*p, *q], changed if p or q else e
         if type(e) is Cast:
-            p, a = _needed(e.a, identity, reducing)
+            p, a = _needed(e.a, identity, ours)
             return p, Cast(e.dtype, a) if p else e
     return [], e
 

@@ -299,9 +299,10 @@ class Schedule:
             loop=loop,
         )
 
-    def skip(self, block: str) -> None:
-        """The terms of a reduction that change nothing (padding) are not added."""
-        self._apply("skip", lambda: reductions.skip(self, block), block=block)
+    def skip(self, block: str, keep: str | None = None) -> None:
+        """The terms of a reduction that change nothing (padding) are not added; but conditions that
+        change with the loop `keep` stay choices of what to add."""
+        self._apply("skip", lambda: reductions.skip(self, block, keep), block=block, keep=keep)
 
     def truncate(self, loop: str, width: int) -> None:
         """Loops inside one iteration of `loop` end where a mask's diagonal is reached, at a

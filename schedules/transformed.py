@@ -25,7 +25,7 @@ from . import analysis, contraction, elementwise, reductions, shares
 from .schedule import Schedule
 
 MOST_TILES = 64  # of a block: their products for one vector block stay in the second-level cache
-LINES = 2  # of tiles in a block, where their number is not known
+LINES = 2  # of tiles in a block, where their number is not known; twice if it transforms filters
 LATENCY = 8  # vectors of products in registers: two multiply-adds a cycle, of four cycles each
 PART = 16  # input channels whose transformed filter stays in the first-level cache
 NEAR = 8  # what takes at most this part of the last-level cache stays there: 1/8
@@ -156,8 +156,9 @@ def _blocks_of_tiles(s: Schedule, line: str, row: list[str], vectors: int, made:
         rows = max(1, LATENCY // vectors)
         *above, last = [line, *row]
         o, i = s.split(last, 4 * rows, "guard")
-        cut = [s.split(n, LINES, "guard") for n in above]
-        count = 4 * rows * LINES ** len(above)
+        lines = 2 * LINES if made else LINES
+        cut = [s.split(n, lines, "guard") for n in above]
+        count = 4 * rows * lines ** len(above)
         return _Tiles(
             [*[n for n, _ in cut], o], [*[n for _, n in cut], i], count, False, False, rows
         )
@@ -520,12 +521,14 @@ def _products(
         s.reorder(*transform, *planes, *tiles)
     home, row = [*transform, *planes][-1], []
     if tiles:
-        if rows is not None:
-            planes, tiles = [*planes, *tiles[:-1]], tiles[-1:]
+        if rows is not None and len(tiles) > 1:  # a square of tiles: at borders the fewest are idle
+            *above, line, _ = tiles
+            line, upper = s.split(line, 2, "mask")
+            planes, tiles, row, rows = [*planes, *above, line], tiles[-1:], [upper], rows // 2
         t = s.fuse(*tiles) if len(tiles) > 1 else tiles[0]
         best = rows or _tile_rows(_extent(s, [t]), vectors, s.target.registers, alone)
         home, t_i = s.split(t, s.choose("rows", tuple(range(1, 33)), best), "mask")
-        planes, row = [*planes, home], [t_i]
+        planes, row = [*planes, home], [*row, t_i]
     width = _extent(s, [vector])
     if width & (width - 1):  # vectors have a power of two of lanes
         several, vector = s.split(vector, s.target.vector_bytes // 4)

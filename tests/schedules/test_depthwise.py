@@ -15,11 +15,11 @@ from tolerance import assert_close
 import minicompiler as mc
 from minicompiler.frontend.builder import Builder
 from minicompiler.ir import interp
-from minicompiler.ir.expr import Dim, Expr
+from minicompiler.ir.expr import TRUE, Dim, Expr, free_vars
 from minicompiler.ir.graph import Function
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.op import REGISTRY
-from minicompiler.ir.tir import If, PrimFunc, statements
+from minicompiler.ir.tir import UNROLL, Block, For, If, PrimFunc, statements
 from minicompiler.ir.verify_tir import verify_tir
 from minicompiler.lower.blocks import hoist_conditions, lower_blocks, unswitch
 from minicompiler.lower.to_tir import from_tensors
@@ -119,6 +119,17 @@ def test_tiles_at_the_ends_of_a_line_have_their_own_code() -> None:
     assert [c.split(" == ")[1] for c in places] == ["0", "4"]
     lines = [c for c in asked if "i3" in c and c not in places]
     assert all("i3_2_i" in c and "i3_2_o" not in c for c in lines)  # unrolled: decided in the code
+
+
+def test_tiles_of_lines_of_any_length_do_not_branch() -> None:
+    """Which taps lie in a border is chosen, not asked: only whole lines are left out."""
+    unknown = {"size": (Dim("h", 3, 30), Dim("w", 3, 30)), "kernel": (3, 3), **border(1, 1)}
+    s = schedule(windows("conv", **unknown), AVX2)
+    tiled = {x.var for x in statements(s.func) if isinstance(x, For) and x.kind is UNROLL}
+    (block,) = [b for b in statements(s.func) if isinstance(b, Block) and b.name == "conv"]
+    assert block.where is not TRUE and not tiled & free_vars(block.where)
+    known = schedule(windows("conv", (4, 40), (3, 3), **border(1, 1)), AVX2)
+    assert "keep=None" in "\n".join(map(str, known.steps))
 
 
 @pytest.mark.parametrize("seed", range(40))

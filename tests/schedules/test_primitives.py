@@ -166,6 +166,12 @@ def without_border(s: Schedule) -> None:
     s.skip("conv")
 
 
+def lines_without_border(s: Schedule) -> None:
+    s.inline("pad")
+    s.decompose_reduction("conv", "k0")
+    s.skip("conv", "i3_2")
+
+
 PRIMITIVES: dict[str, tuple[str, Callable[[Schedule], Any]]] = {
     "split_perfect": ("plain_matmul", lambda s: s.split("k0", 4)),
     "split_mask": ("matmul", lambda s: s.split("i0", 4, "mask")),
@@ -198,6 +204,7 @@ PRIMITIVES: dict[str, tuple[str, Callable[[Schedule], Any]]] = {
     "prefetch_next": ("matmul", next_row),
     "rfactor": ("layer_norm", partial_sums),
     "skip": ("conv", without_border),
+    "skip_but_choices": ("conv", lines_without_border),
     "tile": ("matmul", blocked_tile),
 }  # fmt: skip
 
