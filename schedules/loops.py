@@ -24,6 +24,7 @@ from minicompiler.ir.expr import (
     minimum,
     rewrite,
     substitute,
+    walk,
 )
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import (
@@ -414,6 +415,13 @@ def mark(s: Schedule, name: str, kind: LoopKind) -> None:
                     f"every iteration of {name} writes the same elements of {b.body.buffer.name}",
                     loop,
                 )
+            if any(_meets(i.value, loop.var) for i in b.iters if not i.reduce):
+                s.refuse(
+                    f"the last iterations of {name} write some elements of {b.body.buffer.name} "
+                    "twice",
+                    loop,
+                    'split with another tail than "overlap"',
+                )
     if kind is PARALLEL:
         # Loops around it must not carry anything from one thread to another: every thread runs them
         # all, on its own share of the elements, so they may only be reduction loops. The statements
@@ -439,6 +447,13 @@ def mark(s: Schedule, name: str, kind: LoopKind) -> None:
     if kind is VECTOR and any(isinstance(x, Prefetch) for x in statements(loop.body)):
         s.refuse(f"a prefetch stands inside {name}", loop, "mark before prefetch")
     s.swap(loop, loop.with_(kind=kind))
+
+
+def _meets(value: Expr, var: Var) -> bool:
+    """True for min(i*8, n - 8) and the like: it stays where it is while `var` goes on."""
+    return any(
+        type(x) is Binary and x.op in ("min", "max") and var in free_vars(x) for x in walk(value)
+    )
 
 
 def _adds_lanes(block: Block, loop: For) -> bool:

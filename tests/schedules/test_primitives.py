@@ -303,6 +303,9 @@ ILLEGAL: dict[str, tuple[list[tuple[str, tuple[Any, ...]]], tuple[str, tuple[Any
         [("stage", ("matmul", "i1"))], ("compute_at", ("matmul_s_out", "k0")),
     ),
     "partial sums of a tail": ([("cut", ("k0", 3))], ("rfactor", ("matmul_t", "k0_t"))),
+    "threads that write the same": (
+        [("split", ("i0_2", 3, "overlap"))], ("mark", ("i0_2_o", "parallel")),
+    ),
     "cut after mark": ([("mark", ("i1_2", "vector"))], ("cut", ("i1_2", 2))),
     "an init around threads": (
         [("reorder", ("k0", "i0", "i1")), ("mark", ("i0", "parallel"))],
