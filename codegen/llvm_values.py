@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from minicompiler.errors import CodegenError
 from minicompiler.ir.expr import (
+    ZERO,
     Binary,
     Call,
     Cast,
@@ -69,6 +70,7 @@ class Values(Lanes):
         self.first_lanes: dict[str, int] = {}  # masks of so many lanes, the first ones
         self.written: set[Buffer] = set()
         self.arguments: dict[Expr, Operand] = {}  # of the elementary function being emitted
+        self.always: dict[Expr, bool] = {}  # whether an access always stays in its buffer
         self.stored: frozenset[Expr] = frozenset()  # the constants that it reads from memory
 
     # ---- any value ------------------------------------------------------------------------------
@@ -371,10 +373,11 @@ class Values(Lanes):
         if cond.name == "false":
             return self.value(e.b, mask)
         a_mask = b_mask = mask
-        whole = self.found(self.key(e.a, None)) is not None  # also where it is not wanted
-        if self.reads(e.a):
+        # Whether it is loaded also where it is not wanted.
+        whole = self.found(self.key(e.a, None)) is not None or self.inside(e.a, cond)
+        if self.reads(e.a) and not whole:
             a_mask = self.both(mask, cond)
-        if self.reads(e.b):
+        if self.reads(e.b) and not self.inside(e.b, cond):
             b_mask = self.both(mask, self.negated(cond))
         a, b = self.value(e.a, a_mask), self.value(e.b, b_mask)
         lanes = max(cond.lanes, a.lanes, b.lanes)
@@ -386,6 +389,23 @@ class Values(Lanes):
         flag = vector("i1", cond.lanes)
         text = f"select {flag} {cond.name}, {ty} {a.name}, {ty} {b.name}"
         return Operand(self.op(text), lanes)
+
+    def inside(self, e: Expr, mask: Operand) -> bool:
+        """Whether an access stays in its buffer also in the lanes that a mask leaves out: not every
+        processor has loads of some lanes for every type."""
+        if (
+            mask.lanes == 1
+            or type(e) is not Load
+            or e.mask is not None
+            or self.reads(e) != {e.buffer}
+        ):
+            return False
+        found = self.always.get(e)
+        if found is None:
+            sizes = zip(e.indices, e.buffer.shape, strict=True)
+            found = all(self.arith.holds(i >= ZERO) and self.arith.holds(i < n) for i, n in sizes)
+            self.always[e] = found
+        return found
 
     def rare(self, e: Select, mask: Operand | None) -> Operand:
         """A branch: see `llvm_math.rarely_above`."""

@@ -29,6 +29,7 @@ from minicompiler.ir.expr import (
     const_int,
     eq,
     free_vars,
+    logical_not,
     rewrite,
     substitute,
     walk,
@@ -239,7 +240,7 @@ def _split_tile(nest: Stmt, arith: Arith) -> Stmt:
     complete = _assume(nest, set(whole))
     incomplete = _exceptions(asked, arith)
     if incomplete is None:
-        return If(all_of(asked), complete, nest)
+        return If(all_of(asked), complete, _split_choice(nest, inner, arith))
     loops, places = incomplete
     rest = [c for c in asked if not free_vars(c) & set(loops)]
     made = If(all_of(rest), complete, nest) if rest else complete
@@ -249,6 +250,24 @@ def _split_tile(nest: Stmt, arith: Arith) -> Stmt:
         there = all_of(eq(x, wrap(k)) for x, k in zip(loops, place, strict=True))
         made = here if count == len(places) and place is places[-1] else If(there, here, made)
     return made
+
+
+def _split_choice(nest: Stmt, inner: set[Expr], arith: Arith) -> Stmt:
+    """A vector of choices by position is asked whether it is their second case all through."""
+    made = [*stores(nest)]
+    chosen = made[0].value if len(made) == 1 else None
+    if not isinstance(nest, For) or nest.kind is not VECTOR or not isinstance(chosen, Select):
+        return nest
+    never = [_for_all(logical_not(c), inner, arith) for c in conjuncts(chosen.cond)]
+    other = chosen.b
+
+    def one(s: Stmt) -> Stmt | None:
+        return s.with_(value=other) if isinstance(s, Store) else None
+
+    for cond in never:
+        if cond is not None and cond is not FALSE:
+            return If(cond, map_statements(nest, one), nest)
+    return nest
 
 
 def _same_in_all(e: Expr, lanes: set[Var]) -> Iterator[Expr]:
