@@ -136,13 +136,16 @@ class Extern:
 
     build(input buffers, output buffers, fresh) -> the statement (ir.tir), a phase of its own;
     fresh("i") is a new loop variable. One thread runs it, unless its outermost loop is PARALLEL. An
-    output may serve as scratch memory.
+    output may serve as scratch memory. changes: the first input lies in the memory of the only
+    output, and nobody else reads it.
     """
 
-    __slots__ = ("build", "inputs", "name", "outputs")
+    __slots__ = ("build", "changes", "inputs", "name", "outputs")
 
-    def __init__(self, name: str, inputs: tuple[Tensor, ...], build: Callable[..., Any]) -> None:
-        self.name, self.inputs, self.build = name, inputs, build
+    def __init__(
+        self, name: str, inputs: tuple[Tensor, ...], build: Callable[..., Any], changes: bool
+    ) -> None:
+        self.name, self.inputs, self.build, self.changes = name, inputs, build, changes
         self.outputs: tuple[Tensor, ...] = ()
 
 
@@ -153,8 +156,22 @@ def extern(
     build: Callable[..., Any],
 ) -> tuple[Tensor, ...]:
     """The tensors of shape and dtype `outputs` that the statement of `build` fills; see Extern."""
-    source = Extern(name, tuple(inputs), build)
-    made = [Tensor(name, shape, dtype, (), None) for shape, dtype in outputs]
+    return _extern(Extern(name, tuple(inputs), build, changes=False), outputs)
+
+
+def changed(name: str, x: Tensor, inputs: Sequence[Tensor], build: Callable[..., Any]) -> Tensor:
+    """A copy of x that the statement of `build` changes: outs[0] holds it; ins are the `inputs`."""
+    start = compute(x.shape, lambda *i: x[i], f"{name}_start")
+    source = Extern(
+        name, (start, *inputs), lambda ins, *others: build(ins[1:], *others), changes=True
+    )
+    return _extern(source, [(x.shape, x.dtype)])[0]
+
+
+def _extern(
+    source: Extern, outputs: Sequence[tuple[Sequence[Expr | int], DType]]
+) -> tuple[Tensor, ...]:
+    made = [Tensor(source.name, shape, dtype, (), None) for shape, dtype in outputs]
     for t in made:
         t.source = source
     source.outputs = tuple(made)

@@ -114,11 +114,17 @@ def from_tensors(
             raise ValueError("a result must be computed, not a parameter")
         buffers[r] = Buffer(unique(f"r{k}"), r.dtype, r.shape, Scope.PARAM, layouts.get(r))
     internal = []
+    externs = [t.source for t in order if isinstance(t.source, te.Extern)]
+    changed = {x.inputs[0]: x.outputs[0] for x in externs if x.changes}
     for t in order:
         for x in (t,) if t.source is None else t.source.outputs:
-            if (x.body is not None or x.source is not None) and x not in buffers:
-                buffers[x] = Buffer(unique(x.name), x.dtype, x.shape, Scope.GLOBAL)
-                internal.append(buffers[x])
+            if x.body is None and x.source is None:
+                continue
+            home = changed.get(x, x)
+            if home not in buffers:
+                buffers[home] = Buffer(unique(home.name), x.dtype, x.shape, Scope.GLOBAL)
+                internal.append(buffers[home])
+            buffers[x] = buffers[home]
     phases: list[Stmt] = []
     done: set[te.Extern | te.Scan] = set()
     for t in order:

@@ -45,9 +45,10 @@ from ..ir.graph import (
     topological,
 )
 from ..ir.op import Counted
-from ..ir.tir import Buffer, PrimFunc
+from ..ir.tir import Buffer, PrimFunc, Store
 from ..ir.types import DType
 from .pairs import np_multiplied
+from .scatter import over
 
 Array = np.ndarray
 
@@ -131,9 +132,16 @@ def _extern(
         Buffer(f"b{k}", t.dtype, t.shape) for k, t in enumerate((*source.inputs, *source.outputs))
     ]
     ins, outs = buffers[: len(source.inputs)], buffers[len(source.inputs) :]
-    body = source.build(ins, outs, lambda stem: Var(f"{stem}{next(names)}"))
+
+    def fresh(stem: str) -> Var:
+        return Var(f"{stem}{next(names)}")
+
+    phases = [source.build(ins, outs, fresh)]
+    if source.changes:
+        start = over(ins[0].shape, fresh, lambda *i: Store(outs[0], i, Load(ins[0], i)))
+        phases.insert(0, start)
     used = tuple(dims_of(s for b in buffers for s in b.shape))
-    func = PrimFunc(source.name, tuple(buffers), len(outs), used, (), (body,))
+    func = PrimFunc(source.name, tuple(buffers), len(outs), used, (), tuple(phases))
     results = interp.run(func, [values[t] for t in source.inputs], dims)
     return dict(zip(source.outputs, results, strict=True))
 

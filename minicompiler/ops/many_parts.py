@@ -8,13 +8,12 @@ parts are copied as a single line: [n, 4] as 4*n numbers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from .. import te
-from ..ir.expr import ONE, ZERO, Expr, Load, const_int
+from ..ir.expr import ZERO, Expr, Load, const_int
 from ..ir.tir import PARALLEL, Buffer, For, Stmt, Store, seq
-from .scatter import LANES, Fresh, along, over, strips
+from .scatter import LANES, Fresh, along, line_from, over, product, strips, unravelled
 
 
 def joined(xs: Sequence[te.Tensor], axis: int, starts: Sequence[Expr]) -> te.Tensor:
@@ -37,11 +36,11 @@ def joined(xs: Sequence[te.Tensor], axis: int, starts: Sequence[Expr]) -> te.Ten
                 sizes = ins[k].shape
 
                 def copy(*i: Expr) -> Stmt:
-                    i = (*outer, *i[:-1], *_unravelled(i[-1], sizes[line:]))
+                    i = (*outer, *i[:-1], *unravelled(i[-1], sizes[line:]))
                     to = (*i[:axis], i[axis] + starts[k], *i[axis + 1 :])
                     return Store(made, to, Load(ins[k], i))
 
-                end = _product(sizes[line:]) if high is None else high
+                end = product(sizes[line:]) if high is None else high
                 lines = sizes[len(outer) : line]
                 return over(
                     lines, fresh, lambda *i: along(low, end, fresh, lambda j: copy(*i, j))
@@ -49,34 +48,14 @@ def joined(xs: Sequence[te.Tensor], axis: int, starts: Sequence[Expr]) -> te.Ten
 
             return seq([part(k) for k in range(len(ins))])
 
-        line = _line(shape, axis)
+        line = line_from(shape, axis)
         if axis:
             r = fresh("r")
             return For(r, shape[0], PARALLEL, parts((r,), line, ZERO, None))
-        behind = _line(shape, 1) if len(shape) > 1 else 1
-        size = _product(shape[behind:])
+        behind = line_from(shape, 1) if len(shape) > 1 else 1
+        size = product(shape[behind:])
         if (const_int(size) or LANES) < LANES:
             return parts((), line, ZERO, None)
         return strips(size, fresh, lambda low, high: parts((), behind, low, high))
 
     return te.extern("concat", tuple(xs), [(shape, xs[0].dtype)], build)[0]
-
-
-def _line(shape: Sequence[Expr], axis: int) -> int:
-    """The first axis, from `axis` on, behind which all sizes are known: as one axis, only they
-    divide its index."""
-    last = len(shape) - 1
-    return next(k for k in range(axis, last + 1) if None not in map(const_int, shape[k + 1 :]))
-
-
-def _product(sizes: Sequence[Expr]) -> Expr:
-    return math.prod(sizes[1:], start=sizes[0]) if sizes else ONE
-
-
-def _unravelled(index: Expr, sizes: Sequence[Expr]) -> list[Expr]:
-    """The indices of an element of several axes, by its number."""
-    found: list[Expr] = []
-    for size in reversed(sizes[1:]):
-        found.insert(0, index % size)
-        index = index // size
-    return [index, *found]

@@ -12,15 +12,16 @@ updates in their order, so the sums have the same bits for any number of threads
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .. import te
 from ..ir.expr import (
+    ONE,
     Const,
     Expr,
     Load,
@@ -35,7 +36,7 @@ from ..ir.expr import (
     wrap,
 )
 from ..ir.op import Arg, Op, register
-from ..ir.tir import PARALLEL, SERIAL, VECTOR, Buffer, For, If, Stmt, Store, seq
+from ..ir.tir import PARALLEL, SERIAL, VECTOR, Buffer, For, Stmt, Store, seq
 from ..ir.types import TensorType, index
 from .draws import Draw, array, choice, integer, shape
 from .rules import (
@@ -93,6 +94,26 @@ def along(
     return seq([For(part, whole, SERIAL, vector), tail])
 
 
+def line_from(shape: Sequence[Expr], axis: int) -> int:
+    """The first axis, from `axis` on, behind which all sizes are known: as one axis, only they
+    divide its index."""
+    last = len(shape) - 1
+    return next(k for k in range(axis, last + 1) if None not in map(const_int, shape[k + 1 :]))
+
+
+def product(sizes: Sequence[Expr]) -> Expr:
+    return math.prod(sizes[1:], start=sizes[0]) if sizes else ONE
+
+
+def unravelled(index: Expr, sizes: Sequence[Expr]) -> list[Expr]:
+    """The indices of an element of several axes, by its number."""
+    found: list[Expr] = []
+    for size in reversed(sizes[1:]):
+        found.insert(0, index % size)
+        index = index // size
+    return [index, *found]
+
+
 def _combined(reduction: str, target: Buffer, at: tuple[Expr, ...], value: Expr) -> Store:
     if reduction == "none":
         return Store(target, at, value)
@@ -140,32 +161,23 @@ def _elements_compute(
     axis = a.axis % len(x.shape)
 
     def build(ins: list[Buffer], outs: list[Buffer], fresh: Fresh) -> Stmt:
-        source, where, values = ins
+        where, values = ins
         (made,) = outs
 
         def inner(k: int, i: Expr) -> Expr:
-            size, room = where.shape[k], source.shape[k]
+            size, room = where.shape[k], made.shape[k]
             return i if same_size(minimum(size, room), size) else clamped(i, room)
 
         def put(*i: Expr) -> Stmt:
             place = [inner(k, e) for k, e in enumerate(i)]
-            place[axis] = wrapped(Load(where, i), source.shape[axis])
+            place[axis] = wrapped(Load(where, i), made.shape[axis])
             return _combined(a.reduction, made, tuple(place), Load(values, i))
 
-        def copy(*i: Expr) -> Stmt:
-            return Store(made, i, Load(source, i))
-
-        def rows(low: Expr, high: Expr, *i: Expr) -> Stmt:
-            return along(low, high, fresh, lambda j: copy(*i, j))
-
-        whole = partial(rows, Const(0), source.shape[-1])
-        if len(source.shape) == 1:
-            return seq([whole(), over(where.shape, fresh, put)])
-        if axis == len(source.shape) - 1:  # each row of x takes its own updates alone
-            r, (size, room) = fresh("r"), (where.shape[0], source.shape[0])
-            own = over(where.shape[1:], fresh, lambda *i: put(r, *i))
-            rest = over(source.shape[1:-1], fresh, lambda *i: whole(r, *i))
-            return For(r, room, PARALLEL, seq([rest, own if size is room else If(r < size, own)]))
+        if len(made.shape) == 1:
+            return over(where.shape, fresh, put)
+        if axis == len(made.shape) - 1:  # each row of x takes its own updates alone
+            r, rows = fresh("r"), minimum(where.shape[0], made.shape[0])
+            return For(r, rows, PARALLEL, over(where.shape[1:], fresh, lambda *i: put(r, *i)))
 
         def strip(low: Expr, high: Expr) -> Stmt:
             """Columns low .. high of all rows."""
@@ -175,13 +187,11 @@ def _elements_compute(
             def some(*i: Expr) -> Stmt:
                 return For(j, columns, SERIAL, put(*i, low + j))
 
-            own = over(where.shape[:-1], fresh, some)
-            return seq([over(source.shape[:-1], fresh, partial(rows, low, high)), own])
+            return over(where.shape[:-1], fresh, some)
 
-        return strips(source.shape[-1], fresh, strip)
+        return strips(where.shape[-1], fresh, strip)
 
-    inputs = (x, indices, updates)
-    return te.extern("scatter_elements", inputs, [(x.shape, x.dtype)], build)[0]
+    return te.changed("scatter_elements", x, (indices, updates), build)
 
 
 def _elements_reference(x: Array, indices: Array, updates: Array, a: ScatterAttrs) -> Array:
@@ -250,38 +260,29 @@ def _nd_compute(x: te.Tensor, indices: te.Tensor, updates: te.Tensor, a: Scatter
     lead = len(indices.shape) - 1
 
     def build(ins: list[Buffer], outs: list[Buffer], fresh: Fresh) -> Stmt:
-        source, where, values = ins
+        where, values = ins
         (made,) = outs
 
         def put(*i: Expr) -> Stmt:
-            at = [
-                wrapped(Load(where, (*i[:lead], Const(k))), source.shape[k]) for k in range(depth)
-            ]
+            at = [wrapped(Load(where, (*i[:lead], Const(k))), made.shape[k]) for k in range(depth)]
             return _combined(a.reduction, made, (*at, *i[lead:]), Load(values, i))
 
-        def copy(*i: Expr) -> Stmt:
-            return Store(made, i, Load(source, i))
-
-        if depth == len(source.shape):
-            low, high = Const(0), source.shape[-1]
-            all_of_it = over(
-                source.shape[:-1], fresh, lambda *i: along(low, high, fresh, lambda j: copy(*i, j))
-            )
-            return seq([all_of_it, over(where.shape[:-1], fresh, put)])
+        if depth == len(made.shape):
+            return over(where.shape[:-1], fresh, put)
+        first = line_from(made.shape, depth)
+        line = made.shape[first:]
 
         def strip(low: Expr, high: Expr) -> Stmt:
-            """Columns low .. high of all rows."""
+            """Elements low .. high of the lines of all updates."""
 
-            def row(body: Callable[..., Stmt]) -> Callable[..., Stmt]:
-                return lambda *i: along(low, high, fresh, lambda j: body(*i, j))
+            def part(*i: Expr) -> Stmt:
+                return along(low, high, fresh, lambda j: put(*i, *unravelled(j, line)))
 
-            return seq([
-                over(source.shape[:-1], fresh, row(copy)), over(values.shape[:-1], fresh, row(put))
-            ])  # fmt: skip
+            return over(values.shape[: lead + first - depth], fresh, part)
 
-        return strips(source.shape[-1], fresh, strip)
+        return strips(product(line), fresh, strip)
 
-    return te.extern("scatter_nd", (x, indices, updates), [(x.shape, x.dtype)], build)[0]
+    return te.changed("scatter_nd", x, (indices, updates), build)
 
 
 def _nd_reference(x: Array, indices: Array, updates: Array, a: ScatterAttrs) -> Array:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..ir.expr import ONE, Expr, const_int
+from ..ir.expr import ONE, const_int
 from ..ir.graph import (
     Apply,
     Constant,
@@ -316,25 +316,6 @@ def _scattered_rows(v: Apply) -> Value | None:
     return _again(v, scatter.scatter_nd, x, positions, updates, attrs=v.attrs)
 
 
-def _flat_rows(v: Apply) -> Value | None:
-    """What is written to one position becomes one axis: long vectors, and strips for threads."""
-    x, where, updates = v.args
-    assert x is not None and updates is not None
-    old, depth = type_of(x).shape, const_int(type_of(where).shape[-1])  # type: ignore[arg-type]
-    if depth is None or len(old) - depth < 2:
-        return None
-    row = math.prod(old[depth:], start=ONE)
-
-    def flat(a: Value, lead: tuple[Expr, ...]) -> Apply:
-        return _again(v, shape.reshape, a, attrs=shape.ReshapeAttrs((*lead, row), allow_zero=True))
-
-    lead = type_of(updates).shape[: depth - len(old)]
-    made = _again(
-        v, scatter.scatter_nd, flat(x, old[:depth]), where, flat(updates, lead), attrs=v.attrs
-    )
-    return _reshaped(v, made)
-
-
 RULES: dict[Op, tuple[Rule, ...]] = {
     elementwise.add: (_neutral(0),),
     elementwise.sub: (_neutral(0, right_only=True),),
@@ -365,7 +346,7 @@ RULES: dict[Op, tuple[Rule, ...]] = {
     pool.max_pool: (borders.padded_max_pool, borders.trimmed),
     pool.avg_pool: (borders.padded_avg_pool, borders.trimmed),
     scatter.scatter_elements: (_scattered_rows,),
-    scatter.scatter_nd: (positions.assigned, _flat_rows),
+    scatter.scatter_nd: (positions.assigned,),
     index.gather: (positions.gathered,),
     index.gather_nd: (positions.gathered_points,),
 }
