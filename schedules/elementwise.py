@@ -167,8 +167,7 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
             return
         order = _joined(s, name, _in_pieces(s, name, order))
     outer = order[:-1]
-    little = _count(s, s.loops_of(name)) < WORTH_A_THREAD
-    alone = bool(outer) and (little or _enough(s, outer))
+    alone = _alone(s, name, outer)
     lines = _pieces_of_line(s, name, order[-1]) if alone else [(name, order[-1])]
     vectors = [_in_vectors(s, *line, lanes, outer, alone) for line in lines]
     if parallel:
@@ -178,6 +177,12 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
         # The iterations of the last are single vectors: its index should stay a plain one.
         longest = max([n for n, _ in lines], key=lambda n: _count(s, s.loops_of(n)))
         threads_over(s, shared[:-1] if _enough(s, shared[:-1]) else shared, longest)
+
+
+def _alone(s: Schedule, name: str, outer: list[str]) -> bool:
+    """Whether one thread runs all of the innermost loop of a block, inside of others."""
+    little = _count(s, s.loops_of(name)) < WORTH_A_THREAD
+    return bool(outer) and (little or _enough(s, outer))
 
 
 def _enough(s: Schedule, loops: list[str]) -> bool:
@@ -272,6 +277,8 @@ def _in_pieces(s: Schedule, name: str, order: list[str]) -> list[str]:
     k = order.index(axis)
     # The last piece may be shorter, where each is one loop anyway.
     size = math.gcd(extent, *at) if order[k + 1 :] else math.gcd(*at)
+    if extent % size and len(at) < MOST_PIECES_OF_A_LINE and _alone(s, name, order[:-1]):
+        return order  # loops of their own have no tails
     work = math.prod(n or 1 for n in sizes)
     shared = math.prod(const_int(s.loop(n)[0].extent) or 1 for n in order[:k])
     if work >= WORTH_A_THREAD and shared < 2 * s.target.cores:
@@ -341,13 +348,13 @@ def lanes_for(s: Schedule, block: Block) -> int:
     """How many elements an iteration computes: a vector, or several where each takes long, or the
     result is large (a load right behind a store may have to wait for it, where their addresses
     differ by a multiple of 4 KB)."""
-    own = block.body
+    own, long = block.body, _takes_long(block)
     # Small numbers are mostly computed as float32 or int32, and several vectors of one type are
     # as good as one of another.
-    size = max(own.buffer.dtype.bytes, min(4, _widest(own.value)))
-    lanes = s.target.vector_bytes // size
-    long = _takes_long(block) or streaming.is_large(s, block.name)
-    return lanes * (LONG_VECTORS if long else 1)
+    widest = min(4, _widest(own.value))
+    size = max(own.buffer.dtype.bytes, widest if long else widest // LONG_VECTORS)
+    long = long or streaming.is_large(s, block.name)
+    return s.target.vector_bytes // size * (LONG_VECTORS if long else 1)
 
 
 def _widest(e: Expr) -> int:
@@ -416,7 +423,7 @@ def _copies(s: Schedule, name: str, inner: str) -> bool:
     todo = [block.body.value]
     for e in todo:
         if type(e) is Select:
-            if loads(e.cond) or loop.var in free_vars(substitute(e.cond, values)):
+            if loads(e.cond):
                 return False
             todo += [e.a, e.b]
         elif type(e) is not Load and type(e) is not Const:
@@ -432,8 +439,11 @@ def _copies(s: Schedule, name: str, inner: str) -> bool:
 
 def _same_everywhere(s: Schedule, name: str) -> bool:
     """True when all operands have the result's shape and layout and are read at its index (or are
-    single elements): the nest is one long loop."""
+    single elements), whatever that is: the nest is one long loop."""
     block, _ = s.block(name)
+    places = {i.var for i in block.iters}
+    if any(free_vars(c) & places for c in analysis.choices(block.body.value)):
+        return False
     own = block.body
     if own.buffer.layout is not None and own.buffer.padded_shape != own.buffer.shape:
         return False

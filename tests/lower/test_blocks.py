@@ -14,6 +14,7 @@ from minicompiler.ir.expr import (
     Const,
     Expr,
     Load,
+    Select,
     Var,
     all_of,
     const,
@@ -123,6 +124,19 @@ def test_only_tiles_at_the_ends_move_places_into_bounds(moved: Expr) -> None:
     assert len(plain) == 1
     values = np.arange(1, 21, dtype=np.float32)
     np.testing.assert_array_equal(*(interp.run(f, [values])[0] for f in (made, func)))
+
+
+@pytest.mark.parametrize("less", [True, False])
+def test_vectors_of_the_second_case_are_not_asked_lane_by_lane(less: bool) -> None:
+    x, r = (Buffer(n, float32, (Const(20), Const(40))) for n in ("x", "r"))
+    at = (w, v * 4 + i)
+    cond = at[1] < w * 2 - 3 if less else w * 2 - 3 <= at[1]
+    tile = For(i, Const(4), VECTOR, Store(r, at, select(cond, Load(x, at), const(0.0, float32))))
+    loops = For(w, Const(20), SERIAL, For(v, Const(10), SERIAL, tile))
+    func = PrimFunc("f", (x, r), 1, (), (), (loops,))
+    made = unswitch(func)
+    assert [type(s.value) for s in stores(made.phases[0])] == [Load, Const, Select]
+    np.testing.assert_array_equal(run(made), run(func))
 
 
 def test_many_incomplete_tiles_share_their_code() -> None:

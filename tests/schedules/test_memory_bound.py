@@ -20,14 +20,29 @@ from minicompiler.ir import interp
 from minicompiler.ir.expr import (
     FALSE,
     TRUE,
+    Const,
     Dim,
     Expr,
+    Load,
     binary,
     cast,
+    const,
     select,
 )
 from minicompiler.ir.layout import IndexMap
-from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, For, PrimFunc, statements, stores
+from minicompiler.ir.tir import (
+    PARALLEL,
+    UNROLL,
+    VECTOR,
+    Buffer,
+    For,
+    If,
+    PrimFunc,
+    Stmt,
+    Store,
+    statements,
+    stores,
+)
 from minicompiler.ir.types import DType, float16, float32, int64
 from minicompiler.ir.verify_tir import verify_tir
 from minicompiler.lower.blocks import hoist_conditions, lower_blocks, unswitch
@@ -339,7 +354,70 @@ def test_a_concatenation_copies_long_pieces() -> None:
     )
     func = schedule(from_tensors("f", [a, b], [y]), AVX2, after_step=verify_tir).func
     loops = [x for x in statements(func) if isinstance(x, For)]
-    assert max(int(str(x.extent)) for x in loops) == 64 * 15 * 15 // 8
+    assert max(int(str(x.extent)) for x in loops) == 64 * 15 * 15 // 32
+
+
+@pytest.mark.parametrize("sizes", [(255, 1), (77, 51), (128, 129), (80, 4, 1)])
+def test_uneven_pieces_of_a_line_have_no_tails(sizes: tuple[int, ...]) -> None:
+    parts = [te.placeholder(f"x{k}", (512, n), float32) for k, n in enumerate(sizes)]
+
+    def body(i: Expr, j: Expr) -> Expr:
+        start = sum(sizes) - sizes[-1]
+        value: Expr = parts[-1][i, j - start]
+        for part, n in zip(parts[-2::-1], sizes[-2::-1], strict=True):
+            start -= n
+            value = select(j < start + n, part[i, j - start], value)
+        return value
+
+    func = from_tensors("f", parts, [te.compute((512, sum(sizes)), body, "y")])
+    made = hoist_conditions(lower_blocks(schedule(func, AVX2, after_step=verify_tir).func))
+    assert not any(isinstance(s, If) for s in statements(made))
+    assert all(type(s.value) is Load for p in made.phases for s in stores(p))
+    given = [np.random.default_rng(0).standard_normal((512, n), np.float32) for n in sizes]
+    np.testing.assert_array_equal(interp.run(made, given)[0], np.concatenate(given, 1))
+
+
+@pytest.mark.parametrize("then", [0, 1])
+def test_what_statements_change_is_copied_ahead(then: int) -> None:
+    """The copy lies in the memory of the result and is a block like any other."""
+    x = te.placeholder("x", (64, 32), float32)
+
+    def build(ins: list[Buffer], outs: list[Buffer], fresh: Any) -> Stmt:
+        return Store(outs[0], (Const(3), Const(5)), const(1.0, float32))
+
+    y = te.changed("marked", x * 2, (), build)
+    func = from_tensors("f", [x], [y + 1] if then else [y])
+    assert (len(func.phases), len(func.buffers)) == (2 + then, then)
+    made = schedule(func, AVX2, after_step=verify_tir).func
+    assert [str(s.extent) for s in statements(made.phases[0]) if isinstance(s, For)] == ["256", "8"]
+    given = np.random.default_rng(0).standard_normal((64, 32), np.float32)
+    want = given * 2
+    want[3, 5] = 1
+    np.testing.assert_array_equal(interp.run(made, [given])[0], want + then)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bool", "int64"])
+@pytest.mark.parametrize("upper", [True, False])
+@pytest.mark.parametrize("size", [77, 300])
+def test_triangles_are_copied_and_filled(size: int, upper: bool, dtype: str) -> None:
+    """Only the vector on the diagonal of a row asks each element, and without masked loads."""
+    t = DType(dtype)
+    x, zero = te.placeholder("x", (3, size, size), t), str(const(0, t))
+
+    def body(b: Expr, i: Expr, j: Expr) -> Expr:
+        return select(i + 1 <= j if upper else j <= i + 1, x[b, i, j], const(0, t))
+
+    func = scheduled(te.compute(x.shape, body, "y"), x)
+    for step in (lower_blocks, hoist_conditions, unswitch):
+        func = step(func)
+    values = [str(x.value) for p in func.phases for x in stores(p)]
+    assert [v.split("[")[0].split("(")[0] for v in values] == ["p0", zero, "select"]
+    assert "masked.load" not in emit(func, AVX2).text
+
+    given = np.random.default_rng(0).integers(0, 2, (3, size, size)).astype(dtype)
+    want = (np.triu if upper else np.tril)(given, 1)
+    for dynamic in (False, True):
+        np.testing.assert_array_equal(run("trilu", given, dynamic, upper=upper, k=1), want)
 
 
 def test_rows_that_data_picks_are_copied_in_long_pieces() -> None:
@@ -383,7 +461,12 @@ def test_short_rows_are_one_line(shape: tuple[int, ...], other: tuple[int, ...],
 
 @pytest.mark.parametrize(
     ("dtype", "to", "lanes"),
-    [("uint8", "uint8", 32), ("uint8", "float32", 8), ("float32", "bool", 8), ("int64", "bool", 8)],
+    [
+        ("uint8", "uint8", 32),
+        ("uint8", "float32", 8),
+        ("float32", "bool", 32),
+        ("int64", "bool", 32),
+    ],
 )
 def test_small_numbers_fill_vectors(dtype: str, to: str, lanes: int) -> None:
     x, z = (te.placeholder(n, (4096,), DType(dtype)) for n in "xz")
@@ -486,7 +569,7 @@ def test_pieces_are_cut_beside_conditions_on_data() -> None:
     y = te.compute((40, 45), body, "y")
     func = schedule(from_tensors("f", [at, a, b, c], [y]), AVX2, after_step=verify_tir).func
     assert [(str(x.extent), x.kind) for x in statements(func) if isinstance(x, For)][1:] == [
-        ("3", UNROLL), ("16", VECTOR)
+        ("16", VECTOR), ("16", VECTOR), ("13", VECTOR)
     ]  # fmt: skip
 
 
