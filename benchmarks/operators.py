@@ -136,8 +136,22 @@ def moves(draw: Draw) -> Iterator[Case]:
     for count in (500, 20000):
         yield case(f"{count} rows", op("GatherND", "x i"), {"x": cube, "i": places(8, count, 2)})
     at = {"x": cube, "i": places(8, 100, 2), "u": draw(100, 256)}
-    yield case("100 rows", op("ScatterND", "x i u"), at)
+    for reduction in ("none", "add") if cube.dtype.kind == "f" else ("none",):
+        yield case(f"{reduction} 100 rows", op("ScatterND", "x i u", reduction=reduction), at)
+    boxes = {"x": draw(8400, 4), "i": places(8400, 500, 1), "u": draw(500, 4)}
+    yield case("boxes", op("ScatterND", "x i u"), boxes)
+    for count in (1, 16):  # of positions of a cache of keys
+        at = {"x": draw(1, 1024, 8, 64), "u": draw(1, count, 8, 64)}
+        at["i"] = np.stack([np.zeros(count, int), np.arange(count)], -1)[None]
+        yield case(f"cache {count}", op("ScatterND", "x i u"), at)
+    for sizes in ((255, 1), (77, 51), (80, 4, 1)):
+        names = [f"x{k}" for k in range(len(sizes))]
+        given = {n: draw(8, 512, size) for n, size in zip(names, sizes, strict=True)}
+        yield case(f"odd {sizes}", op("Concat", " ".join(names), axis=2), given)
+        node = op("Split", "x s", " ".join(names), axis=2)
+        yield case(f"odd {sizes}", node, draw(8, 512, sum(sizes)), s=np.array(sizes))
     yield case("3d", op("Tile", "x r"), draw(4, 128, 64), r=[2, 2, 2])
+    yield case("3d odd", op("Tile", "x r"), draw(8, 128, 37), r=[2, 2, 2])
     yield case("3d row", op("Expand", "x r"), draw(1, 512, 1), r=CUBE)
     yield case("3d outer", op("Expand", "x r"), draw(1, 512, 256), r=CUBE)
     for mode in ("DCR", "CRD"):
@@ -145,8 +159,9 @@ def moves(draw: Draw) -> Iterator[Case]:
     yield case("", op("SpaceToDepth", "x", blocksize=2), images)
     values = np.array([0, 1], cube.dtype)
     yield case("512", op("OneHot", "x d v"), {"x": places(512, 4096)}, d=512, v=values)
-    for upper in (0, 1):
-        yield case(f"upper={upper}", op("Trilu", "x", upper=upper), draw(8, 512, 512))
+    for upper, (count, size), k in product((0, 1), ((8, 512), (12, 77), (1, 2048)), (0, 5)):
+        node = op("Trilu", "x k", upper=upper)
+        yield case(f"{count}x{size} upper={upper} k={k}", node, draw(count, size, size), k=k)
     for equation, shapes in (
         ("bij,bjk->bik", ((8, 128, 64), (8, 64, 128))),
         ("bhid,bhjd->bhij", ((2, 8, 128, 64),) * 2),
