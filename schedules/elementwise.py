@@ -168,6 +168,10 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
         order = _joined(s, name, _in_pieces(s, name, order))
     outer = order[:-1]
     alone = _alone(s, name, outer)
+    period = _period(s, name, order[-1])
+    if period is not None and period >= lanes:
+        again, order[-1] = s.split(order[-1], period, "perfect")
+        outer = [*outer, again]
     lines = _pieces_of_line(s, name, order[-1]) if alone else [(name, order[-1])]
     vectors = [_in_vectors(s, *line, lanes, outer, alone) for line in lines]
     if parallel:
@@ -177,6 +181,25 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
         # The iterations of the last are single vectors: its index should stay a plain one.
         longest = max([n for n, _ in lines], key=lambda n: _count(s, s.loops_of(n)))
         threads_over(s, shared[:-1] if _enough(s, shared[:-1]) else shared, longest)
+
+
+def _period(s: Schedule, name: str, loop: str) -> int | None:
+    """After how many iterations of a loop what is read along it, x[i % 37], begins again."""
+    block, _ = s.block(name)
+    var, values, arith = s.loop(loop)[0].var, analysis.values_of(block), analysis.arith_of(s.func)
+    places = [
+        arith.poly(x.buffer.offset(tuple(substitute(i, values) for i in x.indices)))
+        for x in analysis.operand_loads(block)
+    ]
+    moving = {a for place in places for m in place for a in m if var in free_vars(a)}
+    found = {
+        const_int(a.b) if type(a) is Binary and a.op == "mod" and a.a is var else None
+        for a in moving
+    }
+    whole, period = const_int(s.loop(loop)[0].extent), next(iter(found), None)
+    if whole is None or period is None or len(found) > 1:
+        return None
+    return period if whole % period == 0 and whole > period else None
 
 
 def _alone(s: Schedule, name: str, outer: list[str]) -> bool:

@@ -27,6 +27,7 @@ from minicompiler.ir.expr import (
     binary,
     cast,
     const,
+    loads,
     select,
 )
 from minicompiler.ir.layout import IndexMap
@@ -47,6 +48,7 @@ from minicompiler.ir.types import DType, float16, float32, int64
 from minicompiler.ir.verify_tir import verify_tir
 from minicompiler.lower.blocks import hoist_conditions, lower_blocks, unswitch
 from minicompiler.lower.to_tir import from_tensors
+from minicompiler.lower.wraps import unwrap_lines
 from minicompiler.ops.rules import clamped
 from minicompiler.schedules.cpu import schedule
 from minicompiler.schedules.elementwise import MOST_UNEVEN
@@ -375,6 +377,19 @@ def test_uneven_pieces_of_a_line_have_no_tails(sizes: tuple[int, ...]) -> None:
     assert all(type(s.value) is Load for p in made.phases for s in stores(p))
     given = [np.random.default_rng(0).standard_normal((512, n), np.float32) for n in sizes]
     np.testing.assert_array_equal(interp.run(made, given)[0], np.concatenate(given, 1))
+
+
+def test_rows_that_are_repeated_are_copied_one_after_the_other() -> None:
+    """No vector runs over the end of a row of 37."""
+    x = te.placeholder("x", (64, 37), float32)
+    f = scheduled(te.compute((128, 111), lambda i, j: x[i % 64, j % 37], "y"), x)
+    for step in (lower_blocks, hoist_conditions, unwrap_lines, unswitch):
+        f = step(f)
+    loops = [s for s in statements(f) if isinstance(s, For)]
+    assert [str(s.extent) for s in loops] == ["128", "3", "5", "8"]
+    assert not any("%" in str(e.indices[1]) for s in stores(f.phases[0]) for e in loads(s.value))
+    given = np.random.default_rng(0).standard_normal((64, 37), np.float32)
+    np.testing.assert_array_equal(interp.run(f, [given])[0], np.tile(given, (2, 3)))
 
 
 @pytest.mark.parametrize("then", [0, 1])
