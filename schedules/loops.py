@@ -24,7 +24,6 @@ from minicompiler.ir.expr import (
     minimum,
     rewrite,
     substitute,
-    walk,
 )
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import (
@@ -415,7 +414,7 @@ def mark(s: Schedule, name: str, kind: LoopKind) -> None:
                     f"every iteration of {name} writes the same elements of {b.body.buffer.name}",
                     loop,
                 )
-            if any(_meets(i.value, loop.var) for i in b.iters if not i.reduce):
+            if any(_meets(s, i.value, loop.var) for i in b.iters if not i.reduce):
                 s.refuse(
                     f"the last iterations of {name} write some elements of {b.body.buffer.name} "
                     "twice",
@@ -449,11 +448,11 @@ def mark(s: Schedule, name: str, kind: LoopKind) -> None:
     s.swap(loop, loop.with_(kind=kind))
 
 
-def _meets(value: Expr, var: Var) -> bool:
-    """True for min(i*8, n - 8) and the like: it stays where it is while `var` goes on."""
-    return any(
-        type(x) is Binary and x.op in ("min", "max") and var in free_vars(x) for x in walk(value)
-    )
+def _meets(s: Schedule, value: Expr, var: Var) -> bool:
+    """True for min(i*8, n - 8) + j: it stays where it is while `i` goes on."""
+    poly = analysis.arith_of(s.func).poly(value)
+    moving = [a for m in poly for a in m if var in free_vars(a)]
+    return bool(moving) and all(type(a) is Binary and a.op in ("min", "max") for a in moving)
 
 
 def _adds_lanes(block: Block, loop: For) -> bool:

@@ -166,7 +166,7 @@ def needed_terms(block: Block, keep: Var | None = None) -> tuple[list[Expr], Exp
 
 
 def _needed(e: Expr, identity: Expr, ours: Callable[[Expr], bool]) -> tuple[list[Expr], Expr]:
-    """The conditions (of ours) without which `e` is the identity, and what it is where they hold."""
+    """Those of our conditions without which `e` is the identity, and what it is where they hold."""
     if type(e) is Select and e.b is const(identity.value, e.dtype):  # type: ignore[attr-defined]
         parts = conjuncts(e.cond)
         found = [c for c in parts if ours(c)]
