@@ -26,6 +26,7 @@ from .schedule import Schedule
 
 MOST_TILES = 64  # of a block: their products for one vector block stay in the second-level cache
 LINES = 2  # of tiles in a block, where their number is not known; twice if it transforms filters
+OUTPUTS = 128  # of a group that transforms its own input, which then takes little of its time
 LATENCY = 8  # vectors of products in registers: two multiply-adds a cycle, of four cycles each
 PART = 16  # input channels whose transformed filter stays in the first-level cache
 NEAR = 8  # what takes at most this part of the last-level cache stays there: 1/8
@@ -238,9 +239,12 @@ def apply(s: Schedule) -> None:
     own = tile.rows is not None or blocks >= 2 * s.target.cores
     local = s.choose("local", (False, True), own)
     panels = _extent(s, [channels])
-    divide = local and tile.rows is None
-    options = tuple(g for g in range(1, panels + 1) if panels % g == 0) if divide else (1,)
-    groups = s.choose("groups", options, shares.even(blocks, options, s.target.cores))
+    options = tuple(g for g in range(1, panels + 1) if panels % g == 0) if local else (1,)
+    even = shares.even(blocks, options, s.target.cores)
+    if tile.rows is not None:  # there may be one block only
+        most = min(s.target.cores, panels * width // OUTPUTS if made else 1)
+        even = max((g for g in options if g <= most), default=1)
+    groups = s.choose("groups", options, even)
     home = around[-1]
     if groups > 1:
         home, channels = s.split(channels, panels // groups)
