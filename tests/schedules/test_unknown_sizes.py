@@ -71,6 +71,23 @@ def test_results(name: str) -> None:
         assert y[:1].tobytes() == one(x[:1])[0].tobytes()
 
 
+def test_small_images_of_many_channels_are_shared_by_channels() -> None:
+    """One block of tiles is all of a small image: its outputs are a group for each thread."""
+    net = Builder("deep")
+    w = np.random.default_rng(2).standard_normal((256, 256, 3, 3), np.float32) / np.float32(48)
+    x = net.input("x", (Dim("n", 1, 64), 256, H, W))
+    fn = net.function(y=net.relu(net.conv(x, w, pads_begin=(1, 1), pads_end=(1, 1))))
+    one, two = (mc.compile(fn, target=f"cpu:avx2,cores={n}", threads=n) for n in (1, 2))
+    texts = [s.text for s in two.stages if s.name == "schedule"]
+    shared = [x for t in texts for x in t.splitlines() if x.lstrip().startswith("parallel i0_8_f")]
+    assert [x.endswith("*n*2:") for x in shared] == [True]
+    for n, h, w in [(1, 7, 7), (2, 5, 9)]:
+        given = np.random.default_rng(h).standard_normal((n, 256, h, w), np.float32)
+        (y,) = two(given)
+        assert y.tobytes() == one(given)[0].tobytes()
+        assert_close(y, run_reference(fn, [given])[0], 9 * 256, largest=4.0)
+
+
 def schedules(fn: Function, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("MINICOMPILER_CACHE", str(tmp_path))
     module = mc.compile(fn, target="cpu:avx2")
