@@ -217,9 +217,10 @@ class Indices(Conversions):
 
     def follows(self, new: Expr, old: Expr) -> bool:
         """Whether `new` is known to be `old` or one more."""
-        alike = type(new) is Binary and type(old) is Binary and new.op == old.op and new.b is old.b
-        if alike and (new.op == "min" or (new.op == "floordiv" and self.positive(new.b))):  # type: ignore[attr-defined]
-            return self.follows(new.a, old.a)  # type: ignore[attr-defined]
+        if isinstance(new, Binary) and isinstance(old, Binary):
+            alike = new.op == old.op and new.b is old.b
+            if alike and (new.op == "min" or (new.op == "floordiv" and self.positive(new.b))):
+                return self.follows(new.a, old.a)
         return subtract(self.arith.poly(new), self.arith.poly(old)) in ({}, {(): 1})
 
     def positive(self, e: Expr) -> bool:
