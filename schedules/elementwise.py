@@ -186,11 +186,8 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
 def _period(s: Schedule, name: str, loop: str) -> int | None:
     """After how many iterations of a loop what is read along it, x[i % 37], begins again."""
     block, _ = s.block(name)
-    var, values, arith = s.loop(loop)[0].var, analysis.values_of(block), analysis.arith_of(s.func)
-    places = [
-        arith.poly(x.buffer.offset(tuple(substitute(i, values) for i in x.indices)))
-        for x in analysis.operand_loads(block)
-    ]
+    var = s.loop(loop)[0].var
+    _, *places = _offsets(block, analysis.arith_of(s.func))
     moving = {a for place in places for m in place for a in m if var in free_vars(a)}
     found = {
         const_int(a.b) if type(a) is Binary and a.op == "mod" and a.a is var else None

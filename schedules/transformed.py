@@ -528,7 +528,8 @@ def _products(
         if rows is not None and len(tiles) > 1:  # a square of tiles: at borders the fewest are idle
             *above, line, _ = tiles
             line, upper = s.split(line, 2, "mask")
-            planes, tiles, row, rows = [*planes, *above, line], tiles[-1:], [upper], rows // 2
+            planes, tiles, row = [*planes, *above, line], tiles[-1:], [upper]
+            rows = max(1, rows // 2)
         t = s.fuse(*tiles) if len(tiles) > 1 else tiles[0]
         best = rows or _tile_rows(_extent(s, [t]), vectors, s.target.registers, alone)
         home, t_i = s.split(t, s.choose("rows", tuple(range(1, 33)), best), "mask")
