@@ -18,7 +18,7 @@ from minicompiler.ir.expr import Cast, Expr, Load, Var, const_int, factors, free
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Iter, Scope
 
-from . import analysis, dots, elementwise, lines, panels, shares
+from . import analysis, dots, elementwise, hints, lines, panels, shares
 from .panels import axis_of, block_of
 from .schedule import Schedule
 
@@ -297,7 +297,7 @@ def _schedule(s: Schedule, nest: Nest) -> None:
         s.reorder(*order)
     depth, packed_depth = _reduction_order(s, nest)
     way = panels.way_of(s, nest, rows, row_extent, packed_depth)
-    part = _part_of_depth(s, nest, depth, width, row_extent, way)
+    part = _part_of_depth(s, nest, depth, width, rows, row_extent, way)
     row, lines_o = None, None
     outer = [_loop(i) for i in nest.outer]
     row_loops = [_loop(i) for i in nest.rows]
@@ -306,7 +306,7 @@ def _schedule(s: Schedule, nest: Nest) -> None:
         inside = dataclasses.replace(nest, outer=[])
 
         def part_of(n: int) -> lines.Part:
-            return _part_of_depth(s, inside, depth, width, n, way)
+            return _part_of_depth(s, inside, depth, width, rows, n, way)
 
         blocks = shares.extent(s, depth[0], 1)
         count = lines.lines_of_block(s, nest, rows, blocks, part_of)
@@ -421,6 +421,7 @@ def _part_of_depth(
     nest: Nest,
     depth: list[str],
     width: int,
+    rows: int,
     row_extent: int | None,
     way: panels.Way,
 ) -> tuple[int, int] | None:
@@ -429,6 +430,8 @@ def _part_of_depth(
     near, stream = way is panels.Way.NEAR, way is panels.Way.STREAM
     if (nest.outer and not near) or (row_extent == 1 and not stream):
         return None
+    if way is panels.Way.FIRST and row_extent is not None and row_extent <= rows:
+        return None  # one tile of rows reads a panel once
     # Every part is a pass over the result: cheap if that stays in the second-level cache.
     columns = const_int(nest.vector.extent)
     known = row_extent is not None and columns is not None
@@ -443,7 +446,10 @@ def _part_of_depth(
             several = row_extent != 1 or panels.from_memory(s, nest)
             default = STREAMS if several else STREAMS // 2
         else:
-            default = 768 if near else planes or (256 if small else 768)
+            # Tiles of few rows, which stay near whole, wait for panels: long parts are streams.
+            deep = const_int(nest.reduce[0].extent)
+            few = known and deep is not None and 8 * row_extent * deep <= s.target.caches[1]  # type: ignore[operator]
+            default = 768 if near else planes or (1024 if few else 256 if small else 768)
         limit = s.choose("depth", _DEPTHS, default)
         size = depth_block(const_int(nest.reduce[0].extent), limit)
         # The axis may be cut into blocks of the operand's layout already.
@@ -462,7 +468,7 @@ def _part_of_depth(
 
 def fetch_ahead(s: Schedule, name: str, operand: str, loop: str, turns: str, panels: str) -> None:
     """While all tiles of `turns` go through one panel of an operand that comes from memory, the
-    next one is fetched."""
+    next one is fetched; while one alone does, what it reads soon."""
     buffer, (block, path) = s.buffer(operand), s.block(name)
     size = buffer.dtype.bytes
     for n in buffer.physical_shape:
@@ -474,16 +480,20 @@ def fetch_ahead(s: Schedule, name: str, operand: str, loop: str, turns: str, pan
     panel = analysis.strides(buffer, at, s.loop(panels)[0].var, arith)
     around = s.loop(turns)[0]
     passes = const_int(around.extent)
-    if panel is None or panel <= 0 or (passes is not None and passes < 2):
+    if panel is None or panel <= 0:
         return
     part = buffer.dtype.bytes  # of the panel that one pass reads
     used = frozenset().union(*[free_vars(i) for i in at])
     for x in analysis.loops_in(path):
         if x is not around and analysis.contains(around, x) and x.var in used:
             part *= const_int(x.extent) or 64
-    # Both parts stay in the second-level cache. From one call of a model to the next nothing does
-    # but what is smaller than the first-level one.
-    if size > s.target.caches[0] and 4 * part <= s.target.caches[1]:
+    # From one call of a model to the next nothing stays near but what is smaller than the
+    # first-level cache.
+    if size <= s.target.caches[0]:
+        return
+    if passes == 1:
+        s.prefetch(operand, loop, hints.NEAR_BYTES // buffer.dtype.bytes)
+    elif 4 * part <= s.target.caches[1]:  # both parts stay in the second-level cache
         s.prefetch(operand, loop, panel, turns)
 
 

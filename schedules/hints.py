@@ -6,7 +6,9 @@
                                                  ... B[k*64 + 0..63]
 
 A hint changes no value. It pays where a panel of an operand is read several times in a row and the
-next panel comes from far: each pass over this panel fetches its part of the next one.
+next panel comes from far: each pass over this panel fetches its part of the next one. Where the
+number of passes is not known while compiling, it may be one, which has no time for that: it asks
+for all lines a little ahead, as the hardware's prefetcher does, but past the end of a page.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from typing import TYPE_CHECKING, cast
 
 from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import (
+    ONE,
     ZERO,
     Const,
     Expr,
     Load,
     const_int,
+    eq,
     free_vars,
     maximum,
     minimum,
@@ -30,6 +34,7 @@ from minicompiler.ir.tir import (
     VECTOR,
     Buffer,
     For,
+    If,
     Prefetch,
     PrimFunc,
     Scope,
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
     from .schedule import Schedule
 
 MOST_LINES = 64
+NEAR_BYTES = 1024  # ahead where lines are read once
 
 
 def prefetch(
@@ -72,9 +78,13 @@ def prefetch(
         s.refuse(f"an iteration of {loop_name} moves on by {lines} cache lines of {name}", loop)
     place = _inside(place, arith)
     line = LINE_BYTES // buffer.dtype.bytes
+
+    def all_lines(ahead: int) -> list[Stmt]:
+        return [Prefetch(place, Const(ahead + k * line)) for k in range(lines)]
+
     parts: list[Stmt] = []
     if turns_name is None:
-        parts += [Prefetch(place, Const(ahead + k * line)) for k in range(lines)]
+        parts = all_lines(ahead)
     else:
         turns, _ = s.loop(turns_name)
         if turns not in path:
@@ -82,10 +92,13 @@ def prefetch(
         if any(turns.var in free_vars(i) for i in place.indices):
             s.refuse(f"iterations of {turns_name} read different parts of {name}", turns)
         passes = const_int(turns.extent)
-        each = 1 if passes is None else -(-lines // passes)
+        each = -(-lines // (passes or 2))
         for k in range(each):
             mine = arith.simplify((turns.var * each + k) % lines * line + ahead)
             parts.append(Prefetch(place, mine))
+        if passes is None:
+            near = all_lines(NEAR_BYTES // buffer.dtype.bytes)
+            parts = [If(eq(turns.extent, ONE), seq(near), seq(parts))]
     s.swap(loop, loop.with_(body=seq([*parts, loop.body])))
 
 

@@ -238,10 +238,8 @@ def _with_inner(s: Stmt, inner: list[Stmt]) -> Stmt:
 
 
 def is_empty(s: Stmt) -> bool:
-    """True for a statement that does nothing (an empty Seq, or loops around one)."""
-    if isinstance(s, Seq):
-        return all(is_empty(x) for x in s.stmts)
-    return isinstance(s, For | Alloc) and is_empty(s.body)
+    """True for a statement that does nothing (an empty Seq, or loops and conditions around one)."""
+    return isinstance(s, Seq | For | Alloc | If) and all(is_empty(x) for x in sub_statements(s))
 
 
 def map_exprs(s: Stmt, f: Callable[[Expr], Expr]) -> Stmt:

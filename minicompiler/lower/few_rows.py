@@ -26,10 +26,8 @@ from minicompiler.ir.expr import (
     conjuncts,
     const_int,
     free_vars,
-    rewrite,
     substitute,
     walk,
-    wrap,
 )
 from minicompiler.ir.tir import (
     UNROLL,
@@ -136,23 +134,12 @@ def _falls(cond: Expr, row: Var, arith: Arith) -> bool:
 
 
 def _first_row(tile: Alloc, rows: set[For]) -> Stmt:
+    """The tile with its first row alone, and without hints: the few instructions of a row leave
+    the processor room to load far ahead by itself."""
+
     def one(s: Stmt) -> Stmt | None:
         if isinstance(s, For) and s in rows:
             return substitute_stmt(s.body, {s.var: ZERO})
-        return seq(_all_shares(s)) if isinstance(s, Prefetch) else None
+        return seq(()) if isinstance(s, Prefetch) else None
 
     return map_statements(tile, one)
-
-
-def _all_shares(s: Prefetch) -> list[Stmt]:
-    """Several tiles in turn ask for a share of the lines each, which share being `tile % shares`.
-    One tile alone asks for all."""
-    turns = [e for e in walk(s.ahead) if type(e) is Binary and e.op == "mod"]
-    if len(turns) != 1:
-        return [s]
-    (turn,) = turns
-
-    def share(k: int) -> Stmt:
-        return s.with_(ahead=rewrite(s.ahead, lambda e: wrap(k) if e is turn else None))
-
-    return [share(k) for k in range(const_int(turn.b) or 1)]

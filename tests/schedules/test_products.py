@@ -31,9 +31,9 @@ def product(m: Expr | int, n: Expr | int, k: Expr | int, turned: bool = False) -
     return Function("product", (a, b), (apply(matmul, a, b, attrs=attrs),), result_names=("c",))
 
 
-def scheduled(fn: Function) -> PrimFunc:
+def scheduled(fn: Function, weights: bool = False) -> PrimFunc:
     ctx = Context(AVX2, Options(threads=1))
-    return schedule(lower_kernel(fn, (False,) * len(fn.params), ctx), AVX2).func
+    return schedule(lower_kernel(fn, (False, weights), ctx), AVX2).func
 
 
 def scopes(func: PrimFunc) -> list[Scope]:
@@ -73,6 +73,16 @@ def test_a_matrix_from_near_is_packed_by_the_first_tiles() -> None:
         assert bool(analysis.where_parts(copy)) == woven
         hints = [x for x in statements(func) if isinstance(x, Prefetch)]
         assert bool(hints) != woven
+
+
+def test_one_tile_of_rows_reads_weights_as_one_stream() -> None:
+    """And asks for the lines that come soon; several tiles ask for the next panel, in turns."""
+    for rows, depth, near in ((5, 1920, True), (12, 960, False), (100, 320, False)):
+        func = scheduled(product(rows, 1024, 1920), weights=True)
+        loops = {x.var.name: x.extent for x in analysis.loops(func)}
+        assert loops["k0_o" if near else "k0_i_o"] is Const(depth // 4)
+        hints = [x.ahead for x in statements(func) if isinstance(x, Prefetch)]
+        assert hints and all(type(x) is Const for x in hints) == near
 
 
 def test_few_rows_read_rows_of_a_matrix_once() -> None:
