@@ -1,10 +1,13 @@
-"""Golden texts: `golden(name, text)` compares with tests/golden/<name>.txt.
+"""A kernel cache for each run, and golden texts: `golden(name, text)` compares with
+tests/golden/<name>.txt.
 
 Run pytest with --update-golden to write the files anew, and review the difference like code.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +18,15 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A cache of its own for each run, which its workers share: kernels that an earlier run left
+    would not be scheduled again, and tests ask how they were."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="minicompiler-tests-")
+        os.environ["MINICOMPILER_CACHE"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 @pytest.fixture
