@@ -6,9 +6,7 @@ subexpressions of all addresses come from that. `env` holds unrolled variables, 
 
 from __future__ import annotations
 
-from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import (
-    ZERO,
     Binary,
     Const,
     Dim,
@@ -20,8 +18,9 @@ from minicompiler.ir.expr import (
     substitute,
 )
 from minicompiler.ir.polynomials import Poly, subtract
-from minicompiler.ir.tir import Buffer, For, PrimFunc, statements
+from minicompiler.ir.tir import Buffer, PrimFunc
 from minicompiler.ir.types import int64
+from minicompiler.lower.blocks import arith_of_loops
 
 from .llvm_convert import Conversions
 from .llvm_text import Division, Operand, vector
@@ -40,9 +39,7 @@ class Indices(Conversions):
         self.level: dict[Expr, int] = {}  # variable -> index of the scope it belongs to
         self.names: dict[Expr, str] = {}
         self.env: dict[Expr, Expr] = {}  # unrolled variables and their value now
-        self.arith = Arith(
-            {s.var: (ZERO, s.extent - 1) for s in statements(func) if isinstance(s, For)}
-        )
+        self.arith = arith_of_loops(func)
         self.resolved: dict[object, Expr] = {}
         self.buffers_in: dict[Expr, frozenset[Buffer]] = {}
         self.index_like: dict[Expr, bool] = {}

@@ -33,7 +33,7 @@ from .codegen.native import compile_assembly, compile_object
 from .config import VERSION
 from .context import Context, Stage
 from .errors import InternalError
-from .ir.arith import evaluate_int
+from .ir.arith import evaluate_int, keeping
 from .ir.equal import structural_key
 from .ir.expr import ZERO
 from .ir.graph import Function, applies
@@ -233,6 +233,7 @@ def rules_of(ctx: Context) -> tuple[Rule, ...]:
     return RULES if own is None else tuple(own(RULES))
 
 
+@keeping()
 def write_kernel(
     fn: Function,
     constant: tuple[bool, ...],

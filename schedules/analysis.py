@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from minicompiler.ir.arith import Arith
+from minicompiler.ir.arith import Arith, knowing
 from minicompiler.ir.expr import (
     ZERO,
     Binary,
@@ -117,7 +117,7 @@ def arith_of(func: PrimFunc) -> Arith:
                 most = i.extent - 1
                 known = ranges.get(i.var)
                 ranges[i.var] = (ZERO, most if known is None else maximum(known[1], most))
-    return Arith(ranges)
+    return knowing(ranges)
 
 
 def choices(e: Expr) -> Iterator[Expr]:

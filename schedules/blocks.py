@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from minicompiler.ir.arith import Arith
+from minicompiler.ir.arith import Arith, knowing
 from minicompiler.ir.expr import (
     TRUE,
     ZERO,
@@ -183,7 +183,7 @@ def own_conditions(s: Schedule, block: Block) -> list[Expr]:
     if not parts:
         return []
     in_range = [i.value < i.extent for i in block.iters] + [i.value >= ZERO for i in block.iters]
-    arith = Arith(analysis.arith_of(s.func).ranges, in_range)
+    arith = knowing(analysis.arith_of(s.func).ranges, in_range)
     return [c for c in parts if arith.prove(c) is not True]
 
 
@@ -337,7 +337,7 @@ def _same_points(
     where = [eq(r.var, arith.simplify(r.extent - 1)) for r in analysis.reduce_loops(maker, around)]
     where += [substitute(c, fresh) for c in element_conditions(maker)]
     iters = tuple(i.with_(value=substitute(bound[i.var], fresh)) for i in block.iters)
-    inside = Arith({**arith.ranges, **{fresh[x.var]: arith.ranges[x.var] for x in inner}}, where)
+    inside = knowing({**arith.ranges, **{fresh[x.var]: arith.ranges[x.var] for x in inner}}, where)
     where += [i.value < i.extent for i in iters if inside.prove(i.value < i.extent) is not True]
     return wrap(block.with_(iters=iters, where=all_of(where)), inner, fresh)
 
@@ -383,7 +383,7 @@ def tail_conditions(block: Block, arith: Arith) -> list[Expr]:
     values = analysis.values_of(block)
     element = [substitute(i, values) for i in block.body.indices]
     in_range += [i < n for i, n in zip(element, block.body.buffer.shape, strict=True)]
-    inside = Arith(arith.ranges, in_range)
+    inside = knowing(arith.ranges, in_range)
     return [c for c in parts if inside.prove(c) is True]
 
 

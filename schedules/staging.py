@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from minicompiler.ir.arith import Arith
+from minicompiler.ir.arith import Arith, knowing
 from minicompiler.ir.expr import (
     TRUE,
     ZERO,
@@ -261,7 +261,7 @@ def _points_inside(
     ranges = {Var(f"_t{k}"): (ZERO, n - 1) for k, n in enumerate(shape)}
     conditions = [substitute(c, canonical) for c in tail]
     some = [i.extent > ZERO for i in pattern.iters]  # or nothing runs
-    inside = Arith({**arith.ranges, **ranges}, [*some, *conditions])
+    inside = knowing({**arith.ranges, **ranges}, [*some, *conditions])
     # Where `p < n` holds p is min(p, n - 1), also where p is taken apart (p // w, p % w).
     capped = {
         inside.simplify(c.a): minimum(c.a, c.b - 1)
@@ -361,13 +361,13 @@ def _unconditional(block: Block, dropped: list[Expr], tile: Buffer, arith: Arith
         return lasts.get(e)
 
     kept = [c for c in analysis.where_parts(block) if c not in dropped]
-    inside = Arith({**arith.ranges, **{i.var: (ZERO, i.extent - 1) for i in block.iters}}, kept)
+    inside = knowing({**arith.ranges, **{i.var: (ZERO, i.extent - 1) for i in block.iters}}, kept)
 
     tail_iters = {i.var for i in block.iters if any(x in capped for x in walk(i.value))}
 
     def clamped(e: Expr, inside: Arith, memo: dict[Expr, Expr]) -> Expr:
         if e not in memo and type(e) is Select:  # what is not chosen is not loaded
-            there = Arith(inside.ranges, [*kept, substitute(e.cond, mapping)])
+            there = knowing(inside.ranges, [*kept, substitute(e.cond, mapping)])
             cond, b = (clamped(x, inside, memo) for x in (e.cond, e.b))
             memo[e] = select(cond, clamped(e.a, there, {}), b)
         elif e not in memo:

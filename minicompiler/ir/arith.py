@@ -11,7 +11,9 @@ vars).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from math import gcd
 
 from .bounds import bound
@@ -54,6 +56,7 @@ from .proofs import Patience, Prover, without_quotient
 from .types import index
 
 Ranges = Mapping[Expr, tuple[Expr, Expr]]
+_ONE: Interval = (1, 1)
 
 
 class Arith:
@@ -347,30 +350,27 @@ class Arith:
 
     def poly_interval(self, p: Poly) -> Interval:
         """Numbers that a polynomial lies between (None: not bounded on that side)."""
-        factored: Interval = (None, None)
-        if len(p) > 1 and () not in p:  # n*m - 2*n is n*(m - 2), which has a sign
-            shared = next((a for a in next(iter(p)) if all(a in m for m in p)), None)
-            if shared is not None:
-                rest: Poly = {}
-                for m, c in p.items():
-                    k = m.index(shared)
-                    rest[m[:k] + m[k + 1 :]] = c
-                factored = mul_bounds(self.interval(shared), self.poly_interval(rest))
         low: int | None = 0
         high: int | None = 0
         for m, c in p.items():
-            lo: int | None
-            hi: int | None
-            lo, hi = 1, 1
+            term = _ONE
             for atom in m:
-                lo, hi = mul_bounds((lo, hi), self.interval(atom))
-            if c < 0:
-                lo, hi = (None if hi is None else hi * c), (None if lo is None else lo * c)
-            else:
-                lo, hi = (None if lo is None else lo * c), (None if hi is None else hi * c)
-            low = None if low is None or lo is None else low + lo
-            high = None if high is None or hi is None else high + hi
-        return both((low, high), factored)
+                found = self._intervals.get(atom) or self.interval(atom)
+                term = found if term is _ONE else mul_bounds(term, found)
+            lo, hi = term if c > 0 else term[::-1]
+            low = None if low is None or lo is None else low + lo * c
+            high = None if high is None or hi is None else high + hi * c
+        if len(p) > 1 and () not in p:  # n*m - 2*n is n*(m - 2), which has a sign
+            first, *others = p
+            for shared in first:
+                if all(shared in m for m in others):
+                    rest: Poly = {}
+                    for m, c in p.items():
+                        k = m.index(shared)
+                        rest[m[:k] + m[k + 1 :]] = c
+                    factored = mul_bounds(self.interval(shared), self.poly_interval(rest))
+                    return both((low, high), factored)
+        return low, high
 
     def nonneg(self, p: Poly) -> bool:
         """True when the polynomial is known to be >= 0."""
@@ -430,6 +430,35 @@ class Arith:
                     equal = False
             return equal if cond.op == "eq" or equal is None else not equal
         return None
+
+
+# ---- what was found out before -------------------------------------------------------------------
+_kept: ContextVar[dict[object, Arith] | None] = ContextVar("_kept", default=None)
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Inside, all that `knowing` finds out is kept. For one kernel: how soon a search for a proof
+    is given up depends on those before it, so its code must not depend on other kernels."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def knowing(ranges: Ranges, facts: Iterable[Expr] = ()) -> Arith:
+    """An `Arith` with all that those found out who asked for the same ranges and facts before. It
+    must not be told more."""
+    facts = tuple(facts)
+    kept = _kept.get()
+    if kept is None:
+        return Arith(ranges, facts)
+    key = (*ranges.items(), *facts)
+    found = kept.get(key)
+    if found is None:
+        found = kept[key] = Arith(ranges, facts)
+    return found
 
 
 # ---- expressions ---------------------------------------------------------------------------------

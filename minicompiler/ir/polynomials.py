@@ -118,9 +118,9 @@ def _leading(p: Poly) -> Monomial:
 # ---- intervals ----------------------------------------------------------------------------------
 def both(a: Interval, b: Interval) -> Interval:
     """The values that lie in two intervals."""
-    lows = [x for x in (a[0], b[0]) if x is not None]
-    highs = [x for x in (a[1], b[1]) if x is not None]
-    return max(lows, default=None), min(highs, default=None)
+    (al, ah), (bl, bh) = a, b
+    low = bl if al is None else al if bl is None else max(al, bl)
+    return low, bh if ah is None else ah if bh is None else min(ah, bh)
 
 
 def mul_bounds(a: Interval, b: Interval) -> Interval:

@@ -65,11 +65,13 @@ class Prover:
         """True when the polynomial is known to be >= 0."""
         if _never_negative(arith, p) or p in arith.facts:
             return True
-        if all(not m for m in p) or depth > 6 or self._samples.refute(arith, p):
+        if depth > 6 or all(not m for m in p):
             return False
         # Terms can be bounded in any order, and all orders of a subset end at the same polynomial.
         key = frozenset(p.items()), self._with_fact
-        if depth >= self._unproved.get(key, 7) or not self._may_go_on(arith, p):
+        if depth >= self._unproved.get(key, 7):
+            return False
+        if self._samples.refute(arith, p) or not self._may_go_on(arith, p):
             return False
         outermost = not self._steps
         if outermost:
@@ -223,10 +225,11 @@ def without_quotient(arith: Arith, p: Poly) -> Poly | None:
         for (*others, atom), c in ((m, c) for m, c in p.items() if m)
         if not others and type(atom) is Binary and atom.op == "floordiv"
     ]
-    quotients.sort(key=lambda t: arith.ranges.keys().isdisjoint(free_vars(t[0])))
-    # One inside of another goes after it: (x//3*3 + y)//5 + x//3 < 5 is x//3*8 + y < 25.
-    inside = {x for a, _ in quotients for x in walk(a) if x is not a}
-    quotients.sort(key=lambda t: t[0] in inside)
+    if len(quotients) > 1:
+        quotients.sort(key=lambda t: arith.ranges.keys().isdisjoint(free_vars(t[0])))
+        # One inside of another goes after it: (x//3*3 + y)//5 + x//3 < 5 is x//3*8 + y < 25.
+        inside = {x for a, _ in quotients for x in walk(a) if x is not a}
+        quotients.sort(key=lambda t: t[0] in inside)
     for atom, c in quotients:
         d = arith.poly(atom.b)
         low = arith.poly_interval(d)[0]

@@ -43,6 +43,7 @@ class Samples:
     def __init__(self) -> None:
         self._values: defaultdict[int, dict[Expr, int | None]] = defaultdict(dict)
         self._valid: list[bool | None] = [None] * len(_POINTS)  # whether all facts hold there
+        self._order = list(range(len(_POINTS)))  # the one that refuted last comes first
         self._drawn: list[int] | None = None
 
     def fact_added(self) -> None:
@@ -56,14 +57,14 @@ class Samples:
 
     def refute(self, arith: Arith, p: Poly) -> bool:
         """True when p < 0 at a point that lies inside of the ranges and satisfies the facts."""
-        for k, valid in enumerate(self._valid):
+        for place, k in enumerate(self._order):
+            valid = self._valid[k]
             if valid is None:
                 valid = all((self._poly_at(arith, f, k) or 0) >= 0 for f in arith.facts)
                 self._valid[k] = valid
-            if valid:
-                value = self._poly_at(arith, p, k)
-                if value is not None and value < 0:
-                    return True
+            if valid and (self._poly_at(arith, p, k) or 0) < 0:
+                self._order.insert(0, self._order.pop(place))
+                return True
         return False
 
     def refute_at_more(self, arith: Arith, p: Poly) -> bool:
@@ -79,10 +80,10 @@ class Samples:
         return value is not None and value >= 0
 
     def _poly_at(self, arith: Arith, p: Poly, k: int) -> int | None:
-        total = 0
+        total, known = 0, self._values[k]
         for m, c in p.items():
             for atom in m:
-                value = self._at(arith, atom, k)
+                value = known[atom] if atom in known else self._at(arith, atom, k)
                 if value is None:
                     return None
                 c *= value

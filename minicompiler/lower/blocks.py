@@ -14,7 +14,7 @@ import math
 import operator
 from collections.abc import Iterator
 
-from minicompiler.ir.arith import Arith
+from minicompiler.ir.arith import Arith, knowing
 from minicompiler.ir.expr import (
     FALSE,
     TRUE,
@@ -63,7 +63,7 @@ MOST_TURNS = 1024  # of an outer loop that are looked at for them
 
 def arith_of_loops(func: PrimFunc) -> Arith:
     """An Arith that knows the range of every loop variable."""
-    return Arith({s.var: (ZERO, s.extent - 1) for s in statements(func) if isinstance(s, For)})
+    return knowing({s.var: (ZERO, s.extent - 1) for s in statements(func) if isinstance(s, For)})
 
 
 def lower_blocks(func: PrimFunc, ctx: object = None) -> PrimFunc:
