@@ -21,8 +21,9 @@ from minicompiler.errors import RunError
 from minicompiler.ir.arith import sizes
 from minicompiler.ir.graph import Input, Item, Value, layout_of, type_of
 from minicompiler.lower.memory import Alias, KernelCall, Region, Reserve, Step, kernel_calls
+from minicompiler.runtime.arguments import as_input
 from minicompiler.runtime.arrays import address
-from minicompiler.runtime.module import Module, _as_input, _Context
+from minicompiler.runtime.module import Module, _Context
 from minicompiler.runtime.plan import Location, evaluate
 from minicompiler.runtime.pool import get_pool
 from minicompiler.runtime.profile import _symbol, _trampolines
@@ -80,7 +81,7 @@ class _Run:
     ) -> None:
         self.module, self.steps, self.plan = module, steps, module.plan
         self.inputs = [
-            _as_input(*x) for x in zip(arrays, module._dtypes, module.inputs, strict=True)
+            as_input(*x) for x in zip(arrays, module._dtypes, module.inputs, strict=True)
         ]
         measured = module._shapes.measure_arrays(self.inputs)
         # Outputs whose size is counted are given room for the most, as the module does.

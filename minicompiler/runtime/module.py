@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import difflib
 import math
 import mmap
 import os
@@ -29,6 +28,7 @@ import numpy as np
 
 from minicompiler.errors import MinicompilerError, RunError
 from minicompiler.runtime import caches, savefile
+from minicompiler.runtime.arguments import as_array, as_input, check_names, check_out
 from minicompiler.runtime.arrays import address, address_of_part, overlap, span
 from minicompiler.runtime.entry import MISSING, REFUSED, entry
 from minicompiler.runtime.frame import Frame, Words
@@ -36,7 +36,7 @@ from minicompiler.runtime.loader import Library
 from minicompiler.runtime.pages import HUGE_PAGE
 from minicompiler.runtime.plan import MAIN, Plan, Tensor, evaluate, numpy_dtype
 from minicompiler.runtime.pool import available_threads, get_pool, kernel_symbols, region_address
-from minicompiler.runtime.shapes import Shapes, Sizes, number_in, shape_text
+from minicompiler.runtime.shapes import Shapes, Sizes, number_in
 from minicompiler.target import Target
 
 _FORMAT = 1  # of the header of a saved module
@@ -168,7 +168,7 @@ class Module:
             raise self._wrong_count("input", self.inputs, len(arrays))
         if self._grown:
             return self._call_growing(context, arrays, out)
-        given = tuple(map(_as_input, arrays, self._dtypes, self.inputs))
+        given = tuple(map(as_input, arrays, self._dtypes, self.inputs))
         sizes = self._shapes.measure_arrays(given)
         results = self._given(out, sizes)
         every = (*given, *results)
@@ -190,7 +190,7 @@ class Module:
         """A call of a module with caches: the first part of each is put in its place."""
         grown = {c.input for c in self.plan.caches}
         given = tuple(
-            _as_array(a, dtype, t) if i in grown else _as_input(a, dtype, t)
+            as_array(a, dtype, t) if i in grown else as_input(a, dtype, t)
             for i, (a, dtype, t) in enumerate(zip(arrays, self._dtypes, self.inputs, strict=True))
         )
         shapes = [a.shape for a in given]
@@ -223,9 +223,9 @@ class Module:
         """The outputs by name for inputs by name; `out` may name some of the outputs."""
         reads, writes = [t.name for t in self.inputs], [t.name for t in self.outputs]
         if inputs.keys() != set(reads):
-            _check_names("input", reads, inputs, complete=True)
+            check_names("input", reads, inputs, complete=True)
         if out is not None and not out.keys() <= set(writes):
-            _check_names("output", writes, out, complete=False)
+            check_names("output", writes, out, complete=False)
         results = self(
             *[inputs[n] for n in reads],
             out=None if out is None else [out.get(n) for n in writes],
@@ -329,7 +329,7 @@ class Module:
                 continue
             if self._trimmed and len(results) in self._trimmed:
                 raise RunError(f'out= for output "{t.name}", whose size is known only afterwards')
-            _check_out(t, array, spec[0], spec[1], parts=len(results) in self._grown)
+            check_out(t, array, spec[0], spec[1], parts=len(results) in self._grown)
             results.append(array)
         return tuple(results)
 
@@ -518,107 +518,6 @@ def _holders(blocks: list[np.ndarray], k: int) -> int:
 
 
 _NOBODY = _holders([np.empty(0)], 0)
-
-
-def _as_input(value: Any, dtype: np.dtype[Any], t: Tensor) -> np.ndarray:
-    """An argument as a contiguous array in native byte order, copied only if it is not one."""
-    if type(value) is _ndarray and value.dtype is dtype and value.flags.c_contiguous:
-        return value
-    return np.asarray(_as_array(value, dtype, t), order="C")
-
-
-def _as_array(value: Any, dtype: np.dtype[Any], t: Tensor) -> np.ndarray:
-    """An argument as an array in native byte order, with any strides."""
-    if isinstance(value, bool | int | float | list | tuple):
-        return _from_numbers(value, dtype, t)
-    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack__"):
-        array = np.asarray(value)
-    else:
-        try:
-            array = np.from_dlpack(value)
-        except (BufferError, RuntimeError, TypeError, ValueError) as error:
-            raise RunError(
-                f'input "{t.name}": {type(value).__name__} cannot be read as an array: {error}',
-                hint="give a numpy array, or a tensor in CPU memory of a dtype that numpy has",
-            ) from error
-    if array.dtype.kind not in "biufcV":
-        raise RunError(
-            f'input "{t.name}" is {type(value).__name__}, no numbers: expected {t}',
-            hint="give a numpy array; numpy.load reads one from a file",
-        )
-    if array.dtype.newbyteorder("=") != dtype:
-        raise RunError(
-            f'input "{t.name}" has dtype {array.dtype}, expected {dtype}: {t}',
-            hint=f'convert it: {t.name}.astype("{dtype}")' if t.name.isidentifier() else "",
-        )
-    return np.asarray(array, dtype)
-
-
-def _from_numbers(value: Any, dtype: np.dtype[Any], t: Tensor) -> np.ndarray:
-    """Python numbers take the input's dtype if it can hold them; floats are rounded to it."""
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise RunError(f'input "{t.name}": not a tensor: {error}') from None
-    kind = "f" if t.dtype.startswith(("float", "bfloat")) else "i" if dtype.kind in "iu" else "b"
-    fits = array.size == 0 or array.dtype.kind in {"b": "b", "i": "biu", "f": "biuf"}[kind]
-    if fits:
-        with np.errstate(over="ignore"):
-            made = np.asarray(array.astype(dtype), order="C")
-        if array.dtype.kind == "f":
-            same = np.isfinite(made.astype(np.float64)) == np.isfinite(array)
-        else:
-            same = made.astype(array.dtype) == array
-        if array.size == 0 or bool(np.all(same)):
-            return made
-    raise RunError(
-        f'input "{t.name}" is given as Python values of type {array.dtype}, which do not fit '
-        f"into {dtype}: {t}",
-        hint="give a numpy array of that dtype",
-    )
-
-
-def _check_out(
-    t: Tensor, array: Any, shape: tuple[int, ...], dtype: np.dtype[Any], parts: bool = False
-) -> None:
-    """parts: the array may be a part of another; `caches` looks at its strides."""
-    if type(array) is _ndarray and array.dtype is dtype and array.shape == shape:
-        flags = array.flags
-        if flags.c_contiguous and flags.writeable:
-            return
-    what = f'out= for output "{t.name}"'
-    if not isinstance(array, np.ndarray):
-        raise RunError(f"{what} is {type(array).__name__}, expected a numpy array")
-    if array.dtype != dtype:
-        raise RunError(
-            f"{what} has dtype {array.dtype}, expected {dtype}",
-            hint=f'np.empty({list(shape)}, "{dtype}")',
-        )
-    if array.shape != shape:
-        raise RunError(
-            f"{what} has shape {shape_text(array.shape)}, expected {shape_text(shape)}",
-            hint=f'np.empty({list(shape)}, "{dtype}")',
-        )
-    if not parts and not array.flags.c_contiguous:
-        raise RunError(f"{what} is not C-contiguous", hint="use np.empty, and copy afterwards")
-    if not array.flags.writeable:
-        raise RunError(f"{what} is read-only", hint="give an array that may be written, or a copy")
-
-
-def _check_names(
-    kind: str, known: Sequence[str], given: Mapping[str, Any], *, complete: bool
-) -> None:
-    unknown = [n for n in given if n not in known]
-    if unknown:
-        names = ", ".join(f'"{n}"' for n in unknown)
-        near = difflib.get_close_matches(unknown[0].lower(), [k.lower() for k in known], 1)
-        mean = next((f"; did you mean {k!r}?" for k in known if near and k.lower() == near[0]), "")
-        hint = f"its {kind}s: {', '.join(known)}{mean}"
-        raise RunError(f"the model has no {kind} {names}", hint=hint)
-    missing = [n for n in known if n not in given]
-    if complete and missing:
-        names = ", ".join(f'"{n}"' for n in missing)
-        raise RunError(f"{kind} {names} is missing", hint=f"the {kind}s: {', '.join(known)}")
 
 
 def _after_fork() -> None:

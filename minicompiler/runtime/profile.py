@@ -18,9 +18,10 @@ from typing import Any
 import llvmlite.binding as llvm
 
 from minicompiler.errors import RunError
+from minicompiler.runtime.arguments import as_input
 from minicompiler.runtime.arrays import address
 from minicompiler.runtime.loader import Library
-from minicompiler.runtime.module import Module, _as_input, _Context
+from minicompiler.runtime.module import Module, _Context
 from minicompiler.runtime.plan import Call, Size, evaluate
 from minicompiler.runtime.pool import get_pool
 
@@ -70,7 +71,7 @@ class _Run:
     def __init__(self, module: Module, arrays: Sequence[Any], results: Sequence[Any]) -> None:
         self.plan, self.layout, self.threads = module.plan, module._layout, module.threads
         self.inputs = [
-            _as_input(*x) for x in zip(arrays, module._dtypes, module.inputs, strict=True)
+            as_input(*x) for x in zip(arrays, module._dtypes, module.inputs, strict=True)
         ]
         self.results = results  # with the inputs, the memory that the table points to
         sizes = module._shapes.measure_arrays(self.inputs)
