@@ -24,7 +24,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "target", "limits", "extensions", "tolerance", "context"),
     ("ir.node",),
     ("ir.types",),
-    ("ir.expr",),
+    ("ir.expr", "ir.expr_text", "ir.interning"),
     ("ir.polynomials",),
     ("ir.layout", "ir.arith", "ir.bounds", "ir.proofs", "ir.samples"),
     ("ir.op",),

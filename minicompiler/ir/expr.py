@@ -11,50 +11,14 @@ Expressions are interned, so `a is b` means structurally equal and `a == b` is t
 
 from __future__ import annotations
 
-import math
 import struct
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Union
 
+from .interning import made, table
 from .types import DType, bool_, index, int64
 
 Value = Union["Expr", int, float, bool]
-_lock = threading.RLock()
-_table: dict[tuple[Any, ...], weakref.ref[Expr]] = {}
-_limit = _FEWEST = 20_000
-"""So many entries make the next expression sweep the table."""
-
-
-def _made(cls: type[Expr], key: tuple[Any, ...], fields: tuple[Any, ...]) -> Any:
-    """Interns a new expression. Only this takes a lock: two threads that compile at the same time
-    must not make two objects of one expression, because identity is equality."""
-    with _lock:
-        ref = _table.get(key)
-        found = None if ref is None else ref()
-        if found is None:
-            found = object.__new__(cls)
-            found._fields = fields
-            found._free = found._text = None
-            found._init(*fields)
-            _table[key] = weakref.ref(found)
-            if len(_table) > _limit:
-                _sweep()
-        return found
-
-
-def _sweep() -> None:
-    """Drops the entries of dead expressions, all at once: a callback for each, as a
-    WeakValueDictionary has it, costs time and swallows a Ctrl-C that arrives during it."""
-    global _limit
-    keys = list(_table)
-    # From the newest on, because an entry's key keeps the expression's children alive.
-    while keys:
-        key = keys.pop()
-        if _table[key]() is None:
-            del _table[key]
-    _limit = max(_FEWEST, 2 * len(_table))
 
 
 class Expr:
@@ -70,9 +34,9 @@ class Expr:
 
     def __new__(cls, *fields: Any) -> Any:
         key = (cls, *fields)
-        ref = _table.get(key)
+        ref = table.get(key)
         found = None if ref is None else ref()
-        return _made(cls, key, fields) if found is None else found
+        return made(cls, key, fields) if found is None else found
 
     def _init(self, *fields: Any) -> None:
         raise NotImplementedError
@@ -118,7 +82,9 @@ class Expr:
 
     def __str__(self) -> str:
         if self._text is None:
-            self._text = _text(self)
+            from .expr_text import text_of
+
+            self._text = text_of(self)
         return self._text
 
     def __repr__(self) -> str:
@@ -212,9 +178,9 @@ class Const(Leaf):
         else:
             value = bool(value) if dtype.is_bool else int(value)
             key = (cls, value, dtype)
-        ref = _table.get(key)
+        ref = table.get(key)
         found = None if ref is None else ref()
-        return _made(cls, key, (value, dtype)) if found is None else found
+        return made(cls, key, (value, dtype)) if found is None else found
 
     def _init(self, *fields: Any) -> None:
         self.value, self.dtype = fields
@@ -255,11 +221,6 @@ class Dim(Leaf):
 
 COMPARE = ("lt", "le", "eq", "ne")
 LOGIC = ("and", "or")
-_SYMBOL = {
-    "add": ("+", 4), "sub": ("-", 4), "mul": ("*", 5), "div": ("/", 5), "floordiv": ("//", 5),
-    "mod": ("%", 5), "lt": ("<", 3), "le": ("<=", 3), "eq": ("==", 3), "ne": ("!=", 3),
-    "and": ("and", 2), "or": ("or", 1),
-}  # fmt: skip
 
 
 class Binary(Expr):
@@ -659,87 +620,3 @@ def walk(e: Expr, into_loads: bool = True) -> Iterator[Expr]:
 def loads(e: Expr) -> list[Load]:
     """The distinct loads in `e`."""
     return [x for x in walk(e) if type(x) is Load]
-
-
-# ---- text ---------------------------------------------------------------------------------------
-def _number(e: Const) -> str:
-    if e.dtype.is_float:
-        text = repr(e.value)
-        if math.isfinite(e.value) and e.dtype.name == "float32":
-            short = f"{e.value:.9g}"
-            text = short if "." in short or "e" in short else short + ".0"
-        return text if e.dtype.name == "float32" else f"{text}{e.dtype.name[0]}{e.dtype.bits}"
-    return str(e.value)
-
-
-_LONG_TEXT = 1000
-"""The text of an expression with more parts, shared ones counted as often as they are used, names
-these."""
-
-
-def _text(e: Expr) -> str:
-    """The text of an expression. A long one names what it uses several times, since it would double
-    with each such use: `%0 * max(%0, 0.0) where %0 = x[i] + 1.0`."""
-    sizes: dict[Expr, int] = {}  # inner expressions first
-    uses: dict[Expr, int] = {}
-
-    def size(x: Expr) -> int:
-        uses[x] = uses.get(x, 0) + 1
-        if x not in sizes:
-            sizes[x] = 1 + sum(map(size, x.children()))
-        return sizes[x]
-
-    names: dict[Expr, str] = {}
-    if size(e) <= _LONG_TEXT:
-        return _written(e, names)
-    meanings = []
-    for x in sizes:
-        if uses[x] > 1 and x.children():
-            name = f"%{len(names)}"
-            meanings.append(f"{name} = {_written(x, names)}")
-            names[x] = name
-    where = f" where {', '.join(reversed(meanings))}" if meanings else ""
-    return _written(e, names) + where
-
-
-def _written(e: Expr, names: Mapping[Expr, str]) -> str:
-    """The text of an expression, with names for some that it consists of."""
-
-    def many(xs: Iterable[Expr]) -> str:
-        return ", ".join(map(go, xs))
-
-    def go(x: Expr, level: int = 0) -> str:
-        if x in names:
-            return names[x]
-        if type(x) is Const:
-            return _number(x)
-        if isinstance(x, Var | Dim):
-            return x.name
-        if type(x) is Binary:
-            if x.op not in _SYMBOL:
-                return f"{x.op}({go(x.a)}, {go(x.b)})"
-            symbol, mine = _SYMBOL[x.op]
-            a, b = go(x.a, mine), go(x.b, mine + 1)
-            tight = mine >= 5
-            text = f"{a}{symbol}{b}" if tight else f"{a} {symbol} {b}"
-            return f"({text})" if mine < level else text
-        if type(x) is Cast:
-            return f"{x.dtype}({go(x.a)})"
-        if type(x) is Select:
-            return f"select({many((x.cond, x.a, x.b))})"
-        if type(x) is Call:
-            return f"{x.fn}({many(x.args)})"
-        if type(x) is Load:
-            mask = "" if x.mask is None else f" if {go(x.mask)}"
-            return f"{x.buffer.name}[{many(x.indices)}{mask}]"
-        if type(x) is Ramp:
-            step = "" if x.stride is ONE else f":{go(x.stride)}"
-            return f"<{go(x.base)}..{step}x{x.lanes}>"
-        if type(x) is Splat:
-            return f"<{go(x.value)}>x{x.lanes}"
-        if type(x) is Reduce:
-            axes = ", ".join(f"{v}<{go(n)}" for v, n in zip(x.axes, x.extents, strict=True))
-            return f"{x.combiner}({go(x.body)}, {axes})"
-        raise TypeError(type(x).__name__)
-
-    return go(e)
