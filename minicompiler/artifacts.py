@@ -49,6 +49,8 @@ def record(ctx: Context, stage: Stage, artifact: Any = None) -> None:
 
 def unless_same(ctx: Context, subject: str, level: str, text: str) -> str:
     """`text`, or "" when the previous stage of the subject left the same."""
+    if not text:
+        return ""
     before = (s.text for s in reversed(ctx.stages) if (s.subject, s.level) == (subject, level))
     return "" if next(filter(None, before), None) == text else text
 

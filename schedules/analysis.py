@@ -83,7 +83,10 @@ def _find(func: PrimFunc, test):  # type: ignore[no-untyped-def]
             s, path = stack.pop()
             if test(s):
                 return s, path
-            stack.extend((x, (*path, s)) for x in reversed(sub_statements(s)))
+            inner = sub_statements(s)
+            if inner:
+                around = (*path, s)
+                stack.extend([(x, around) for x in reversed(inner)])
     return None
 
 

@@ -49,7 +49,8 @@ class Node:
 
     def with_(self: T, **fields: Any) -> T:
         """A copy with the named fields replaced."""
-        return dataclasses.replace(self, **fields)  # type: ignore[type-var]
+        kept = {n: getattr(self, n) for n in self.__dataclass_fields__}  # type: ignore[attr-defined]
+        return type(self)(**(kept | fields))
 
 
 def is_ir(value: object) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterator, Mapping
+from operator import is_not
 
 from .expr import FALSE, TRUE, ZERO, Dim, Expr, Load, Var, rewrite, substitute, walk
 from .layout import IndexMap
@@ -198,12 +199,13 @@ def seq(stmts: list[Stmt] | tuple[Stmt, ...]) -> Stmt:
 
 def sub_statements(s: Stmt) -> tuple[Stmt, ...]:
     """The statements directly inside one."""
-    if isinstance(s, For | Alloc):
-        return (s.body,)
-    if isinstance(s, Seq):
-        return s.stmts
-    if isinstance(s, If):
-        return (s.then,) if s.orelse is None else (s.then, s.orelse)
+    kind = type(s)
+    if kind is For or kind is Alloc:
+        return (s.body,)  # type: ignore[union-attr]
+    if kind is Seq:
+        return s.stmts  # type: ignore[union-attr]
+    if kind is If:
+        return (s.then,) if s.orelse is None else (s.then, s.orelse)  # type: ignore[union-attr]
     return ()
 
 
@@ -222,7 +224,7 @@ def map_statements(s: Stmt, f: Callable[[Stmt], Stmt | None]) -> Stmt:
     inner = sub_statements(s)
     if inner:
         new = [map_statements(x, f) for x in inner]
-        if any(a is not b for a, b in zip(inner, new, strict=True)):
+        if any(map(is_not, inner, new)):
             s = _with_inner(s, new)
     made = f(s)
     return s if made is None else made
