@@ -93,8 +93,11 @@ def _with_special_cases(a: Expr, b: Expr, result: Expr) -> Expr:
 def _limited(size: Expr, of_ordinary: Expr) -> Expr:
     """A logarithm (or the part of it that is infinite) of what may be 0 or inf."""
     limit = select(eq(size, 0.0), const(-math.inf, size.dtype), size)
-    ordinary = binary("and", const(0.0, size.dtype) < size, size < math.inf)
-    return select(ordinary, of_ordinary, limit)
+    return select(_is_ordinary(size), of_ordinary, limit)
+
+
+def _is_ordinary(size: Expr) -> Expr:
+    return binary("and", const(0.0, size.dtype) < size, size < math.inf)
 
 
 # ---- float32 ------------------------------------------------------------------------------------
@@ -124,8 +127,7 @@ def _size64(size: Expr, b: Expr) -> Expr:
     """e**(b * ln size) with the logarithm in twice the precision."""
     high, low = _log_exact(size)
     zero = const(0.0, float64)
-    ordinary = binary("and", zero < size, size < math.inf)
-    high, low = _limited(size, high), select(ordinary, low, zero)
+    high, low = _limited(size, high), select(_is_ordinary(size), low, zero)
     p = fma(high, b, -0.0)
     lost = fma(high, b, zero - p) + low * b
     return exp64(p, select(absolute(p) < 2000.0, lost, zero))
