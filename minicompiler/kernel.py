@@ -35,7 +35,7 @@ from .context import Context, Stage
 from .errors import InternalError
 from .ir.arith import evaluate_int, keeping
 from .ir.equal import structural_key
-from .ir.expr import ZERO
+from .ir.expr import ZERO, Dim
 from .ir.graph import Function, applies
 from .ir.serial import to_json
 from .ir.tir import Buffer, PrimFunc, script
@@ -219,12 +219,24 @@ def final_loops(
     """Scheduled loops without what constants alone determine, and where the rule asks for it, with
     loops of their own for a single row."""
     func, prepared = lift_constants(s.func)
-    if s.rows is None or prepared:
-        return func, prepared
-    one = schedule(of_one_row(lowered, s.rows), s.target, rules=rules)
-    if lift_constants(one.func)[1]:  # would be computed by each call
-        return func, prepared
-    return one_or_many(one.func, func, s.rows), prepared
+    form = one_row_form(s, lowered, rules)
+    if form is not None:
+        rows, _, one = form
+        func = one_or_many(one.func, func, rows)
+    return func, prepared
+
+
+def one_row_form(
+    s: Schedule, lowered: PrimFunc, rules: Sequence[Rule] = RULES
+) -> tuple[Dim, PrimFunc, Schedule] | None:
+    """Where the rule asks for it: the dimension that counts rows, and the loops for a single one,
+    lowered and scheduled."""
+    if s.rows is None or lift_constants(s.func)[1]:
+        return None
+    alone = of_one_row(lowered, s.rows)
+    one = schedule(alone, s.target, rules=rules)
+    # What constants determine would be computed by each call.
+    return None if lift_constants(one.func)[1] else (s.rows, alone, one)
 
 
 def rules_of(ctx: Context) -> tuple[Rule, ...]:

@@ -15,7 +15,18 @@ from collections.abc import Iterator, Mapping
 
 from minicompiler.codegen.llvm_math import expand
 from minicompiler.ir.arith import evaluate_int
-from minicompiler.ir.expr import Binary, Call, Expr, Load, free_vars, loads, substitute, walk
+from minicompiler.ir.expr import (
+    Binary,
+    Call,
+    Dim,
+    Expr,
+    Load,
+    factors,
+    free_vars,
+    loads,
+    substitute,
+    walk,
+)
 from minicompiler.ir.graph import Function
 from minicompiler.ir.tir import (
     PARALLEL,
@@ -30,11 +41,12 @@ from minicompiler.ir.tir import (
     sub_statements,
 )
 from minicompiler.ir.types import Loc
-from minicompiler.kernel import plain_loops
-from minicompiler.lower.cost import flops, traffic
+from minicompiler.kernel import one_row_form, plain_loops
+from minicompiler.lower.cost import flops, is_number, traffic
 from minicompiler.lower.lift_constants import lift_constants
 from minicompiler.lower.to_tir import lower_function
 from minicompiler.schedules.cpu import schedule
+from minicompiler.schedules.schedule import Schedule
 from minicompiler.target import Target
 
 _ARITHMETIC = ("add", "sub", "mul", "div", "min", "max")
@@ -56,10 +68,10 @@ class Work:
     """What a kernel does for given dimensions.
 
     Attributes:
-        flops: operations of the operators' definition, see lower/cost.py.
+        flops: operations of the operators' definition, of integers too, see lower/cost.py.
         performed: the same for the algorithm that was chosen (Winograd needs fewer).
         instructions: per element and with tails: a multiplication and the addition of its result
-            are one, exp and the like are what they expand to.
+            are one (also of a pair), exp and the like are what they expand to.
         same: those of `instructions` that give all lanes of a vector the same; computed anew for
             each vector, though they need not be.
         functions: those of `instructions` that belong to each function (exp, erf, ...).
@@ -110,7 +122,10 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Nest:
-    """A kernel's loop nests: as defined, as lowered with the chosen algorithm, as scheduled."""
+    """A kernel's loop nests: as defined, as lowered with the chosen algorithm, as scheduled.
+
+    one_row: the dimension that counts rows and the nests for a single one, if these differ.
+    """
 
     meaning: PrimFunc
     lowered: PrimFunc
@@ -119,10 +134,17 @@ class Nest:
     steps: tuple[str, ...]
     locs: tuple[Loc, ...]
     target: Target
+    one_row: tuple[Dim, Nest] | None = None
+
+    def at(self, dims: Mapping[str, int]) -> Nest:
+        """The nests that run for these dimensions."""
+        if self.one_row is not None and dims[self.one_row[0].name] == 1:
+            return self.one_row[1]
+        return self
 
     def work(self, dims: Mapping[str, int]) -> Work:
         """The numbers for these dimensions."""
-        return _Reader(self, dims).work()
+        return _Reader(self.at(dims), dims).work()
 
 
 def read_nest(
@@ -131,11 +153,17 @@ def read_nest(
     """The nests of a fused function. `constant`: which of its arguments are constants. They are
     made again, because what the disk cache holds is machine code."""
     lowered = plain_loops(fused, constant, max_error)
-    s = schedule(lowered, target)
-    scheduled, _ = lift_constants(s.func)
     meaning = lower_function(fused, constant)
-    steps = tuple(str(step) for step in s.steps)
-    return Nest(meaning, lowered, scheduled, s.rule, steps, lowered.locs, target)
+
+    def nest(lowered: PrimFunc, s: Schedule) -> Nest:
+        scheduled, _ = lift_constants(s.func)
+        steps = tuple(str(step) for step in s.steps)
+        return Nest(meaning, lowered, scheduled, s.rule, steps, lowered.locs, target)
+
+    s = schedule(lowered, target)
+    form = one_row_form(s, lowered)
+    one_row = None if form is None else (form[0], nest(*form[1:]))
+    return dataclasses.replace(nest(lowered, s), one_row=one_row)
 
 
 @dataclasses.dataclass
@@ -242,16 +270,15 @@ class _Reader:
             once = min(1.0, lanes / max(self._int(vector.extent), 1))
         found = _Counted()
         for e in walk(block.body.value):
-            if not e.dtype.is_float or type(e) not in (Binary, Call):
+            if not is_number(e) or type(e) not in (Binary, Call):
                 continue
             same = vector is not None and not _depends(e, block, vector)
             share = once if same else 1.0
-            if type(e) is Call:
+            if type(e) is Call and factors(e) is None:
                 count = share * _expanded(e, e.args)
                 found.functions[e.fn] = found.functions.get(e.fn, 0.0) + count
             else:
-                assert type(e) is Binary
-                count = share * _of_binary(e)
+                count = share * _of_operation(e)
             found.total += count
             found.same += count if same else 0.0
         return found
@@ -321,13 +348,15 @@ def _depends(e: Expr, block: Block, vector: For) -> bool:
     return vector.var in used or not used.isdisjoint(lanes)
 
 
-def _of_binary(e: Binary) -> int:
+def _of_operation(e: Expr) -> int:
     """Instructions of one operation; 0 for an addition that is part of a multiplication's."""
+    if type(e) is not Binary:
+        return 1
     if e.op == "pow":
         return _expanded(e, (e.a, e.b))
     if e.op not in _ARITHMETIC:
         return 0
-    if e.op in ("add", "sub") and any(type(x) is Binary and x.op == "mul" for x in (e.a, e.b)):
+    if e.op in ("add", "sub") and any(factors(x) is not None for x in (e.a, e.b)):
         return 0
     return _SLOW if e.op == "div" else 1
 

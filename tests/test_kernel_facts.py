@@ -7,11 +7,14 @@ from collections.abc import Callable
 
 import pytest
 
-from minicompiler import te
+from minicompiler import driver, te
+from minicompiler.context import Context, Options
 from minicompiler.diagnose import diagnose
+from minicompiler.frontend.builder import Builder
 from minicompiler.ir.expr import Call, Dim
-from minicompiler.ir.types import float32
-from minicompiler.kernel_facts import Nest, Phase, Work
+from minicompiler.ir.graph import Apply, Function, topological
+from minicompiler.ir.types import float32, int32
+from minicompiler.kernel_facts import Nest, Phase, Work, read_nest
 from minicompiler.lower.lift_constants import lift_constants
 from minicompiler.lower.to_tir import from_tensors
 from minicompiler.machine import Level, Peaks
@@ -50,6 +53,35 @@ def each(f: Callable[..., object], *shape: int | Dim) -> Nest:
 
 
 # ---- counts --------------------------------------------------------------------------------------
+def test_products_of_pairs_are_instructions() -> None:
+    x, w = te.placeholder("x", (60, 32), int32), te.placeholder("w", (32, 64), int32)
+    (r,) = te.reduce_vars(1)
+    y = te.compute(
+        (60, 64), lambda i, j: Call("dot_pairs", (x[i, r], w[r, j])), "y", ("sum", {r: 32})
+    )
+    found = nest([x, w], [y], [w]).work({})
+    assert (found.flops, found.instructions) == (60 * 64 * 32 * 4, 60 * 64 * 32)
+    assert not found.functions and not found.only_moves
+
+
+def test_attention_of_one_row_is_read_off_its_own_loops() -> None:
+    rows, columns = Dim("new", 1, None), Dim("all", 1, None)
+    net = Builder("attention")
+    q = net.input("q", (1, 2, rows, 16))
+    k, v = (net.input(n, (1, 2, columns, 16)) for n in "kv")
+    scores = net.softmax(net.matmul(q, net.transpose(k, perm=(0, 1, 3, 2))))
+    ctx = Context(AVX2, Options())
+    fn = driver.optimise(net.function(y=net.matmul(scores, v)), ctx)
+    (group,) = [x for x in topological(fn.results) if isinstance(x, Apply)]
+    assert isinstance(group.op, Function)
+    kernel = read_nest(group.op, (False,) * len(group.args), AVX2)
+    one, many = (kernel.at({"new": n, "all": 64}) for n in (1, 6))
+    assert many is kernel and one.steps != many.steps
+    work = kernel.work({"new": 1, "all": 64})
+    assert work.tail == 1 and work.flops == one.work({"new": 1, "all": 64}).flops > 0
+    assert work.instructions < kernel.work({"new": 2, "all": 64}).instructions
+
+
 def test_a_product_that_fits_its_tiles() -> None:
     w = product(60, 64, 32).work({})
     assert w.flops == w.performed == 60 * 64 * 32 * 2

@@ -140,7 +140,7 @@ def _rows(
             "share": seconds / total, "nodes": [],
         }  # fmt: skip
         if kernel in opened.fused and made:
-            nest = opened.nest(kernel)
+            nest = opened.nest(kernel).at(calls[0].dims)
             work = nest.work(calls[0].dims)
             found = diagnose(work, seconds / made, limits, resident)
             row |= {

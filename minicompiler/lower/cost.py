@@ -1,13 +1,14 @@
 """What a kernel has to do, counted on its loops before they are scheduled.
 
-    flops(func)      2*batch*m*n*k + batch*m*n      floating-point operations, over the dimensions
+    flops(func)      2*batch*m*n*k + batch*m*n      operations on numbers, over the dimensions
     moved(func)      4*(m*k + k*n + m*n)            bytes it reads and writes, each touched once
     points(func)     m*n*k + m*n                    iterations of its loops, whatever they do
 
-An addition, a multiplication, a division and a function such as exp count as one each; a
-comparison, min and max count nothing. The padding of a convolution counts as if it was data. Of a
-table that is looked up only the rows that are read count. Given the loops of an operator's first
-compute, this is the work that a rate in GFLOP/s refers to.
+An addition, a multiplication, a division and a function such as exp count as one each, of floats
+and of integers that are no indices; a comparison, min and max count nothing. The padding of a
+convolution counts as if it was data. Of a table that is looked up only the rows that are read
+count. Given the loops of an operator's first compute, this is the work that a rate in GFLOP/s
+refers to.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from minicompiler.ir.expr import (
     Const,
     Dim,
     Expr,
+    factors,
     free_vars,
     loads,
     minimum,
@@ -36,12 +38,13 @@ from minicompiler.ir.tir import (
     statements,
     sub_statements,
 )
+from minicompiler.ir.types import index
 
 _COUNTED = ("add", "sub", "mul", "div", "pow")
 
 
 def flops(func: PrimFunc) -> Expr:
-    """Floating-point operations of one call; what depends on constants alone is done before."""
+    """Operations of one call; what depends on constants alone is done before."""
     known = {b for b in func.params if b.constant}
     total: Expr = ZERO
     for s in statements(func):
@@ -113,9 +116,15 @@ def _operations(block: Block) -> Expr:
     not depend on an iterator is computed once for all its values: 1/sum[i] once per row."""
     total: Expr = ZERO
     for e in walk(block.body.value):
-        if e.dtype.is_float and (type(e) is Call or (type(e) is Binary and e.op in _COUNTED)):
-            total = total + evaluations(block, e)
+        if is_number(e) and (type(e) is Call or (type(e) is Binary and e.op in _COUNTED)):
+            of_pairs = type(e) is Call and factors(e) is not None
+            total = total + evaluations(block, e) * (3 if of_pairs else 1)
     return total
+
+
+def is_number(e: Expr) -> bool:
+    """Whether an expression's arithmetic is the work of a kernel: not that of an index."""
+    return e.dtype.is_float or (e.dtype.is_int and e.dtype.scalar is not index)
 
 
 def evaluations(block: Block, e: Expr) -> Expr:

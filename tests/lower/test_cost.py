@@ -5,7 +5,7 @@ from __future__ import annotations
 from minicompiler import te
 from minicompiler.ir.arith import evaluate_int
 from minicompiler.ir.expr import Call, Dim
-from minicompiler.ir.types import float32
+from minicompiler.ir.types import float32, int32
 from minicompiler.lower.cost import flops, moved, points
 from minicompiler.lower.to_tir import from_tensors
 
@@ -45,6 +45,19 @@ def test_work_on_constants_is_not_counted() -> None:
     constant = from_tensors("scaled", [x, w], [y], [w])
     assert evaluate_int(flops(constant), {"n": 3}) == 3 * 8
     assert evaluate_int(flops(from_tensors("scaled", [x, w], [y])), {"n": 3}) > 3 * 8 + 2 * 64
+
+
+def test_integers_count_and_their_indices_do_not() -> None:
+    """A product of two pairs: two multiplications, an addition, and one to what was summed up."""
+    x, w = (te.placeholder(n, (N if n == "x" else 8, 16), int32) for n in "xw")
+    (k,) = te.reduce_vars(1)
+    single = te.compute((N, 8), lambda i, j: x[i, k] * w[j, k], "y", ("sum", {k: 16}))
+    pairs = te.compute(
+        (N, 8), lambda i, j: Call("dot_pairs", (x[i, k], w[j, k])), "y", ("sum", {k: 16})
+    )
+    turned = te.compute((N, 8), lambda i, j: x[i, 15 - j * 2], "y")
+    counts = [flops(from_tensors("f", [x, w], [y])) for y in (single, pairs, turned)]
+    assert [evaluate_int(n, {"n": 3}) for n in counts] == [3 * 8 * 16 * 2, 3 * 8 * 16 * 4, 0]
 
 
 def test_comparisons_and_moves_are_no_operations() -> None:
