@@ -16,8 +16,7 @@ from minicompiler.ir.expr import ZERO, Binary, Dim, Expr, Load, Var, const_int, 
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, SERIAL, UNROLL, VECTOR, Block, Buffer, Iter, Scope
 
-from . import analysis, contraction, elementwise, truncate
-from . import rows as rows_rule
+from . import analysis, combining, contraction, elementwise, truncate
 from .schedule import Schedule
 
 WORTH_A_COPY = 64  # rows that read an operand: fewer read it where it is
@@ -246,7 +245,7 @@ def _hold_rows(
     if tiled:
         around, first = _tile_of_scores(s, nest, place, width)
     else:
-        rows_rule.schedule_reduction(s, nest.scores, place)
+        combining.schedule_reduction(s, nest.scores, place)
     cuts = {n: _cut_columns(s, n, nest.column, place, width) for n in order}
     for n, buffer in buffers.items():  # in order: what a block reads has room for tails by then
         cut = cuts.get(n)

@@ -482,9 +482,9 @@ def _same_everywhere(s: Schedule, name: str) -> bool:
 def reduction_block(s: Schedule, name: str) -> None:
     """A reduction that stands alone: vectors over an axis of the result where the input is
     contiguous along it, else over the reduced axis through partial results."""
-    from . import rows
+    from . import combining
 
-    if rows.in_parts(s, name) or rows.schedule_reduction(s, name):
+    if combining.in_parts(s, name) or combining.schedule_reduction(s, name):
         return
     block, path = s.block(name)
     around = analysis.loops_in(path)

@@ -18,7 +18,7 @@ import dataclasses
 from minicompiler.ir.expr import Load, Var, const_int
 from minicompiler.ir.tir import PARALLEL, SCAN, UNROLL, VECTOR, Block, Iter, Scope
 
-from . import analysis, contraction, elementwise, rows
+from . import analysis, combining, contraction, elementwise
 from .schedule import Schedule
 
 MOST_SIDES = 4  # gates that one register tile holds
@@ -86,7 +86,7 @@ def _steps(s: Schedule, t: str) -> None:
             _tile(s, product, followers[name], t, f" {len(tiled)}" if tiled else "")
             tiled.append(name)
         else:
-            rows.schedule_reduction(s, name, t)
+            combining.schedule_reduction(s, name, t)
             alone += followers[name]
     for name in alone:
         elementwise.one_block(s, name, parallel=False, below=t)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 
 from minicompiler.ir.expr import (
-    TRUE,
     Binary,
     Call,
     Const,
@@ -24,18 +23,14 @@ from minicompiler.ir.expr import (
     free_vars,
     walk,
 )
-from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Iter, Scope
+from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Scope
 
-from . import ahead, analysis, elementwise, overlapping, streaming
+from . import ahead, analysis, combining, elementwise, overlapping, streaming
 from .loops import kept_apart
 from .schedule import Schedule
 
-DEEP = 32  # rows that are added up: from here on it pays to keep partial sums in memory
-ROWS = 4  # of them are added to the sums at a time
-PART = 16384  # elements of a long reduction that are added up by themselves
 SIDE_BY_SIDE = 4  # rows: the lanes of one are combined while the next one is read
 CHEAP = 4  # operations on one element
-ACCUMULATORS = 4  # vectors of partial results, enough to hide the latency of an addition
 
 
 def applies(s: Schedule) -> bool:
@@ -116,7 +111,7 @@ def _are_columns(s: Schedule, last: str, row: list[str]) -> bool:
     for block in filter(analysis.is_reduction, list(analysis.blocks(s.func))):
         around = analysis.loops_in(s.block(block.name)[1])
         reducing = analysis.reduce_loops(block, around)
-        if _goes_across(block, [x for x in around if x not in reducing], arith):
+        if combining.goes_across(block, [x for x in around if x not in reducing], arith):
             return True
     return False
 
@@ -233,10 +228,10 @@ def _one_row(s: Schedule, name: str, top: str, several: bool) -> None:
         return
     block, _ = s.block(name)
     if analysis.is_reduction(block):
-        schedule_reduction(s, name, top)
+        combining.schedule_reduction(s, name, top)
         return
     vector = s.target.vector_bytes // 4
-    loop = _joined(s, name, inner[several:] or inner)[-1]
+    loop = combining.joined(s, name, inner[several:] or inner)[-1]
     extent = const_int(s.loop(loop)[0].extent)
     lanes = vector * elementwise.LONG_VECTORS
     if extent is not None and extent <= vector:
@@ -249,256 +244,6 @@ def _one_row(s: Schedule, name: str, top: str, several: bool) -> None:
     if short and held:  # registers have no addresses
         s.mark(o, UNROLL)
     s.mark(v, VECTOR)
-
-
-def schedule_reduction(s: Schedule, name: str, top: str | None = None) -> bool:
-    """Vectors for one reduction block. False when neither form fits (the caller decomposes it)."""
-    block, path = s.block(name)
-    if block.init is None:
-        return False
-    around = analysis.loops_in(path)
-    start = [x.var.name for x in around].index(top) + 1 if top is not None else 0
-    inside = around[start:]
-    reducing = analysis.reduce_loops(block, inside)
-    if not reducing:
-        return False
-    lanes = s.target.lanes(block.body.buffer.dtype.bytes)
-    arith = analysis.arith_of(s.func)
-    spatial = [x for x in inside if x not in reducing]
-    if _goes_across(block, spatial, arith):
-        deep = const_int(reducing[-1].extent)
-        if top is None and (deep is None or deep >= DEEP) and _columns(s, name):
-            return True
-        return _across(s, name, top, lanes)
-    names = _joined(s, name, [x.var.name for x in reducing])
-    along = next((n for n in names if 1 in elementwise.steps(s, name, s.loop(n)[0].var)), names[-1])
-    extent = const_int(s.loop(along)[0].extent)
-    if extent is not None and extent < 2 * lanes:
-        return _plain(s, name, top)
-    return _along(s, name, along, top, lanes, extent)
-
-
-def _goes_across(block: Block, spatial, arith) -> bool:  # type: ignore[no-untyped-def]
-    """True for a reduction of vectors side by side."""
-    across = _contiguous(block, spatial, arith)
-    return across is not None and (const_int(across) or 64) >= 4
-
-
-def _contiguous(block: Block, loops, arith):  # type: ignore[no-untyped-def]
-    """The extent of the innermost-in-memory spatial axis along which the operands that are reduced
-    are contiguous."""
-    reduced = {i.var for i in block.iters if i.reduce}
-    for it in block.iters:
-        if it.reduce or not isinstance(it.value, Var) or it.value not in {x.var for x in loops}:
-            continue
-        own = analysis.strides(block.body.buffer, block.body.indices, it.var, arith)
-        steps = [
-            analysis.strides(x.buffer, x.indices, it.var, arith)
-            for x in analysis.operand_loads(block)
-            if any(reduced & free_vars(i) for i in x.indices)
-        ]
-        layout = block.body.buffer.layout
-        blocked = layout is not None and layout.splits()[-1][0] == _axis(block, it)
-        in_blocks = blocked or _blocks_of(block, it) > 1
-        if (own == 1 or blocked) and any(x == 1 or (x is None and in_blocks) for x in steps):
-            return it.extent
-    return None
-
-
-def _blocks_of(block: Block, it: Iter) -> int:
-    """How many neighbours along an iterator lie together in an operand of a blocked layout."""
-    for x in analysis.operand_loads(block):
-        if x.buffer.layout is not None:
-            axis, _, size = x.buffer.layout.splits()[-1]
-            if size and x.indices[axis] is it.var:
-                return size
-    return 1
-
-
-def _axis(block: Block, it) -> int:  # type: ignore[no-untyped-def]
-    return next(k for k, i in enumerate(block.body.indices) if i is it.var)
-
-
-def _joined(s: Schedule, name: str, loops: list[str]) -> list[str]:
-    """Fuses the two innermost loops of a block while all operands step through them as through
-    one."""
-    while len(loops) > 1:
-        (outer, _), (inner, _) = s.loop(loops[-2]), s.loop(loops[-1])
-        if outer.body is not inner:
-            break
-        if not elementwise.as_one(s, name, outer.var.name, inner.var.name):
-            break
-        loops = [*loops[:-2], s.fuse(outer.var.name, inner.var.name)]
-    return loops
-
-
-def _across(s: Schedule, name: str, top: str | None, lanes: int) -> bool:
-    """for n, c_o, h, w: vector c_i: registers += over the window"""
-    order = elementwise.memory_order(s, name, top)
-    block, _ = s.block(name)
-    inner = order[-1]
-    extent = const_int(s.loop(inner)[0].extent)
-    outer = order[:-1]
-    together = max([_blocks_of(block, i) for i in block.iters if not i.reduce], default=1)
-    if extent is None or extent > 4 * lanes or (extent > together > 1):
-        size = 2 * lanes if extent is None or extent >= 2 * lanes else lanes
-        big, inner = s.split(inner, together if together > 1 else size, "mask")
-        outer = [*outer, big]
-    elif not outer and top is not None and block.body.buffer.scope is Scope.GLOBAL:
-        # Once around, for the registers: whoever holds the buffer at `top` still finds it.
-        big, inner = s.split(inner, extent, "perfect")
-        outer = [big]
-    block, path = s.block(name)
-    reduce = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
-    if outer or reduce:
-        wanted = [*outer, *reduce, inner]
-        if len(wanted) > 1:
-            s.reorder(*wanted)
-    init = s.decompose_reduction(name, reduce[0])
-    block, _ = s.block(name)
-    home = outer[-1] if outer else top
-    if home is not None:
-        staged = s.stage(block.body.buffer.name, home, Scope.REGISTER)
-        s.mark(inner, VECTOR)
-        for b in (init, f"{staged}_in", f"{staged}_out"):
-            if any(x.name == b for x in analysis.blocks(s.func)):
-                elementwise.vector_tile(s, b, home)
-    else:
-        s.mark(inner, VECTOR)
-        n = s.loops_of(init)[-1]
-        s.mark(n, VECTOR)
-    if top is None and outer:
-        elementwise.threads_over(s, outer, name)
-    return True
-
-
-def _columns(s: Schedule, name: str) -> bool:
-    """for columns_o: for k: partial sums of a stretch of columns += row k of it
-
-    Rows are read in long stretches, and the sums stay in first-level cache."""
-    block, path = s.block(name)
-    if block.body.buffer.layout is not None:
-        return False
-    order = elementwise.memory_order(s, name)
-    lanes = 4 * s.target.lanes(block.body.buffer.dtype.bytes)
-    extent = const_int(s.loop(order[-1])[0].extent)
-    if extent is not None and extent < 2 * lanes:
-        return False
-    stretch = s.target.caches[0] // 8 // block.body.buffer.dtype.bytes
-    if extent is not None:
-        stretch = _even(extent, stretch, lanes)
-    big, inner = s.split(order[-1], stretch, "mask")
-    block, path = s.block(name)
-    reduce = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
-    outer = [*order[:-1], big]
-    s.reorder(*outer, *reduce, inner)
-    init = s.decompose_reduction(name, reduce[0])
-    staged = s.stage(block.body.buffer.name, big, Scope.LOCAL)
-    for b in (init, f"{staged}_in", f"{staged}_out"):
-        if any(x.name == b for x in analysis.blocks(s.func)):
-            _, v = s.split(s.loops_of(b)[-1], lanes, "mask")
-            s.mark(v, VECTOR)
-    vectors, v = s.split(inner, lanes, "mask")
-    k_o, k_i = s.split(reduce[-1], ROWS, "mask")
-    s.reorder(k_o, vectors, k_i, v)
-    tile = s.stage(staged, vectors, Scope.REGISTER)
-    for b in (name, f"{tile}_in", f"{tile}_out"):
-        elementwise.vector_tile(s, b, vectors)
-    elementwise.threads_over(s, outer, name)
-    return True
-
-
-def _even(extent: int, most: int, lanes: int) -> int:
-    """The length of pieces of a line, about equal ones or, better, equal ones of whole vectors."""
-    pieces = -(-extent // most)
-    for n in range(pieces, 4 * pieces):
-        if extent % (n * lanes) == 0:
-            return extent // n
-    return min(extent, -(-extent // (pieces * lanes)) * lanes)
-
-
-def in_parts(s: Schedule, name: str) -> bool:
-    """sum over k   ->   for k_o: parts[k_o] = sum over k_i;   sum over k_o of parts[k_o]
-
-    For long reductions to a single element, so that threads can share them. The parts depend on the
-    size of the input alone, so the sum does not depend on the threads."""
-    block, path = s.block(name)
-    around = analysis.loops_in(path)
-    reducing = analysis.reduce_loops(block, around)
-    if block.init is None or not reducing or len(reducing) != len(around):
-        return False
-    sizes = [const_int(x.extent) or DEEP for x in reducing]
-    if math.prod(sizes) < 4 * PART:
-        return False
-    rows = max(1, PART // math.prod(sizes[1:]))
-    outer, _ = s.split(reducing[0].var.name, rows, "mask")
-    parts, _ = s.rfactor(name, outer)
-    s.separate(name)
-    for b in (parts, name):
-        elementwise.reduction_block(s, b)
-    return True
-
-
-def _plain(s: Schedule, name: str, top: str | None) -> bool:
-    block, path = s.block(name)
-    around = analysis.loops_in(path)
-    start = [x.var.name for x in around].index(top) + 1 if top is not None else 0
-    reducing = analysis.reduce_loops(block, around[start:])
-    outer = [x.var.name for x in around[start:] if x not in reducing]
-    s.decompose_reduction(name, reducing[0].var.name)
-    home = outer[-1] if outer else top
-    if home is not None:
-        block, _ = s.block(name)
-        if block.body.buffer in s.func.params or block.body.buffer in s.func.buffers:
-            s.stage(block.body.buffer.name, home, Scope.REGISTER)
-    if top is None and outer:
-        elementwise.threads_over(s, outer, name)
-    return True
-
-
-def _along(
-    s: Schedule, name: str, along: str, top: str | None, lanes: int, extent: int | None
-) -> bool:
-    """sum over k   ->   vector of partial sums over k_o, then their sum"""
-    block, path = s.block(name)
-    around = analysis.loops_in(path)
-    start = [x.var.name for x in around].index(top) + 1 if top is not None else 0
-    inside = around[start:]
-    reducing = [x.var.name for x in analysis.reduce_loops(block, inside)]
-    outer = [x.var.name for x in inside if x.var.name not in reducing]
-    if reducing[-1] != along:
-        order = [n for n in reducing if n != along] + [along]
-        s.reorder(*order)
-    width = lanes * ACCUMULATORS
-    if extent is not None and extent < 4 * width and extent % width:
-        width = lanes
-    _, k_i = s.split(along, width, "mask")
-    partial, buffer = s.rfactor(name, k_i)
-    home = outer[-1] if outer else top
-    reduce = [
-        x.var.name
-        for x in analysis.reduce_loops(s.block(partial)[0], analysis.loops_in(s.block(partial)[1]))
-    ]
-    loops = s.loops_of(partial)
-    first = loops.index(reduce[0])
-    if loops[first:] != [*reduce, k_i]:
-        s.reorder(*reduce, k_i)
-    init = s.decompose_reduction(partial, reduce[0])
-    final_loops = s.loops_of(name)
-    s.decompose_reduction(name, final_loops[-1])
-    s.mark(k_i, VECTOR)
-    s.mark(s.loops_of(init)[-1], VECTOR)
-    # Where it cannot be shown that all rows lie inside, their lanes are added one by one.
-    if s.block(name)[0].where is TRUE:
-        s.mark(final_loops[-1], VECTOR)
-    if home is not None:
-        s.stage(buffer, home, Scope.REGISTER)
-        target = s.block(name)[0].body.buffer
-        if target in s.func.params or target in s.func.buffers:
-            s.stage(target.name, home, Scope.REGISTER)
-    if top is None and outer:
-        elementwise.threads_over(s, outer, partial)
-    return True
 
 
 def _hold(s: Schedule, names: list[str], top: str) -> None:
