@@ -7,8 +7,6 @@ vector of partial sums for each result.
 
 from __future__ import annotations
 
-import math
-
 from minicompiler.ir.expr import TRUE, Var, const_int, free_vars
 from minicompiler.ir.tir import VECTOR, Block, Iter, Scope
 
@@ -17,7 +15,6 @@ from .schedule import Schedule
 
 DEEP = 32  # rows that are added up: from here on it pays to keep partial sums in memory
 ROWS = 4  # of them are added to the sums at a time
-PART = 16384  # elements of a long reduction that are added up by themselves
 ACCUMULATORS = 4  # vectors of partial results, enough to hide the latency of an addition
 
 
@@ -37,14 +34,16 @@ def schedule_reduction(s: Schedule, name: str, top: str | None = None) -> bool:
     spatial = [x for x in inside if x not in reducing]
     if goes_across(block, spatial, arith):
         deep = const_int(reducing[-1].extent)
-        if top is None and (deep is None or deep >= DEEP) and _columns(s, name):
-            return True
+        if top is None and block.body.buffer.layout is None and (deep is None or deep >= DEEP):
+            order = elementwise.memory_order(s, name)
+            if columns(s, name, order):
+                return True
         return _across(s, name, top, lanes)
     names = joined(s, name, [x.var.name for x in reducing])
     along = next((n for n in names if 1 in elementwise.steps(s, name, s.loop(n)[0].var)), names[-1])
     extent = const_int(s.loop(along)[0].extent)
     if extent is not None and extent < 2 * lanes:
-        return _plain(s, name, top)
+        return plain(s, name, top)
     return _along(s, name, along, top, lanes, extent)
 
 
@@ -142,21 +141,19 @@ def _across(s: Schedule, name: str, top: str | None, lanes: int) -> bool:
     return True
 
 
-def _columns(s: Schedule, name: str) -> bool:
+def columns(s: Schedule, name: str, order: list[str], top: str | None = None) -> bool:
     """for columns_o: for k: partial sums of a stretch of columns += row k of it
 
-    Rows are read in long stretches, and the sums stay in first-level cache."""
+    Rows are read in long stretches, and the sums stay in first-level cache. order: the loops that
+    choose the element, in that of memory; top: the loop around, if threads share it already."""
     block, path = s.block(name)
-    if block.body.buffer.layout is not None:
-        return False
-    order = elementwise.memory_order(s, name)
     lanes = 4 * s.target.lanes(block.body.buffer.dtype.bytes)
     extent = const_int(s.loop(order[-1])[0].extent)
     if extent is not None and extent < 2 * lanes:
         return False
-    stretch = s.target.caches[0] // 8 // block.body.buffer.dtype.bytes
+    stretch = longest(s, block)
     if extent is not None:
-        stretch = _even(extent, stretch, lanes)
+        stretch = even(extent, stretch, lanes)
     big, inner = s.split(order[-1], stretch, "mask")
     block, path = s.block(name)
     reduce = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
@@ -174,11 +171,17 @@ def _columns(s: Schedule, name: str) -> bool:
     tile = s.stage(staged, vectors, Scope.REGISTER)
     for b in (name, f"{tile}_in", f"{tile}_out"):
         elementwise.vector_tile(s, b, vectors)
-    elementwise.threads_over(s, outer, name)
+    if top is None:
+        elementwise.threads_over(s, outer, name)
     return True
 
 
-def _even(extent: int, most: int, lanes: int) -> int:
+def longest(s: Schedule, block: Block) -> int:
+    """How many sums side by side leave room in first-level cache for what is added to them."""
+    return s.target.caches[0] // 8 // block.body.buffer.dtype.bytes
+
+
+def even(extent: int, most: int, lanes: int) -> int:
     """The length of pieces of a line, about equal ones or, better, equal ones of whole vectors."""
     pieces = -(-extent // most)
     for n in range(pieces, 4 * pieces):
@@ -187,29 +190,7 @@ def _even(extent: int, most: int, lanes: int) -> int:
     return min(extent, -(-extent // (pieces * lanes)) * lanes)
 
 
-def in_parts(s: Schedule, name: str) -> bool:
-    """sum over k   ->   for k_o: parts[k_o] = sum over k_i;   sum over k_o of parts[k_o]
-
-    For long reductions to a single element, so that threads can share them. The parts depend on the
-    size of the input alone, so the sum does not depend on the threads."""
-    block, path = s.block(name)
-    around = analysis.loops_in(path)
-    reducing = analysis.reduce_loops(block, around)
-    if block.init is None or not reducing or len(reducing) != len(around):
-        return False
-    sizes = [const_int(x.extent) or DEEP for x in reducing]
-    if math.prod(sizes) < 4 * PART:
-        return False
-    rows = max(1, PART // math.prod(sizes[1:]))
-    outer, _ = s.split(reducing[0].var.name, rows, "mask")
-    parts, _ = s.rfactor(name, outer)
-    s.separate(name)
-    for b in (parts, name):
-        elementwise.reduction_block(s, b)
-    return True
-
-
-def _plain(s: Schedule, name: str, top: str | None) -> bool:
+def plain(s: Schedule, name: str, top: str | None) -> bool:
     block, path = s.block(name)
     around = analysis.loops_in(path)
     start = [x.var.name for x in around].index(top) + 1 if top is not None else 0
@@ -217,10 +198,9 @@ def _plain(s: Schedule, name: str, top: str | None) -> bool:
     outer = [x.var.name for x in around[start:] if x not in reducing]
     s.decompose_reduction(name, reducing[0].var.name)
     home = outer[-1] if outer else top
-    if home is not None:
-        block, _ = s.block(name)
-        if block.body.buffer in s.func.params or block.body.buffer in s.func.buffers:
-            s.stage(block.body.buffer.name, home, Scope.REGISTER)
+    block, _ = s.block(name)
+    if block.body.buffer in s.func.params or block.body.buffer in s.func.buffers:
+        s.stage(block.body.buffer.name, home, Scope.REGISTER)
     if top is None and outer:
         elementwise.threads_over(s, outer, name)
     return True
@@ -261,8 +241,8 @@ def _along(
     # Where it cannot be shown that all rows lie inside, their lanes are added one by one.
     if s.block(name)[0].where is TRUE:
         s.mark(final_loops[-1], VECTOR)
+    s.stage(buffer, home, Scope.REGISTER)
     if home is not None:
-        s.stage(buffer, home, Scope.REGISTER)
         target = s.block(name)[0].body.buffer
         if target in s.func.params or target in s.func.buffers:
             s.stage(target.name, home, Scope.REGISTER)

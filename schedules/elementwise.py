@@ -79,11 +79,11 @@ def follow_readers(s: Schedule) -> None:
 def steps(s: Schedule, name: str, loop: Expr) -> list[int | None]:
     """How far each access of a block moves in memory with a loop; the store comes first."""
     block, _ = s.block(name)
-    moves = [analysis.slope(o, loop) for o in _offsets(block, analysis.arith_of(s.func))]
+    moves = [analysis.slope(o, loop) for o in offsets(block, analysis.arith_of(s.func))]
     return [None if m is None else analysis.constant(m) for m in moves]
 
 
-def _offsets(block: Block, arith: Arith) -> list[Poly]:
+def offsets(block: Block, arith: Arith) -> list[Poly]:
     """Where each access of a block goes, in elements; the store comes first."""
     values = analysis.values_of(block)
     own = [(block.body.buffer, block.body.indices)]
@@ -187,7 +187,7 @@ def _period(s: Schedule, name: str, loop: str) -> int | None:
     """After how many iterations of a loop what is read along it, x[i % 37], begins again."""
     block, _ = s.block(name)
     var = s.loop(loop)[0].var
-    _, *places = _offsets(block, analysis.arith_of(s.func))
+    _, *places = offsets(block, analysis.arith_of(s.func))
     moving = {a for place in places for m in place for a in m if var in free_vars(a)}
     found = {
         const_int(a.b) if type(a) is Binary and a.op == "mod" and a.a is var else None
@@ -357,7 +357,7 @@ def as_one(s: Schedule, name: str, outer: str, inner: str) -> bool:
     arith = analysis.arith_of(s.func)
     first, second = (s.loop(n)[0] for n in (outer, inner))
     times = arith.poly(second.extent)
-    for offset in _offsets(s.block(name)[0], arith):
+    for offset in offsets(s.block(name)[0], arith):
         far, near = (analysis.slope(offset, x.var) for x in (first, second))
         if far is None or near is None or far != polynomials.mul(near, times):
             return False
@@ -482,9 +482,9 @@ def _same_everywhere(s: Schedule, name: str) -> bool:
 def reduction_block(s: Schedule, name: str) -> None:
     """A reduction that stands alone: vectors over an axis of the result where the input is
     contiguous along it, else over the reduced axis through partial results."""
-    from . import combining
+    from . import sums
 
-    if combining.in_parts(s, name) or combining.schedule_reduction(s, name):
+    if sums.schedule(s, name):
         return
     block, path = s.block(name)
     around = analysis.loops_in(path)

@@ -190,8 +190,10 @@ def _reads(e: Expr) -> bool:
 
 
 # ---- rfactor ------------------------------------------------------------------------------------
-def rfactor(s: Schedule, name: str, loop_name: str) -> tuple[str, str]:
+def rfactor(s: Schedule, name: str, loop_name: str, first: bool = False) -> tuple[str, str]:
     """C[i] = sum over k_o, k_i   ->   P[i, k_i] = sum over k_o;  C[i] = sum over k_i of P[i, k_i]
+
+    first: the partial results are P[k_i, i], so that those of one k_i lie together.
 
     A masked tail of the reduction becomes the combiner's identity, so each partial result is
     defined.
@@ -235,13 +237,13 @@ def rfactor(s: Schedule, name: str, loop_name: str) -> tuple[str, str]:
         spatial_of: dict[Expr, Expr] = {i.value: i.var for i in spatial if isinstance(i.value, Var)}
         cond = substitute(all_of(masks), {**to_iters, **spatial_of})
         value = select(cond, value, identity)
-    partial = Buffer(
-        s.fresh(block.body.buffer.name + "_rf"),
-        dtype,
-        (*[i.extent for i in spatial], loop.extent),
-        Scope.GLOBAL,
-    )
-    at = (*[i.var for i in spatial], lane.var)
+
+    def placed(rest: list[Expr], own: Expr) -> tuple[Expr, ...]:
+        return (own, *rest) if first else (*rest, own)
+
+    shape = placed([i.extent for i in spatial], loop.extent)
+    partial = Buffer(s.fresh(block.body.buffer.name + "_rf"), dtype, shape, Scope.GLOBAL)
+    at = placed([i.var for i in spatial], lane.var)
     rf_name = s.fresh(name + "_rf")
     rf_block = Block(
         rf_name,
@@ -267,7 +269,7 @@ def rfactor(s: Schedule, name: str, loop_name: str) -> tuple[str, str]:
             value=binary(
                 combiner,
                 Load(own.buffer, own.indices),
-                Load(partial, (*[i.var for i in spatial], last_iter.var)),
+                Load(partial, placed([i.var for i in spatial], last_iter.var)),
             )
         ),
     )

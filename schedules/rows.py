@@ -25,7 +25,7 @@ from minicompiler.ir.expr import (
 )
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Scope
 
-from . import ahead, analysis, combining, elementwise, overlapping, streaming
+from . import ahead, analysis, combining, elementwise, overlapping, streaming, sums
 from .loops import kept_apart
 from .schedule import Schedule
 
@@ -112,6 +112,8 @@ def _are_columns(s: Schedule, last: str, row: list[str]) -> bool:
         around = analysis.loops_in(s.block(block.name)[1])
         reducing = analysis.reduce_loops(block, around)
         if combining.goes_across(block, [x for x in around if x not in reducing], arith):
+            return True
+        if sums.goes_by_lines(s, block.name):
             return True
     return False
 

@@ -318,8 +318,8 @@ class Schedule:
         scope: Scope | str = Scope.REGISTER,
         layout: IndexMap | Sequence[Sequence[int]] | None = None,
     ) -> str:
-        """What `at` (a loop; None: the whole function) touches of a buffer is held in a new buffer:
-        loaded if read before written, written back if used later. The new buffer's name."""
+        """What `at` (a loop; None: all of a function or phase) touches of a buffer is held in a new
+        buffer: loaded if read before written, written back if used later. The new buffer's name."""
         sc = Scope(scope)
         imap = layout if isinstance(layout, IndexMap) or layout is None else layout_from(layout)
         return self._apply(
@@ -370,11 +370,15 @@ class Schedule:
             "rolling", lambda: rolling.rolling(self, block, loop), block=block, loop=loop
         )
 
-    def rfactor(self, block: str, loop: str) -> tuple[str, str]:
-        """A reduction loop becomes an axis of partial results, combined afterwards:
-        (block of the partial results, their buffer). Changes the order of summation."""
+    def rfactor(self, block: str, loop: str, first: bool = False) -> tuple[str, str]:
+        """A reduction loop becomes an axis of partial results, the last one or the first, combined
+        afterwards: (block of the partial results, their buffer). Changes the order of summation."""
         return self._apply(
-            "rfactor", lambda: reductions.rfactor(self, block, loop), block=block, loop=loop
+            "rfactor",
+            lambda: reductions.rfactor(self, block, loop, first),
+            block=block,
+            loop=loop,
+            **({"first": True} if first else {}),
         )
 
     def slide(self, block: str, loop: str) -> tuple[str, str]:

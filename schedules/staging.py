@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from minicompiler.ir.arith import Arith, knowing
 from minicompiler.ir.expr import (
+    ONE,
     TRUE,
     ZERO,
     Binary,
@@ -32,6 +33,7 @@ from minicompiler.ir.expr import (
 )
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import (
+    SCAN,
     SERIAL,
     Alloc,
     Block,
@@ -43,6 +45,7 @@ from minicompiler.ir.tir import (
     Store,
     map_statements,
     seq,
+    written_buffers,
 )
 
 from . import analysis
@@ -73,14 +76,17 @@ def stage(s: Schedule, name: str, at: str | None, scope: Scope, layout: IndexMap
     the element are dropped from blocks that write it (what lies beyond the original is never
     written back; their other loads are clamped to memory), and what is loaded beyond the original
     is zero.
+
+    at: a loop; None is the whole function, or for the other scopes the phase that writes it, which
+    becomes the body of a loop of one iteration.
     """
     buffer = s.buffer(name)
     arith = analysis.arith_of(s.func)
     if layout is not None and layout.rank != len(buffer.shape):
         s.refuse(f"the layout is for {layout.rank} axes, {name} has {len(buffer.shape)}")
-    if at is None:
-        return _stage_root(s, buffer, scope, layout, arith)
-    loop, path = s.loop(at)
+    if at is None and scope is Scope.GLOBAL:
+        return _stage_root(s, buffer, layout, arith)
+    loop, path = _whole_phase(s, buffer) if at is None else s.loop(at)
     if scope not in (Scope.LOCAL, Scope.REGISTER):
         s.refuse(f"inside a loop a buffer is local or register, not {scope.value}", loop)
     analysis.refuse_parallel_below(s, loop)
@@ -288,14 +294,22 @@ def _forget_unused(s: Schedule, buffer: Buffer) -> None:
     s.func = s.func.with_(buffers=tuple(b for b in s.func.buffers if b is not buffer))
 
 
-def _stage_root(
-    s: Schedule, buffer: Buffer, scope: Scope, layout: IndexMap | None, arith: Arith
-) -> str:
-    if scope is not Scope.GLOBAL:
-        s.refuse("staging for the whole function needs the global scope")
+def _whole_phase(s: Schedule, buffer: Buffer) -> tuple[For, analysis.Path]:
+    """A loop of one iteration around the only phase that writes a buffer."""
+    writing = [p for p in s.func.phases if buffer in written_buffers(p)]
+    if len(writing) != 1:
+        s.refuse(f"{len(writing)} phases write {buffer.name}", hint="stage it inside a loop")
+    if any(x.tag == SCAN for x in analysis.loops(writing[0])):
+        s.refuse(f"{buffer.name} is part of a recurrence", writing[0], "stage it inside a loop")
+    loop = For(s.fresh_var("once"), ONE, SERIAL, writing[0])
+    s.swap(writing[0], loop)
+    return loop, ()
+
+
+def _stage_root(s: Schedule, buffer: Buffer, layout: IndexMap | None, arith: Arith) -> str:
     if analysis.writers(s.func, buffer):
         s.refuse(f"{buffer.name} is written by this function", hint="stage it inside a loop")
-    new = Buffer(s.fresh(buffer.name + "_s"), buffer.dtype, buffer.shape, scope, layout)
+    new = Buffer(s.fresh(buffer.name + "_s"), buffer.dtype, buffer.shape, Scope.GLOBAL, layout)
     box = [(ZERO, x) for x in buffer.shape]
     low = [ZERO] * len(box)
     first = next((k for k, p in enumerate(s.func.phases) if buffer in loaded(p)), None)

@@ -109,7 +109,7 @@ def decompose_reduction(s: Schedule, pick: Pick) -> None:
 
 def rfactor(s: Schedule, pick: Pick) -> None:
     block = pick(block_names(s))
-    s.rfactor(block, pick(s.loops_of(block) or loop_names(s)))
+    s.rfactor(block, pick(s.loops_of(block) or loop_names(s)), pick((True, False)))
 
 
 def skip(s: Schedule, pick: Pick) -> None:

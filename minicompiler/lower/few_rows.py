@@ -107,6 +107,8 @@ def _second_row(tile: Alloc, rows: set[For], arith: Arith) -> Expr | None:
     if len(guards) != 1:
         return None
     (second,) = guards
+    if free_vars(second) & {x.var for x in statements(tile.body) if isinstance(x, For)}:
+        return None  # it is not the same for all of a row
     start: dict[Expr, Expr] = {v: ZERO for v in free_vars(second) if v in arith.ranges}
     first_tile = arith.simplify(substitute(second, start))
     return second if first_tile not in (TRUE, FALSE) else None
