@@ -201,8 +201,12 @@ def _period(s: Schedule, name: str, loop: str) -> int | None:
 
 def _alone(s: Schedule, name: str, outer: list[str]) -> bool:
     """Whether one thread runs all of the innermost loop of a block, inside of others."""
-    little = _count(s, s.loops_of(name)) < WORTH_A_THREAD
-    return bool(outer) and (little or _enough(s, outer))
+    return bool(outer) and in_one_thread(s, name, outer)
+
+
+def in_one_thread(s: Schedule, name: str, outer: list[str]) -> bool:
+    """Whether one thread does all that is inside of some loops around a block."""
+    return _count(s, s.loops_of(name)) < WORTH_A_THREAD or _enough(s, outer)
 
 
 def _enough(s: Schedule, loops: list[str]) -> bool:

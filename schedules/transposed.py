@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .schedule import Schedule
 
 PANEL = 8  # tiles: so many lines of the result are written side by side
+LEAST = 4  # lines and columns of a tile
 
 
 def schedule(s: Schedule, name: str, order: list[str]) -> bool:
@@ -34,16 +35,16 @@ def schedule(s: Schedule, name: str, order: list[str]) -> bool:
     load = loads[0]
     fused = [s.fuse(*g) if len(g) > 1 else g[0] for g in groups]
     along, across = fused[k], fused[-1]
+    extents = [const_int(s.loop(n)[0].extent) for n in (along, across)]
     lanes = s.target.lanes(load.buffer.dtype.bytes)
-    extent = const_int(s.loop(across)[0].extent)
-    # Lines of the result that lie a power of two apart are thrown out before the next piece comes.
-    whole = max(2 * lanes, s.target.vector_bytes // load.buffer.dtype.bytes)
-    wide = whole if extent is None or extent >= whole else lanes
-    if extent is not None and extent < 8 * lanes and extent % wide and extent % lanes == 0:
-        wide = lanes  # the tail would be a large part of a short axis
-    across_o, across_i = s.split(across, wide, "mask")
-    along_o, along_i = s.split(along, lanes, "mask")
+    few = min(n or lanes for n in extents) < lanes
+    lanes = LEAST if few else lanes
     outer = [n for n in fused[:-1] if n != along]
+    alone = elementwise.in_one_thread(s, name, outer)
+    wide = LEAST if few else _width(s, load, lanes, extents[1])
+    across_o, across_i = _in_tiles(s, across, wide, alone)
+    along_o, along_i = _in_tiles(s, along, lanes, alone)
+    shared = [*outer]
     panels = const_int(s.loop(along_o)[0].extent)
     if panels is None or panels > PANEL:
         panel, along_o = s.split(along_o, PANEL, "guard")
@@ -56,8 +57,26 @@ def schedule(s: Schedule, name: str, order: list[str]) -> bool:
     s.mark(across_i, VECTOR)
     for tile in tiles:
         elementwise.vector_tile(s, f"{tile}_in", along_o)
-    elementwise.threads_over(s, outer, name)
+    elementwise.threads_over(s, shared if alone else outer, name)
     return True
+
+
+def _width(s: Schedule, load: Load, lanes: int, extent: int | None) -> int:
+    """Of a tile along the result's memory. Lines of the result that lie a power of two apart are
+    thrown out before the next piece comes."""
+    whole = max(2 * lanes, s.target.vector_bytes // load.buffer.dtype.bytes)
+    if extent is None:
+        return whole
+    tail = extent < 8 * lanes and -extent % lanes < -extent % whole  # would be much of it
+    return lanes if extent < whole or tail else whole
+
+
+def _in_tiles(s: Schedule, loop: str, size: int, alone: bool) -> tuple[str, str]:
+    """Splits an axis. Where one thread does all of it, the last tile ends with it and does some of
+    the one before again, so that it needs no mask."""
+    extent = const_int(s.loop(loop)[0].extent)
+    again = alone and extent is not None and extent >= size
+    return s.split(loop, size, "overlap" if again else "mask")
 
 
 def split_blocks(s: Schedule, name: str, order: list[str]) -> list[str]:
@@ -111,7 +130,7 @@ def _crossing(
         plain = all(isinstance(i, Var) or const_int(i) is not None for i in load.indices)
         if steps[-1][j] in (None, 0, 1) or len(along) != 1 or not plain:
             continue
-        if min(extents[along[0]], extents[-1]) >= lanes:
+        if min(extents[along[0]], extents[-1]) >= LEAST:
             crossing.setdefault(along[0], []).append(load)
     if not crossing:
         return None

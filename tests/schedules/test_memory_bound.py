@@ -62,6 +62,10 @@ def scheduled(y: te.Tensor, x: te.Tensor) -> PrimFunc:
         ((3, 9, 7, 21), (0, 3, 1, 2)),
         ((3, 21, 7, 9), (0, 2, 3, 1)),
         ((2, 17, 33, 9), (3, 2, 1, 0)),
+        ((40, 49, 21), (0, 2, 1)),  # more than one thread's
+        ((300, 5, 12), (0, 2, 1)),
+        ((2, 7, 100), (0, 2, 1)),
+        ((4, 6, 7, 8), (1, 2, 3, 0)),
     ],
 )
 def test_transposes(shape: tuple[int, ...], perm: tuple[int, ...], dynamic: bool) -> None:
@@ -79,6 +83,20 @@ def test_a_transpose_reads_and_writes_vectors(dtype: str, lanes: list[str]) -> N
     into, out_of = (str(s.extent) for s in loops if s.kind is VECTOR)
     assert [into, out_of] == lanes
     assert sum(s.kind is UNROLL for s in loops) == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile"), [((64, 12, 49), 8), ((64, 5, 100), 4), ((64, 100, 7), 4), ((3, 20, 20), 8)]
+)
+def test_small_matrices_are_turned_without_masks(shape: tuple[int, int, int], tile: int) -> None:
+    """The last tile of a line begins where it ends with it."""
+    n, rows, columns = shape
+    x = te.placeholder("x", shape, float32)
+    f = scheduled(te.compute((n, columns, rows), lambda b, i, j: x[b, j, i], "y"), x)
+    text = str(f)
+    assert "where" not in text and f"float32[{tile}, {tile}] register" in text, text
+    values = np.random.default_rng(0).standard_normal(shape, np.float32)
+    np.testing.assert_array_equal(interp.run(f, [values])[0], values.transpose(0, 2, 1))
 
 
 @pytest.mark.parametrize("channels", [32, 24, 58])
