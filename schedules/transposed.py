@@ -40,10 +40,13 @@ def schedule(s: Schedule, name: str, order: list[str]) -> bool:
     few = min(n or lanes for n in extents) < lanes
     lanes = LEAST if few else lanes
     outer = [n for n in fused[:-1] if n != along]
-    alone = elementwise.in_one_thread(s, name, outer)
     wide = LEAST if few else _width(s, load, lanes, extents[1])
-    across_o, across_i = _in_tiles(s, across, wide, alone)
-    along_o, along_i = _in_tiles(s, along, lanes, alone)
+    tails = [
+        n is not None and n > f and n % f > 0 for n, f in zip(extents, (lanes, wide), strict=True)
+    ]
+    again = any(tails) and elementwise.in_one_thread(s, name, outer)
+    across_o, across_i = _in_tiles(s, across, wide, again)
+    along_o, along_i = _in_tiles(s, along, lanes, again)
     shared = [*outer]
     panels = const_int(s.loop(along_o)[0].extent)
     if panels is None or panels > PANEL:
@@ -57,7 +60,7 @@ def schedule(s: Schedule, name: str, order: list[str]) -> bool:
     s.mark(across_i, VECTOR)
     for tile in tiles:
         elementwise.vector_tile(s, f"{tile}_in", along_o)
-    elementwise.threads_over(s, shared if alone else outer, name)
+    elementwise.threads_over(s, shared if again else outer, name)
     return True
 
 
@@ -71,12 +74,12 @@ def _width(s: Schedule, load: Load, lanes: int, extent: int | None) -> int:
     return lanes if extent < whole or tail else whole
 
 
-def _in_tiles(s: Schedule, loop: str, size: int, alone: bool) -> tuple[str, str]:
-    """Splits an axis. Where one thread does all of it, the last tile ends with it and does some of
-    the one before again, so that it needs no mask."""
+def _in_tiles(s: Schedule, loop: str, size: int, again: bool) -> tuple[str, str]:
+    """Splits an axis. again: one thread does all of it, so that the last tile may end with it and
+    do some of the one before again; it needs no mask then."""
     extent = const_int(s.loop(loop)[0].extent)
-    again = alone and extent is not None and extent >= size
-    return s.split(loop, size, "overlap" if again else "mask")
+    overlap = again and extent is not None and extent >= size
+    return s.split(loop, size, "overlap" if overlap else "mask")
 
 
 def split_blocks(s: Schedule, name: str, order: list[str]) -> list[str]:
