@@ -3,9 +3,8 @@
 MANAGED (Linux) and UNMANAGED (no CPU masks) are LLVM text, compiled with the code of `spmd`:
 
     apart(pool, n)             keeps the workers 1 .. n-1 off the CPU of the caller
-    help(pool, n, first) -> i1 lends the caller's CPU to workers that wait for theirs; true if any
+    help(pool, n, spun) -> i1  lends the caller's CPU to workers that wait for theirs; true if any
     home(pool)                 takes it back
-    help_at, home_at           the same from a barrier, where any thread may call
     enter(pool)                the calling thread is the caller of a region
 """
 
@@ -217,15 +216,22 @@ out:
   ret void
 }
 
-; Nanoseconds that a thread has run; its clock as pthread_getcpuclockid gives it.
+; Nanoseconds that a thread has run.
 define internal i64 @used(i32 %thread) {
+  ; its clock as pthread_getcpuclockid gives it
+  %inverse = xor i32 %thread, -1
+  %high = shl i32 %inverse, 3
+  %clock = or i32 %high, 6
+  %ns = call i64 @read(i32 %clock)
+  ret i64 %ns
+}
+
+; Nanoseconds of a clock.
+define internal i64 @read(i32 %clock) noinline {
   %time = alloca [2 x i64], align 8
   store i64 0, ptr %time, align 8
   %nano = getelementptr i64, ptr %time, i64 1
   store i64 0, ptr %nano, align 8
-  %inverse = xor i32 %thread, -1
-  %high = shl i32 %inverse, 3
-  %clock = or i32 %high, 6
   %r = call i32 @clock_gettime(i32 %clock, ptr %time)
   %s = load i64, ptr %time, align 8
   %ns = load i64, ptr %nano, align 8
@@ -234,8 +240,30 @@ define internal i64 @used(i32 %thread) {
   ret i64 %sum
 }
 
-define internal i1 @help(ptr %pool, i32 %n, i1 %first) noinline {
-  br i1 %first, label %separate, label %look
+; The thread has spun so many times; only the caller of the region lends. A worker that has not run
+; since the last look waits for its turn on a CPU, or is just waking up and needs no help: so looks
+; lie far apart until a worker was found that waits.
+define internal i1 @help(ptr %pool, i32 %n, i32 %spun) {
+  %p_caller = getelementptr i8, ptr %pool, i64 $CALLER
+  %p_crowded = getelementptr i8, ptr %pool, i64 $CROWDED
+  %caller = load ptr, ptr %p_caller, align 8
+  %self = call ptr @pthread_self()
+  %mine = icmp eq ptr %caller, %self
+  br i1 %mine, label %waits, label %no
+waits:
+  %until = load atomic i64, ptr %p_crowded monotonic, align 8
+  %calm = icmp eq i64 %until, 0
+  %p_waking = getelementptr i8, ptr %pool, i64 $WAKING
+  %waking = load i32, ptr %p_waking, align 4
+  %within = and i32 %spun, %waking
+  %later = icmp ne i32 %within, 0
+  %early = and i1 %calm, %later
+  %first = icmp eq i32 %spun, $PATIENCE
+  br i1 %first, label %separate, label %due
+due:
+  br i1 %early, label %no, label %look
+no:
+  ret i1 false
 separate:
   call void @apart(ptr %pool, i32 %n)
   br label %look
@@ -271,6 +299,7 @@ ask:
   %still = and i1 %same, %again
   br i1 %still, label %lend, label %done
 lend:
+  call void @crowd(ptr %pool)
   call void @place(ptr %pool, i32 %w, i32 %here)
   store atomic i32 %mark, ptr %p_lent seq_cst, align 4
   br label %done
@@ -313,42 +342,16 @@ out:
   ret void
 }
 
-; A barrier does not know whether its thread is the caller.
-define internal i1 @is_caller(ptr %b) {
-  %p_pool = getelementptr i8, ptr %b, i64 $BAR_POOL
-  %pool = load ptr, ptr %p_pool, align 8
-  %other = icmp eq ptr %pool, null
-  br i1 %other, label %no, label %compare
-compare:
-  %p_caller = getelementptr i8, ptr %pool, i64 $CALLER
-  %caller = load ptr, ptr %p_caller, align 8
-  %self = call ptr @pthread_self()
-  %mine = icmp eq ptr %caller, %self
-  ret i1 %mine
-no:
-  ret i1 false
-}
-
-define internal i1 @help_at(ptr %b, i32 %n, i1 %first) noinline {
-  %mine = call i1 @is_caller(ptr %b)
-  br i1 %mine, label %yes, label %no
-yes:
-  %p_pool = getelementptr i8, ptr %b, i64 $BAR_POOL
-  %pool = load ptr, ptr %p_pool, align 8
-  %lent = call i1 @help(ptr %pool, i32 %n, i1 %first)
-  ret i1 %lent
-no:
-  ret i1 false
-}
-
-; Whoever opens the barrier wakes the caller first and then leaves its CPU.
-define internal void @home_at(ptr %b) noinline {
-  %p_pool = getelementptr i8, ptr %b, i64 $BAR_POOL
-  %pool = load ptr, ptr %p_pool, align 8
-  %other = icmp eq ptr %pool, null
-  br i1 %other, label %out, label %back
-back:
-  call void @home(ptr %pool)
+; What was found of other busy threads holds for a while, then this is tried anew.
+define internal void @crowd(ptr %pool) {
+  %p_crowded = getelementptr i8, ptr %pool, i64 $CROWDED
+  %until = load atomic i64, ptr %p_crowded monotonic, align 8
+  %calm = icmp eq i64 %until, 0
+  br i1 %calm, label %set, label %out
+set:
+  %now = call i64 @read(i32 1)
+  %then = add i64 %now, $CROWDED_NANOSECONDS
+  store atomic i64 %then, ptr %p_crowded monotonic, align 8
   br label %out
 out:
   ret void
@@ -356,8 +359,20 @@ out:
 
 define internal void @enter(ptr %pool) {
   %p_caller = getelementptr i8, ptr %pool, i64 $CALLER
+  %p_crowded = getelementptr i8, ptr %pool, i64 $CROWDED
   %self = call ptr @pthread_self()
   store ptr %self, ptr %p_caller, align 8
+  %until = load atomic i64, ptr %p_crowded monotonic, align 8
+  %calm = icmp eq i64 %until, 0
+  br i1 %calm, label %out, label %look
+look:
+  %now = call i64 @read(i32 1)
+  %over = icmp uge i64 %now, %until
+  br i1 %over, label %clear, label %out
+clear:
+  store atomic i64 0, ptr %p_crowded monotonic, align 8
+  br label %out
+out:
   ret void
 }
 """
@@ -366,16 +381,10 @@ UNMANAGED = """
 define internal void @apart(ptr %pool, i32 %n) {
   ret void
 }
-define internal i1 @help(ptr %pool, i32 %n, i1 %first) {
+define internal i1 @help(ptr %pool, i32 %n, i32 %spun) {
   ret i1 false
 }
 define internal void @home(ptr %pool) {
-  ret void
-}
-define internal i1 @help_at(ptr %b, i32 %n, i1 %first) {
-  ret i1 false
-}
-define internal void @home_at(ptr %b) {
   ret void
 }
 define internal void @enter(ptr %pool) {

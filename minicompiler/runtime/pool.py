@@ -8,7 +8,7 @@ Out: the function has run on every thread when `region` returns; the caller is t
     with pool.lease() as lease: ...        # several regions that nobody else may interleave
 
 Workers are Python daemon threads that stay inside one native loop without the GIL: they spin for
-about 50 us after a region and then sleep. A busy pool never queues: the other caller runs alone.
+at most 500 us after a region and then sleep. A busy pool never queues: the other caller runs alone.
 The CPU masks of workers follow the caller (see `affinity`); the caller's own is never touched.
 """
 
@@ -26,9 +26,6 @@ from minicompiler.errors import RunError
 from minicompiler.runtime.affinity import short_slices
 from minicompiler.runtime.spmd import LAYOUT, Native
 from minicompiler.target import usable_cores
-
-BARRIER_BYTES = 128
-"""Size of a barrier block; it must start zeroed and lie on a multiple of 64 bytes."""
 
 _MAX_THREADS = 4096
 # At exit a daemon thread may hold a pool for ever; then its workers are left as they are.
@@ -52,11 +49,8 @@ def _code() -> Native:
 
 
 def barrier_address() -> int:
-    """Address of `void mc_barrier(ptr block, i32 nthreads)`, for generated code.
-
-    The block is the `barrier` a region's function receives, or any zeroed, 64-byte aligned block
-    of BARRIER_BYTES shared by exactly `nthreads` threads.
-    """
+    """Address of `void mc_barrier(ptr block, i32 nthreads)`, for generated code; the block is the
+    `barrier` that a region's function receives."""
     return _code().barrier
 
 
@@ -95,9 +89,11 @@ class Pool:
         self._code = code
         self._size = ctypes.c_int32.from_buffer(buffer, block - ctypes.addressof(buffer))
         self._owner = ctypes.c_int64.from_address(block + LAYOUT["OWNER"])
-        ctypes.c_int32.from_address(block + LAYOUT["SPINS"]).value = code.spins
-        ctypes.c_void_p.from_address(block + LAYOUT["BARRIER"] + LAYOUT["BAR_POOL"]).value = block
         cpus = _cpus_to_manage(size)
+        # Without a CPU for everyone, who waits may hold the one that another thread needs.
+        wait = code.wait if cpus else code.brief
+        for name, spins in (("BRIEF", code.brief), ("WAIT", wait), ("WAKING", code.waking)):
+            ctypes.c_int32.from_address(block + LAYOUT[name]).value = spins
         ctypes.memmove(block + LAYOUT["MASK"], cpus, len(cpus))
         self._size.value = 1
         self._leases: dict[int, weakref.ref[Lease]] = {}

@@ -4,8 +4,9 @@ In:  a pool block (memory laid out as LAYOUT says), the address of a function to
 Out: `Native`, ctypes functions over LLVM code that is compiled once per process.
 
 A region writes the job into the mailboxes of its workers, runs thread 0's share and waits for the
-count of completions. Who waits spins for a while and then sleeps on a futex; who signals makes a
-system call only if somebody sleeps. So a hot region costs two cache line transfers per worker.
+count of completions. Who waits spins and then sleeps on a futex: to wake a thread takes longer than
+most kernels run, so it spins for long unless CPUs are scarce. Who signals makes a system call only
+if somebody sleeps. So a hot region costs two cache line transfers per worker.
 
 On which CPUs the workers may run is decided in `affinity`.
 """
@@ -23,20 +24,25 @@ import llvmlite.binding as llvm
 
 from minicompiler.runtime.affinity import MANAGED, UNMANAGED
 
-_SPIN_SECONDS = 50e-6
+# For how long a thread spins before it sleeps, and that where other threads want its CPU.
+_WAIT_SECONDS = 500e-6
+_BRIEF_SECONDS = 50e-6
 
 # Pool block. Words that different threads write lie 128 bytes apart, because x86 prefetches lines
 # in pairs. Each worker has a mailbox of its own, so that a region of few threads leaves the other
 # workers asleep, and a worker fetches the whole job with one cache line.
 LAYOUT = {
     "SIZE": 0,  # i32: threads of the pool, 1 once its workers are gone
-    "SPINS": 4,  # i32: spins that take about _SPIN_SECONDS
+    "BRIEF": 4,  # i32: spins that take about _BRIEF_SECONDS
+    "WAIT": 8,  # i32: spins that take about _WAIT_SECONDS; BRIEF without a CPU for every thread
+    "WAKING": 12,  # i32: minus 1, the power of two of spins in which a thread surely wakes up
     "OWNER": 128,  # i64: 0 when free, else the token of the call that holds the pool
     "EPOCH": 136,  # i32: number of the last region; only the owner touches it
     "TARGET": 140,  # i32: value of DONE that completes that region; only the owner touches it
     "CALLER": 144,  # ptr: pthread_self of the thread that runs the region
     "LENT": 152,  # i32: 1 + the CPU that the caller has lent to workers, 0 for none
     "PLACING": 156,  # i32: 1 while somebody moves a worker
+    "CROWDED": 160,  # i64: 0, or till when CPUs are taken to be scarce (CLOCK_MONOTONIC, ns)
     "DONE": 256,  # i32: completions by workers since the start, wraps around
     "WAITING": 260,  # i32: 1 while the owner sleeps on DONE
     "SLEEPERS": 384,  # i32: workers that sleep or are about to
@@ -57,14 +63,14 @@ LAYOUT = {
     "BAR_COUNT": 0,  # i32: threads that have arrived
     "BAR_GENERATION": 4,  # i32: barriers passed so far
     "BAR_SLEEPERS": 8,  # i32
-    "BAR_POOL": 16,  # ptr: the pool whose barrier this is, null for any other block
-    # Relative to the barrier block, + 128 * tid: the second line of a mailbox.
+    "POOL": -512,  # relative to the barrier block
+    # The same, + 128 * tid: the second line of a mailbox.
     "CLAIMS": 1216,  # i64: how many parts of a thread's share are taken, below the phase's number
     "SHARES": 8,  # parts of a thread's share
-    "BARRIER_SPINS": 2000,
-    # Spins, some 5 us, after which a waiting caller looks what holds up its workers; and minus 1.
+    # Spins, some 5 us, after which a waiting thread thinks again; and minus 1.
     "PATIENCE": 128,
     "IMPATIENCE": 127,
+    "CROWDED_NANOSECONDS": 50_000_000,
     "MASK_BYTES": 1024,  # CPUs beyond 8192 are not managed
     "MASK_BITS": 8192,
 }
@@ -109,10 +115,28 @@ define internal void @unpark(ptr %word) noinline {
 _CODE = """
 declare i64 @llvm.umax.i64(i64, i64)
 declare i64 @llvm.umin.i64(i64, i64)
+
+; Whether a thread that has spun so many times now sleeps; n: threads of the region it waits for.
+define internal i1 @tired(ptr %pool, i32 %n, i32 %spun) noinline {
+  %lent = call i1 @help(ptr %pool, i32 %n, i32 %spun)
+  %p_wait = getelementptr i8, ptr %pool, i64 $WAIT
+  %p_brief = getelementptr i8, ptr %pool, i64 $BRIEF
+  %p_crowded = getelementptr i8, ptr %pool, i64 $CROWDED
+  %wait = load i32, ptr %p_wait, align 4
+  %brief = load i32, ptr %p_brief, align 4
+  %until = load atomic i64, ptr %p_crowded monotonic, align 8
+  %calm = icmp eq i64 %until, 0
+  %most = select i1 %calm, i32 %wait, i32 %brief
+  %over = icmp uge i32 %spun, %most
+  %tired = or i1 %lent, %over
+  ret i1 %tired
+}
+
 define void @mc_barrier(ptr %b, i32 %n) {
   %alone = icmp sle i32 %n, 1
   br i1 %alone, label %out, label %arrive
 arrive:
+  %pool = getelementptr i8, ptr %b, i64 $POOL
   %count = getelementptr i8, ptr %b, i64 $BAR_COUNT
   %word = getelementptr i8, ptr %b, i64 $BAR_GENERATION
   %sleepers = getelementptr i8, ptr %b, i64 $BAR_SLEEPERS
@@ -131,10 +155,10 @@ open:
   br i1 %nobody, label %out, label %wake
 wake:
   call void @unpark(ptr %word)
-  call void @home_at(ptr %b)
+  call void @home(ptr %pool)
   br label %out
 spin:
-  %i = phi i32 [ 0, %arrive ], [ %i1, %still ]
+  %i = phi i32 [ 0, %arrive ], [ %i1, %again ], [ %i1, %think ]
   %now = load atomic i32, ptr %word acquire, align 4
   %go = icmp ne i32 %now, %g
   br i1 %go, label %out, label %again
@@ -143,14 +167,10 @@ again:
   %i1 = add i32 %i, 1
   %within = and i32 %i1, $IMPATIENCE
   %long = icmp eq i32 %within, 0
-  br i1 %long, label %stuck, label %still
-stuck:
-  %first = icmp eq i32 %i1, $PATIENCE
-  %lent = call i1 @help_at(ptr %b, i32 %n, i1 %first)
-  br i1 %lent, label %sleep, label %still
-still:
-  %more = icmp ult i32 %i1, $BARRIER_SPINS
-  br i1 %more, label %spin, label %sleep
+  br i1 %long, label %think, label %spin
+think:
+  %tired = call i1 @tired(ptr %pool, i32 %n, i32 %i1)
+  br i1 %tired, label %sleep, label %spin
 sleep:
   %t0 = atomicrmw add ptr %sleepers, i32 1 seq_cst
   br label %check
@@ -163,7 +183,7 @@ doze:
   br label %check
 awake:
   %t1 = atomicrmw sub ptr %sleepers, i32 1 seq_cst
-  call void @home_at(ptr %b)
+  call void @home(ptr %pool)
   br label %out
 out:
   ret void
@@ -314,8 +334,6 @@ single:
 fork:
   %p_done = getelementptr i8, ptr %pool, i64 $DONE
   %p_waiting = getelementptr i8, ptr %pool, i64 $WAITING
-  %p_spins = getelementptr i8, ptr %pool, i64 $SPINS
-  %spins = load i32, ptr %p_spins, align 4
   call void @enter(ptr %pool)
   ; a phase of its own: nothing of its loops is taken yet
   %p_generation = getelementptr i8, ptr %barrier, i64 $BAR_GENERATION
@@ -326,7 +344,7 @@ fork:
   call void %fn(i32 0, i32 %k, ptr %arg, ptr %barrier)
   br label %spin
 spin:
-  %i = phi i32 [ 0, %fork ], [ %i1, %still ]
+  %i = phi i32 [ 0, %fork ], [ %i1, %again ], [ %i1, %think ]
   %d = load atomic i32, ptr %p_done acquire, align 4
   %joined = icmp eq i32 %d, %target
   br i1 %joined, label %out, label %again
@@ -335,14 +353,10 @@ again:
   %i1 = add i32 %i, 1
   %within = and i32 %i1, $IMPATIENCE
   %long = icmp eq i32 %within, 0
-  br i1 %long, label %stuck, label %still
-stuck:
-  %first = icmp eq i32 %i1, $PATIENCE
-  %lent = call i1 @help(ptr %pool, i32 %k, i1 %first)
-  br i1 %lent, label %sleep, label %still
-still:
-  %more = icmp ult i32 %i1, %spins
-  br i1 %more, label %spin, label %sleep
+  br i1 %long, label %think, label %spin
+think:
+  %tired = call i1 @tired(ptr %pool, i32 %k, i32 %i1)
+  br i1 %tired, label %sleep, label %spin
 sleep:
   store atomic i32 1, ptr %p_waiting monotonic, align 4
   fence seq_cst
@@ -408,8 +422,6 @@ define void @mc_worker(ptr %pool, i32 %tid) {
   %p_done = getelementptr i8, ptr %pool, i64 $DONE
   %p_waiting = getelementptr i8, ptr %pool, i64 $WAITING
   %p_sleepers = getelementptr i8, ptr %pool, i64 $SLEEPERS
-  %p_spins = getelementptr i8, ptr %pool, i64 $SPINS
-  %spins = load i32, ptr %p_spins, align 4
   %boxes = getelementptr i8, ptr %pool, i64 $BOXES
   %box = getelementptr [128 x i8], ptr %boxes, i32 %tid
   %p_fn = getelementptr i8, ptr %box, i64 $BOX_FN
@@ -422,15 +434,19 @@ idle:
   %seen = phi i32 [ 0, %0 ], [ %e, %call ], [ %e, %last_done ], [ %e, %tell ], [ %seen, %awake ]
   br label %spin
 spin:
-  %i = phi i32 [ 0, %idle ], [ %i1, %again ]
+  %i = phi i32 [ 0, %idle ], [ %i1, %again ], [ %i1, %think ]
   %e = load atomic i32, ptr %box acquire, align 4
   %new = icmp ne i32 %e, %seen
   br i1 %new, label %work, label %again
 again:
   $PAUSE
   %i1 = add i32 %i, 1
-  %more = icmp ult i32 %i1, %spins
-  br i1 %more, label %spin, label %sleep
+  %within = and i32 %i1, $IMPATIENCE
+  %long = icmp eq i32 %within, 0
+  br i1 %long, label %think, label %spin
+think:
+  %tired = call i1 @tired(ptr %pool, i32 1, i32 %i1)
+  br i1 %tired, label %sleep, label %spin
 sleep:
   store atomic i32 1, ptr %p_asleep monotonic, align 4
   %s0 = atomicrmw add ptr %p_sleepers, i32 1 seq_cst
@@ -507,7 +523,9 @@ class Native:
         self.stop = _function(address("mc_stop"), None, pointer)
         self.worker = _function(address("mc_worker"), None, pointer, word)
         spin = _function(address("mc_spin"), None, pointer, word)
-        self.spins = _spins_within(_SPIN_SECONDS, spin)
+        self.brief = _spins_within(_BRIEF_SECONDS, spin)
+        self.wait = round(self.brief * _WAIT_SECONDS / _BRIEF_SECONDS)
+        self.waking = (1 << (self.wait // 2).bit_length() - 1) - 1
         # Workers may still run this code while the interpreter takes itself apart.
         engine.detach()
 

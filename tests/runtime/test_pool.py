@@ -91,6 +91,31 @@ out:
   ret void
 }
 
+; Word 1 times: the other threads wait while thread 0 works for some 100 us.
+define void @alone(i32 %tid, i32 %n, ptr %arg, ptr %barrier) {
+  %scratch = alloca i32
+  %p_times = getelementptr i32, ptr %arg, i32 1
+  %times = load i32, ptr %p_times
+  %first = icmp eq i32 %tid, 0
+  br label %phase
+phase:
+  %k = phi i32 [ 1, %0 ], [ %k1, %meet ]
+  br i1 %first, label %work, label %meet
+work:
+  %i = phi i32 [ 0, %phase ], [ %i1, %work ]
+  store volatile i32 %i, ptr %scratch
+  %i1 = add i32 %i, 1
+  %more = icmp slt i32 %i1, 400000
+  br i1 %more, label %work, label %meet
+meet:
+  call void inttoptr (i64 BARRIER to ptr)(ptr %barrier, i32 %n)
+  %k1 = add i32 %k, 1
+  %again = icmp sle i32 %k1, %times
+  br i1 %again, label %phase, label %out
+out:
+  ret void
+}
+
 ; Calls region(pool, fn, arg, n) %count times without Python in between.
 define void @repeat(ptr %region, ptr %pool, ptr %fn, ptr %arg, i32 %n, i32 %count) {
   br label %call
@@ -190,7 +215,7 @@ class Kernels:
         machine = llvm.Target.from_default_triple().create_target_machine()
         self.engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), machine)
         self.engine.finalize_object()
-        for name in ("tally", "phases", "hold", *["roam", "borrow"] * linux):
+        for name in ("tally", "phases", "hold", "alone", *["roam", "borrow"] * linux):
             setattr(self, name, self.engine.get_function_address(name))
         pointer, word = ctypes.c_void_p, ctypes.c_int32
         prototype = ctypes.CFUNCTYPE(None, pointer, pointer, pointer, pointer, word, word)
@@ -199,6 +224,7 @@ class Kernels:
     tally: int
     phases: int
     hold: int
+    alone: int
     roam: int
     borrow: int
 
@@ -330,46 +356,95 @@ def test_idle_workers_take_no_processor_time(kernels: Kernels) -> None:
 SYSTEM_CALLS = ctypes.c_int64()
 
 
-@pytest.mark.skipif(CPUS < 2 or sys.platform != "linux", reason="needs two processors and futex")
-def test_hot_regions_and_barriers_make_no_system_call(
-    monkeypatch: pytest.MonkeyPatch, make_pool: Callable[[int], Pool]
-) -> None:
-    # System calls are counted, not timed: other processes may slow this one down at any time.
-    counter = SYSTEM_CALLS
-    at = f"inttoptr (i64 {ctypes.addressof(counter)} to ptr)"
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """Kernels of pools whose system calls are counted, not timed: other processes may slow this one
+    down at any time."""
+    at = f"inttoptr (i64 {ctypes.addressof(SYSTEM_CALLS)} to ptr)"
     number = itertools.count()
 
-    def counted(call: re.Match[str]) -> str:
+    def count(call: re.Match[str]) -> str:
         return f"  %count{next(number)} = atomicrmw add ptr {at}, i64 1 monotonic\n{call[0]}"
 
     calls = re.compile(
         r"^  %\w+ = call (i64 \(i64, \.\.\.\) @syscall|i32 @(sched|clock)_)", re.MULTILINE
     )
     for name in ("_FUTEX", "MANAGED"):
-        monkeypatch.setattr(spmd, name, calls.sub(counted, getattr(spmd, name)))
+        monkeypatch.setattr(spmd, name, calls.sub(count, getattr(spmd, name)))
     assert next(number) == 7
     monkeypatch.setattr(pool_module, "_native", spmd.Native())
-    kernels, pool = Kernels(), make_pool(2)
+    return Kernels()
+
+
+def system_calls(call: Callable[[], object]) -> int:
+    before = SYSTEM_CALLS.value
+    call()
+    return SYSTEM_CALLS.value - before
+
+
+def fewest(call: Callable[[], object], enough: int = 0) -> int:
+    """The fewest system calls that `call` makes; it is tried until they are few enough."""
+    deadline = time.monotonic() + 20.0
+    least = system_calls(call)
+    while least > enough and time.monotonic() < deadline:
+        least = min(least, system_calls(call))
+    return least
+
+
+def crowded_until(pool: Pool) -> ctypes.c_int64:
+    return ctypes.c_int64.from_address((pool.handle.value or 0) + spmd.LAYOUT["CROWDED"])
+
+
+two_processors = pytest.mark.skipif(
+    CPUS < 2 or sys.platform != "linux", reason="needs two processors and futex"
+)
+
+
+@two_processors
+def test_hot_regions_and_barriers_make_no_system_call(
+    counted: Kernels, make_pool: Callable[[int], Pool]
+) -> None:
+    pool, words, phases = make_pool(2), Words(), Words(1000)
     address = ctypes.cast(pool.region, ctypes.c_void_p)
-    words, phases = Words(), Words(1000)
-
-    def fewest(call: Callable[[], object]) -> int:
-        counts: list[int] = []
-        deadline = time.monotonic() + 20.0
-        while not counts or (min(counts) and time.monotonic() < deadline):
-            before = counter.value
-            call()
-            counts.append(counter.value - before)
-        return min(counts)
-
-    pool.run(kernels.tally, words.address)
+    pool.run(counted.tally, words.address)
     time.sleep(0.02)
-    pool.run(kernels.tally, words.address)
-    assert counter.value > 0, "a sleeping worker must have been woken"
-    regions = (address, pool.handle, kernels.tally, words.address, 2, 1000)
+    woken = system_calls(lambda: pool.run(counted.tally, words.address))
+    assert woken > 0, "a sleeping worker must have been woken"
+    regions = (address, pool.handle, counted.tally, words.address, 2, 1000)
     # The worker may sleep before the first of the 1000 regions, so come from hot ones.
-    assert fewest(lambda: kernels.repeat(*regions)) <= 2
-    assert fewest(lambda: pool.run(kernels.phases, phases.address)) <= 2
+    assert fewest(lambda: counted.repeat(*regions)) <= 2
+    assert fewest(lambda: pool.run(counted.phases, phases.address)) <= 2
+
+
+@two_processors
+def test_a_worker_sleeps_in_the_middle_of_a_call_only_where_cpus_are_scarce(
+    counted: Kernels, make_pool: Callable[[int], Pool]
+) -> None:
+    pool, words = make_pool(2), Words(10)
+
+    def call() -> None:
+        assert pool.run(counted.alone, words.address) == 2
+
+    assert fewest(call, 3) <= 3  # three to wake it at the start
+    crowded = crowded_until(pool)
+    crowded.value = 2**62
+    assert any(system_calls(call) >= 10 for _ in range(20))
+    crowded.value = 1  # long ago
+    assert fewest(call, 3) <= 3
+    assert crowded.value == 0
+
+
+def test_threads_without_a_cpu_each_wait_briefly(make_pool: Callable[[int], Pool]) -> None:
+    def waits(pool: Pool) -> tuple[int, int]:
+        words = ((pool.handle.value or 0) + spmd.LAYOUT[name] for name in ("BRIEF", "WAIT"))
+        brief, wait = (ctypes.c_int32.from_address(word).value for word in words)
+        return brief, wait
+
+    brief, wait = waits(make_pool(CPUS + 1))
+    assert wait == brief
+    if sys.platform == "linux":
+        brief, wait = waits(make_pool(CPUS))
+        assert wait > brief
 
 
 def test_a_busy_pool_leaves_the_second_caller_alone(kernels: Kernels) -> None:
@@ -655,6 +730,7 @@ def test_a_waiting_caller_lends_its_cpu_to_a_worker_that_does_not_run(
         else:
             pytest.fail("the worker never came to the caller's CPU")
         assert masks(pool) == [others]
+        assert crowded_until(pool).value > 0, "for a while nobody spins for long"
     finally:
         for process in busy:
             process.kill()
