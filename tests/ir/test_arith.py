@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minicompiler.ir.arith import Arith, evaluate_int
+from minicompiler.ir.arith import Arith, evaluate_int, keeping, knowing
 from minicompiler.ir.expr import (
     COMPARE,
     ZERO,
@@ -393,3 +393,20 @@ def test_an_index_into_one_of_many_counted_pieces_is_proved_to_fit() -> None:
     assert arith.prove(i < total) is True
     assert arith.prove(part * 16 + lane < total) is True
     assert arith.prove(part * 16 + lane + 1 < total) is None  # all the other pieces may be empty
+
+
+def test_what_was_found_out_is_kept_for_one_kernel() -> None:
+    """And only for who knows the same."""
+    i, j, n = Var("i"), Var("j"), Dim("n", 1, 64)
+    ranges = {i: (ZERO, n - 1), j: (ZERO, Const(7))}
+    with keeping():
+        first = knowing(ranges)
+        assert knowing(dict(ranges)) is first
+        assert knowing({i: ranges[i]}) is not first
+        some = knowing(ranges, [i < 3])
+        assert some is not first and knowing(ranges, [i < 3]) is some
+        assert (first.prove(i < 3), some.prove(i < 3)) == (None, True)
+        with keeping():
+            assert knowing(ranges) is not first
+        assert knowing(ranges) is first
+    assert knowing(ranges) is not first
