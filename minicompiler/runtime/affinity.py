@@ -242,7 +242,7 @@ define internal i64 @read(i32 %clock) noinline {
 
 ; The thread has spun so many times; only the caller of the region lends. A worker that has not run
 ; since the last look waits for its turn on a CPU, or is just waking up and needs no help: so looks
-; lie far apart until a worker was found that waits.
+; lie far apart, and leave out who is still asleep, until a worker was found that waits.
 define internal i1 @help(ptr %pool, i32 %n, i32 %spun) {
   %p_caller = getelementptr i8, ptr %pool, i64 $CALLER
   %p_crowded = getelementptr i8, ptr %pool, i64 $CROWDED
@@ -289,7 +289,13 @@ one:
   %apart = icmp eq i32 %away, %mark
   %known = icmp ne i32 %thread, 0
   %movable = and i1 %apart, %known
-  br i1 %movable, label %ask, label %done
+  %p_asleep = getelementptr i8, ptr %box, i64 $BOX_ASLEEP
+  %asleep = load atomic i32, ptr %p_asleep monotonic, align 4
+  %up = icmp eq i32 %asleep, 0
+  %scarce = xor i1 %calm, true
+  %counts = or i1 %up, %scarce
+  %held = and i1 %movable, %counts
+  br i1 %held, label %ask, label %done
 ask:
   %before = load i64, ptr %p_used, align 8
   %now = call i64 @used(i32 %thread)

@@ -746,6 +746,22 @@ while True:
 """
 
 
+@two_cpus
+def test_a_worker_that_wakes_up_is_not_taken_for_one_that_waits_for_a_cpu(
+    kernels: Kernels, make_pool: Callable[[int], Pool]
+) -> None:
+    pool, crowded = make_pool(2), []
+    # The caller looks every few microseconds; to wake up takes longer.
+    address = (pool.handle.value or 0) + spmd.LAYOUT["WAKING"]
+    ctypes.c_int32.from_address(address).value = spmd.LAYOUT["IMPATIENCE"]
+    while len(crowded) < 20 and all(crowded):
+        time.sleep(0.005)
+        crowded_until(pool).value = 0
+        assert pool.run(kernels.tally, Words().address) == 2
+        crowded.append(crowded_until(pool).value > 0)
+    assert not all(crowded)
+
+
 def test_no_two_words_of_the_pool_block_overlap() -> None:
     at = spmd.LAYOUT
     mask_end = at["MASK"] + at["MASK_BYTES"]
