@@ -9,6 +9,7 @@ Long vectors are taken apart into registers, so that one instruction serves for 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -36,6 +37,18 @@ class Lanes(Indices):
         self.tables: dict[tuple[str, str], str] = {}  # a constant in memory and its type: its name
 
     # ---- any lane -------------------------------------------------------------------------------
+    def above(self, v: Operand, limit: Const) -> tuple[str, Callable[[], str] | None]:
+        """Whether the magnitude of any lane may be above a limit, or NaN, and the code that says
+        whether it is if that is not the same."""
+        ty = vector(value_type(limit.dtype), v.lanes)
+
+        def any_above() -> str:
+            return self.any_above(Operand(self.intrinsic("fabs", ty, v.name), v.lanes), limit)
+
+        if v.lanes > JOINED and v.lanes % JOINED == 0:
+            return self.squares_above(v, limit), any_above
+        return any_above(), None
+
     def squares_above(self, v: Operand, limit: Const) -> str:
         """Whether the squares of some lanes add up to more than that of a limit, or NaN: one
         multiply-add for each register instead of two operations, and false only where no lane is

@@ -34,7 +34,7 @@ from minicompiler.ir.types import DType, float32, float64, int64
 from minicompiler.target import Target
 
 from . import llvm_math
-from .llvm_lanes import JOINED, TABLE_ALIGN, Lanes
+from .llvm_lanes import TABLE_ALIGN, Lanes
 from .llvm_text import Lines, Operand, everywhere, literal, mangle, value_type, vector
 
 _FLOAT_COMPARE = {"lt": "fcmp olt", "le": "fcmp ole", "eq": "fcmp oeq", "ne": "fcmp une"}
@@ -334,9 +334,8 @@ class Values(Lanes):
         # float32 numbers are float64 numbers, and so are their remainders.
         x = self.convert(Operand(a, lanes), t, float64)
         y = self.convert(Operand(b, lanes), t, float64)
-        helper = self.helper("remainder", "double", llvm_math.REMAINDER)
-        r = Operand(self.lanewise(helper, [x.name, y.name], "double", lanes), lanes)
-        result = self.convert(r, float64, t).name
+        r = self.remainder(x.name, y.name, lanes, small=t is not float64)
+        result = self.convert(Operand(r, lanes), float64, t).name
         ty, zero = vector(scalar, lanes), everywhere(scalar, "0.0", lanes)
         some = self.op(f"fcmp one {ty} {result}, {zero}")
         negative = self.op(f"fcmp olt {ty} {result}, {zero}")
@@ -345,6 +344,36 @@ class Values(Lanes):
         fix = self.op(f"and {flag} {some}, {differ}")
         more = self.op(f"fadd {ty} {result}, {b}")
         return self.op(f"select {flag} {fix}, {ty} {more}, {ty} {result}")
+
+    def remainder(self, x: str, y: str, lanes: int, small: bool) -> str:
+        """What C calls fmod, of float64. small: of numbers with at most 24 bits, whose quotients
+        below 2**28 are rounded to no other integer than they lie above, and times the divisor have
+        at most 53 bits: the remainder is exact."""
+        helper = self.helper("remainder", "double", llvm_math.REMAINDER)
+        ty, parts = vector("double", lanes), list[tuple[str, str]]()
+
+        def one_by_one() -> None:
+            parts.append((self.lanewise(helper, [x, y], "double", lanes), self.label))
+
+        def together() -> None:
+            whole = self.op(f"fptosi {ty} {quotient} to {vector('i32', lanes)}")
+            whole = self.op(f"sitofp {vector('i32', lanes)} {whole} to {ty}")
+            minus = self.op(f"fneg {ty} {whole}")
+            rest = self.intrinsic("fmuladd", ty, minus, y, x)
+            parts.append((self.intrinsic("copysign", ty, rest, x), self.label))
+
+        if not small or self.straight:
+            one_by_one()
+            return parts[0][0]
+        quotient = self.op(f"fdiv {ty} {x}, {y}")
+        zero = everywhere("double", "0.0", lanes)
+        asked = self.intrinsic(
+            "fmuladd", ty, y, zero, quotient
+        )  # no number for an infinite divisor
+        large, confirm = self.above(Operand(asked, lanes), Const(2.0**28, float64))
+        self.branch(large, one_by_one, together, rarely=True, confirm=confirm)
+        values = ", ".join([f"[ {v}, %{label} ]" for v, label in parts])
+        return self.op(f"phi {ty} {values}")
 
     def helper(self, name: str, scalar: str, body: str) -> str:
         """A function of this kernel for what needs a loop of its own."""
@@ -436,16 +465,10 @@ class Values(Lanes):
             return self.any_bit(self.value(both.a, mask), both.b), None
         limit, x = compared.a, compared.b
         assert type(limit) is Const and type(x) is Call and x.fn == "abs"
-
-        def any_above() -> str:
-            return self.any_above(self.value(x, mask), limit)
-
         self.scopes.append(Lines([]))  # either side computes for itself what it needs
-        plain = self.value(x.args[0], mask)
-        joined = plain.lanes > JOINED and plain.lanes % JOINED == 0
-        flag = self.squares_above(plain, limit) if joined else any_above()
+        found = self.above(self.value(x.args[0], mask), limit)
         self.scopes[-2].lines += self.scopes.pop().lines
-        return flag, any_above if joined else None
+        return found
 
     def call(self, e: Call, mask: Operand | None) -> Operand:
         t = e.args[0].dtype

@@ -306,7 +306,7 @@ def _fmod(a: Expr, b: Expr) -> Expr:
     if a.dtype.is_int:
         return a - binary("div", a, b) * b
     r = binary("mod", magnitude(a), magnitude(b))
-    return select(a < 0.0, r * -1.0, r)
+    return r * select(a < 0.0, const(-1.0, a.dtype), const(1.0, a.dtype))
 
 
 def _mod(a: Expr, b: Expr) -> Expr:

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import minicompiler as mc
 from minicompiler import te
 from minicompiler.codegen import llvm_math
 from minicompiler.codegen.llvm import emit
 from minicompiler.codegen.native import compile_object
+from minicompiler.frontend.builder import Builder
 from minicompiler.ir.expr import Call, Const, Expr, binary
 from minicompiler.ir.tir import VECTOR
 from minicompiler.ir.types import DType, float32, float64
@@ -283,12 +285,25 @@ def test_float_remainders_are_exact(dtype: DType) -> None:
     a = np.concatenate([pairs[:, 0], rng.normal(0, 1e6, 20000), np.exp(rng.uniform(-80, 80, 500))])
     b = np.concatenate([pairs[:, 1], rng.normal(0, 10, 20000), np.exp(rng.uniform(-80, 80, 500))])
     a, b = a.astype(dtype.numpy), b.astype(dtype.numpy)
+    few = rng.normal(0, 10, 4000).astype(dtype.numpy)  # multiples, and their neighbours
+    many = few * rng.integers(1, 1 << 27, 4000).astype(dtype.numpy)
+    near = [many, *(np.nextafter(many, np.full_like(many, x)) for x in (-math.inf, math.inf))]
+    a, b = np.concatenate([a, *near]), np.concatenate([b, few, few, few])
     # Of a finite number by an infinity of the other sign numpy says that infinity.
     keep = ~(np.isinf(b) & np.isfinite(a) & (np.signbit(a) != np.signbit(b)))
     a, b = a[keep], b[keep]
     got = Kernel(lambda x, y: binary("mod", x, y), dtype, 2)(a, b)
     with np.errstate(all="ignore"):
         np.testing.assert_array_equal(got, np.remainder(a, b))
+
+
+def test_remainders_are_vectors() -> None:
+    """One division for each, and a call for each lane only where a quotient is large."""
+    net = Builder("remainders")
+    x, y = net.input("x", (64,)), net.input("y", (64,))
+    module = mc.compile(net.function(y=net.fmod(x, y)), target="cpu:avx2", checked=True)
+    (text,) = [s.text for s in module.stages if s.name == "llvm"]
+    assert text.count("fdiv <") == text.count("fptosi <") == 1
 
 
 @pytest.mark.parametrize(
