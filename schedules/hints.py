@@ -7,8 +7,9 @@
 
 A hint changes no value. It pays where a panel of an operand is read several times in a row and the
 next panel comes from far: each pass over this panel fetches its part of the next one. Where the
-number of passes is not known while compiling, it may be one, which has no time for that: it asks
-for all lines a little ahead, as the hardware's prefetcher does, but past the end of a page.
+number of passes is not known while compiling, it is asked at run time: few have to fetch more each,
+and a single one asks for lines a little ahead, as the hardware's prefetcher does up to the end of a
+page.
 """
 
 from __future__ import annotations
@@ -77,29 +78,38 @@ def prefetch(
     if lines > MOST_LINES:
         s.refuse(f"an iteration of {loop_name} moves on by {lines} cache lines of {name}", loop)
     place = _inside(place, arith)
-    line = LINE_BYTES // buffer.dtype.bytes
-
-    def all_lines(ahead: int) -> list[Stmt]:
-        return [Prefetch(place, Const(ahead + k * line)) for k in range(lines)]
-
-    parts: list[Stmt] = []
     if turns_name is None:
-        parts = all_lines(ahead)
+        hint = _all_lines(place, ahead, lines)
     else:
         turns, _ = s.loop(turns_name)
         if turns not in path:
             s.refuse(f"{turns_name} is not a loop around {loop_name}", loop)
         if any(turns.var in free_vars(i) for i in place.indices):
             s.refuse(f"iterations of {turns_name} read different parts of {name}", turns)
+
+        def in_turns(passes: int) -> Stmt:
+            return _some_lines(place, ahead, lines, turns.var, -(-lines // passes), arith)
+
         passes = const_int(turns.extent)
-        each = -(-lines // (passes or 2))
-        for k in range(each):
-            mine = arith.simplify((turns.var * each + k) % lines * line + ahead)
-            parts.append(Prefetch(place, mine))
         if passes is None:
-            near = all_lines(NEAR_BYTES // buffer.dtype.bytes)
-            parts = [If(eq(turns.extent, ONE), seq(near), seq(parts))]
-    s.swap(loop, loop.with_(body=seq([*parts, loop.body])))
+            alone = _all_lines(place, NEAR_BYTES // buffer.dtype.bytes, lines)
+            few = If(eq(turns.extent, ONE), alone, in_turns(2))
+            hint = If(turns.extent < max(lines, 2), few, in_turns(lines))
+        else:
+            hint = in_turns(passes)
+    s.swap(loop, loop.with_(body=seq([hint, loop.body])))
+
+
+def _all_lines(place: Load, ahead: int, lines: int) -> Stmt:
+    line = LINE_BYTES // place.buffer.dtype.bytes
+    return seq([Prefetch(place, Const(ahead + k * line)) for k in range(lines)])
+
+
+def _some_lines(place: Load, ahead: int, lines: int, turn: Expr, each: int, arith: Arith) -> Stmt:
+    """So many of the lines in each turn."""
+    line = LINE_BYTES // place.buffer.dtype.bytes
+    mine = [arith.simplify((turn * each + k) % lines * line + ahead) for k in range(each)]
+    return seq([Prefetch(place, at) for at in mine])
 
 
 def prefetch_next(s: Schedule, name: str, loop_name: str, around_name: str) -> None:

@@ -55,7 +55,8 @@ def test_one_row_needs_no_hints_and_one_tile_asks_for_what_it_reads_soon() -> No
     module = mc.compile(net.function(y=net.matmul(x, wide)), threads=1)
     (text,) = [s.text for s in module.stages if s.name == "few_rows" and "prefetch" in s.text]
     many, one = re.split(r"else:\n +alloc", text)
-    near, later = many.split("else:")[:2]
-    assert near.count("prefetch") == 4 and "+ 256\n" in near and "%2" not in near
-    assert later.count("prefetch") == later.count("%2*32") == 2
+    near, few, rest = many.split("else:")[:3]
+    assert near.count("prefetch") == 4 and "+ 256\n" in near and "i0_o_i%" not in near
+    assert few.count("prefetch") == few.count("i0_o_i%2*32") == 2
+    assert rest.count("prefetch") == rest.count("i0_o_i%4*16") == 1
     assert "prefetch" not in one
