@@ -1,10 +1,11 @@
-"""Thread pools that end with their test."""
+"""Thread pools that end with their test, and what to run on them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
 import pytest
+from pool_kernels import Kernels
 
 from minicompiler.runtime.pool import Pool
 
@@ -20,3 +21,8 @@ def make_pool() -> Iterator[Callable[[int], Pool]]:
     yield make
     for pool in made:
         pool.shutdown()
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return Kernels()
