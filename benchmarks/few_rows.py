@@ -45,6 +45,35 @@ def stack(rows: int | str, depth: int, columns: int, count: int) -> onnx.ModelPr
     return helper.make_model(graph, opset_imports=[opset], ir_version=9)
 
 
+def measure(
+    rows: int,
+    depth: int,
+    columns: int,
+    count: int,
+    either: mc.Module,
+    threads: int,
+    others: list[str],
+    seconds: float,
+) -> str:
+    """The rest of a line: `either` is the model for any number of rows."""
+    model = stack(rows, depth, columns, count)
+    known = mc.compile(model, threads=threads)
+    x = np.random.default_rng(1).standard_normal((rows, depth), np.float32)
+    runners = {KNOWN: lambda: known(x), ANY: lambda: either(x)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "products.onnx")
+        onnx.save(model, path)
+        for name in others:
+            runners[name] = peer(name, str(path), threads)({"x": x})
+        times = compare(runners, seconds)
+    parts = []
+    for own in (KNOWN, ANY):
+        rate = 4 * depth * columns * count / times[own].summary()["median"] / 1e9
+        over = [f"{1 / ratios(times[own], times[n])[0]:.2f}" for n in others]
+        parts.append(f"{own} {rate:5.1f} GB/s, {' '.join(over)}")
+    return ";  ".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,26 +89,11 @@ def main() -> None:
     for size in args.sizes:
         depth, columns = map(int, size.split("x"))
         count = max(1, round(args.megabytes * 1e6 / (4 * depth * columns)))
-        read = 4 * depth * columns * count
         for threads in map(int, args.threads.split(",")):
             either = mc.compile(stack("n", depth, columns, count), threads=threads)
             for rows in map(int, args.rows.split(",")):
-                model = stack(rows, depth, columns, count)
-                known = mc.compile(model, threads=threads)
-                x = np.random.default_rng(1).standard_normal((rows, depth), np.float32)
-                runners = {KNOWN: lambda m=known, x=x: m(x), ANY: lambda m=either, x=x: m(x)}
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder, "products.onnx")
-                    onnx.save(model, path)
-                    for name in others:
-                        runners[name] = peer(name, str(path), threads)({"x": x})
-                    times = compare(runners, args.seconds)
-                line = f"{size:10} {threads} thread(s), {rows:3} rows: "
-                for own in (KNOWN, ANY):
-                    rate = read / times[own].summary()["median"] / 1e9
-                    over = [f"{1 / ratios(times[own], times[n])[0]:.2f}" for n in others]
-                    line += f" {own} {rate:5.1f} GB/s, {' '.join(over)};"
-                print(line.rstrip(";"), flush=True)
+                found = measure(rows, depth, columns, count, either, threads, others, args.seconds)
+                print(f"{size:10} {threads} thread(s), {rows:3} rows:  {found}", flush=True)
 
 
 if __name__ == "__main__":

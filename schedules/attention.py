@@ -522,7 +522,4 @@ def _in_registers(
     for n in tile[:-1]:
         s.mark(n, UNROLL)
     s.mark(tile[-1], VECTOR)
-    alive = {b.name for b in analysis.blocks(s.func)}
-    for b in (first, f"{staged}_in", f"{staged}_out"):
-        if b in alive:
-            elementwise.vector_tile(s, b, at)
+    elementwise.around_tile(s, first, staged, at)

@@ -7,8 +7,9 @@ vector of partial sums for each result.
 
 from __future__ import annotations
 
-from minicompiler.ir.expr import TRUE, Var, const_int, free_vars
-from minicompiler.ir.tir import VECTOR, Block, Iter, Scope
+from minicompiler.ir.arith import Arith
+from minicompiler.ir.expr import TRUE, Expr, Var, const_int, free_vars
+from minicompiler.ir.tir import VECTOR, Block, For, Iter, Scope
 
 from . import analysis, elementwise
 from .schedule import Schedule
@@ -47,13 +48,13 @@ def schedule_reduction(s: Schedule, name: str, top: str | None = None) -> bool:
     return _along(s, name, along, top, lanes, extent)
 
 
-def goes_across(block: Block, spatial, arith) -> bool:  # type: ignore[no-untyped-def]
+def goes_across(block: Block, spatial: list[For], arith: Arith) -> bool:
     """True for a reduction of vectors side by side."""
     across = _contiguous(block, spatial, arith)
     return across is not None and (const_int(across) or 64) >= 4
 
 
-def _contiguous(block: Block, loops, arith):  # type: ignore[no-untyped-def]
+def _contiguous(block: Block, loops: list[For], arith: Arith) -> Expr | None:
     """The extent of the innermost-in-memory spatial axis along which the operands that are reduced
     are contiguous."""
     reduced = {i.var for i in block.iters if i.reduce}
@@ -84,7 +85,7 @@ def _blocks_of(block: Block, it: Iter) -> int:
     return 1
 
 
-def _axis(block: Block, it) -> int:  # type: ignore[no-untyped-def]
+def _axis(block: Block, it: Iter) -> int:
     return next(k for k, i in enumerate(block.body.indices) if i is it.var)
 
 
@@ -129,9 +130,7 @@ def _across(s: Schedule, name: str, top: str | None, lanes: int) -> bool:
     if home is not None:
         staged = s.stage(block.body.buffer.name, home, Scope.REGISTER)
         s.mark(inner, VECTOR)
-        for b in (init, f"{staged}_in", f"{staged}_out"):
-            if any(x.name == b for x in analysis.blocks(s.func)):
-                elementwise.vector_tile(s, b, home)
+        elementwise.around_tile(s, init, staged, home)
     else:
         s.mark(inner, VECTOR)
         n = s.loops_of(init)[-1]
@@ -191,6 +190,7 @@ def even(extent: int, most: int, lanes: int) -> int:
 
 
 def plain(s: Schedule, name: str, top: str | None) -> bool:
+    """One sum at a time, in a register where there are loops around it."""
     block, path = s.block(name)
     around = analysis.loops_in(path)
     start = [x.var.name for x in around].index(top) + 1 if top is not None else 0

@@ -396,14 +396,13 @@ def _schedule(s: Schedule, nest: Nest) -> None:
     for n in tile[:-1]:
         s.mark(n, UNROLL)
     s.mark(tile[-1], VECTOR)
-    alive = {b.name for b in analysis.blocks(s.func)}
-    for b in [init, f"{staged}_in", f"{staged}_out", *_followers(s, staged)]:
-        if b in alive:
-            elementwise.vector_tile(s, b, home)
+    elementwise.around_tile(s, init, staged, home)
+    for b in _followers(s, staged):
+        elementwise.vector_tile(s, b, home)
     # ---- threads --------------------------------------------------------------------------------
     _share(s, around, name)
     for b in [x.name for x in analysis.blocks(s.func)]:
-        if b not in alive or not _is_root_preparation(s, b, name):
+        if not _is_root_preparation(s, b, name):
             continue
         if packed is None or b != f"{packed}_in" or not panels.copy_panels(s, b):
             elementwise.one_block(s, b)

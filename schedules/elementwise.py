@@ -510,6 +510,15 @@ def vector_tile(s: Schedule, block: str, below: str, unroll: bool = True) -> Non
             s.mark(n, UNROLL)
 
 
+def around_tile(s: Schedule, init: str, tile: str, below: str) -> None:
+    """`vector_tile` for what stands around the loops over a register tile, as far as it is there:
+    the block that sets it, the copies into it and out of it."""
+    there = {b.name for b in analysis.blocks(s.func)}
+    for b in (init, f"{tile}_in", f"{tile}_out"):
+        if b in there:
+            vector_tile(s, b, below)
+
+
 __all__ = [
     "Block",
     "Scope",

@@ -212,10 +212,8 @@ def _tile(s: Schedule, p: _Product, followers: list[str], t: str, number: str) -
     for n in tile:
         s.mark(n, UNROLL)
     s.mark(v_i, VECTOR)
+    elementwise.around_tile(s, init, staged, around)
     alive = {b.name for b in analysis.blocks(s.func)}
-    for b in (init, f"{staged}_in", f"{staged}_out"):
-        if b in alive:
-            elementwise.vector_tile(s, b, around)
     for b in (f"{sums}_out", *followers):
         if b in alive and b != f"{staged}_out":
             elementwise.vector_tile(s, b, home, unroll=not apart)

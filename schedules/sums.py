@@ -19,10 +19,10 @@ from minicompiler.ir.polynomials import Poly
 from minicompiler.ir.tir import UNROLL, VECTOR, Block, Scope
 
 from . import analysis, combining, elementwise
+from .combining import ACCUMULATORS
 from .schedule import Schedule
 
 PART = 16384  # elements of a long reduction that are added up by themselves
-SIDE_BY_SIDE = 4  # vectors of sums, so that an addition need not wait for the one before
 FEW = 4  # times as many lines as there are side by side: below it is not worth their sum
 UNKNOWN = 64  # iterations of a loop whose extent is known at run time only
 
@@ -91,7 +91,7 @@ def _has_lines(s: Schedule, name: str) -> bool:
     lanes = s.target.lanes(s.block(name)[0].body.buffer.dtype.bytes)
     if None not in sizes and _side_by_side(s, name, summed[-1], line[-1], width):
         return True
-    return (sizes[-1] or UNKNOWN) < SIDE_BY_SIDE and width >= lanes
+    return (sizes[-1] or UNKNOWN) < ACCUMULATORS and width >= lanes
 
 
 def _side_by_side(s: Schedule, name: str, row: str, line: str, width: int) -> int | None:
@@ -108,11 +108,11 @@ def _side_by_side(s: Schedule, name: str, row: str, line: str, width: int) -> in
     dense = all(far == {(): width} and near == {(): 1} for far, near in moves)
     for n in range(1, room * lanes // width + 1) if dense else ():
         whole = n * width % lanes == 0
-        if whole and n * width >= SIDE_BY_SIDE * lanes and rows >= FEW * n:
+        if whole and n * width >= ACCUMULATORS * lanes and rows >= FEW * n:
             return n
     if width < lanes:
         return None
-    several = -(-SIDE_BY_SIDE // vectors)
+    several = -(-ACCUMULATORS // vectors)
     return several if rows >= FEW * several else 1
 
 
@@ -192,9 +192,7 @@ def _tile(s: Schedule, name: str, reduce: list[str], line: str, unrolled: bool =
     tile = s.stage(s.block(name)[0].body.buffer.name, once, Scope.REGISTER)
     for n in (*(reduce if unrolled else ()), *inner[:-1]):
         s.mark(n, UNROLL)
-    for b in (init, f"{tile}_in", f"{tile}_out"):
-        if any(x.name == b for x in analysis.blocks(s.func)):
-            elementwise.vector_tile(s, b, once)
+    elementwise.around_tile(s, init, tile, once)
 
 
 # ---- parts --------------------------------------------------------------------------------------
@@ -224,7 +222,7 @@ def _in_parts(s: Schedule, name: str) -> bool:
     first, *_ = combining.joined(s, name, leading)
     inside = math.prod(const_int(s.loop(n)[0].extent) or UNKNOWN for n in s.loops_of(name)[1:])
     size, lanes = max(1, PART // inside), s.target.lanes(block.body.buffer.dtype.bytes)
-    extent, whole = const_int(s.loop(first)[0].extent), SIDE_BY_SIDE * lanes
+    extent, whole = const_int(s.loop(first)[0].extent), ACCUMULATORS * lanes
     if extent is not None and size >= whole:
         size = combining.even(extent, size, whole)
     outer, _ = s.split(first, size, "guard")

@@ -550,10 +550,7 @@ def _products(
     k_o, k = s.split(depth, math.gcd(4, _extent(s, [depth])))
     for n, kind in (*[(n, UNROLL) for n in (k, *row)], (vector, VECTOR)):
         s.mark(n, kind)
-    alive = {b.name for b in analysis.blocks(s.func)}
-    for b in (init, f"{staged}_in", f"{staged}_out"):
-        if b in alive:
-            elementwise.vector_tile(s, b, home)
+    elementwise.around_tile(s, init, staged, home)
     filters = [*part, *transform][-2:][0]
     return _Loops(part, filters, transform[-1], home, k_o)
 

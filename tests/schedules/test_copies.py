@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from one_operator import run
+from one_operator import AVX2, run, scheduled
 
 import minicompiler as mc
 from minicompiler import te
@@ -28,7 +28,6 @@ from minicompiler.ir.tir import (
     Buffer,
     For,
     If,
-    PrimFunc,
     Stmt,
     Store,
     statements,
@@ -42,14 +41,6 @@ from minicompiler.lower.wraps import unwrap_lines
 from minicompiler.ops.rules import clamped
 from minicompiler.schedules.cpu import schedule
 from minicompiler.schedules.elementwise import MOST_UNEVEN
-from minicompiler.target import Target
-
-AVX2 = Target.parse("cpu:avx2")
-
-
-def scheduled(y: te.Tensor, x: te.Tensor) -> PrimFunc:
-    s = schedule(from_tensors("f", [x], [y]), AVX2, after_step=verify_tir)
-    return s.func
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from one_operator import run
+from one_operator import AVX2, run, scheduled
 
 import minicompiler as mc
 from minicompiler import te
@@ -32,7 +32,6 @@ from minicompiler.ir.tir import (
     UNROLL,
     VECTOR,
     For,
-    PrimFunc,
     statements,
     stores,
 )
@@ -43,13 +42,6 @@ from minicompiler.lower.to_tir import from_tensors
 from minicompiler.schedules.cpu import schedule
 from minicompiler.schedules.schedule import Schedule
 from minicompiler.target import Target
-
-AVX2 = Target.parse("cpu:avx2")
-
-
-def scheduled(y: te.Tensor, x: te.Tensor) -> PrimFunc:
-    s = schedule(from_tensors("f", [x], [y]), AVX2, after_step=verify_tir)
-    return s.func
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
