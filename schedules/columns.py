@@ -19,7 +19,7 @@ from minicompiler.ir.expr import ONE, Expr, Var, const_int
 from minicompiler.ir.tir import PARALLEL, VECTOR, Scope
 from minicompiler.target import LINE_BYTES
 
-from . import ahead, analysis, elementwise, overlapping, rows, streaming
+from . import ahead, analysis, elementwise, overlapping, rows, streaming, tails
 from .loops import kept_apart
 from .schedule import Schedule
 
@@ -73,6 +73,7 @@ def apply(s: Schedule) -> None:
         s.mark(shared, PARALLEL)
     ahead.fetch_rows(s, top, s.target.caches[2] // 4)
     streaming.apply(s)
+    tails.apart(s)
 
 
 def _axes(s: Schedule) -> Axes | None:

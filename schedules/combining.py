@@ -152,8 +152,10 @@ def columns(s: Schedule, name: str, order: list[str], top: str | None = None) ->
         return False
     stretch = longest(s, block)
     if extent is not None:
-        stretch = even(extent, stretch, lanes)
-    big, inner = s.split(order[-1], stretch, "mask")
+        big, inner = s.split(order[-1], even(extent, stretch, lanes), "mask")
+    else:
+        alone = top is None and len(order) == 1  # threads have nothing else to share
+        big, inner = s.split(order[-1], 8 * lanes if alone else stretch, "guard")
     block, path = s.block(name)
     reduce = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
     outer = [*order[:-1], big]

@@ -48,8 +48,9 @@ def cut(s: Schedule, name: str, at: int) -> tuple[str, str]:
                                                        for i_t in 97:
                                                            C[i_t + 3] = D[i_t + 3]
 
-    Its loops and blocks end in `_t`. What the values of blocks choose by position is chosen where
-    one of the nests lies on one side.
+    Its loops and blocks end in `_t`. One of the nests may turn out to be empty where the extent is
+    not known. What the values of blocks choose by position is chosen where one of them lies on one
+    side.
     """
     loop, _ = s.loop(name)
     if loop.kind is not SERIAL:
@@ -59,11 +60,12 @@ def cut(s: Schedule, name: str, at: int) -> tuple[str, str]:
     arith = analysis.arith_of(s.func)
     extent = arith.simplify(loop.extent)
     first = arith.simplify(wrap(at) if at >= 0 else extent + at)
-    if arith.prove(first > ZERO) is not True or arith.prove(first < extent) is not True:
+    behind = arith.simplify(extent - first)
+    if first is ZERO or behind is ZERO or not all(arith.holds(n >= ZERO) for n in (first, behind)):
         s.refuse(f"{at} is not known to lie inside the extent {extent}", loop)
     rest = s.fresh_var(name + "_t")
-    behind = substitute_stmt(renamed(s, loop.body, "t"), {loop.var: first + rest})
-    nests = loop.with_(extent=first), For(rest, arith.simplify(extent - first), SERIAL, behind)
+    body = substitute_stmt(renamed(s, loop.body, "t"), {loop.var: first + rest})
+    nests = loop.with_(extent=first), For(rest, behind, SERIAL, body)
     s.swap(loop, Seq(nests))
     arith = analysis.arith_of(s.func)
 
@@ -76,7 +78,7 @@ def cut(s: Schedule, name: str, at: int) -> tuple[str, str]:
 
 
 def _chosen(block: Block, arith: Arith) -> Block | None:
-    """A block without the choices that are the same for all its elements."""
+    """A block without the choices and conditions that are the same for all its elements."""
     values = analysis.values_of(block)
 
     def holds(c: Expr) -> bool | None:
@@ -95,7 +97,11 @@ def _chosen(block: Block, arith: Arith) -> Block | None:
         return None
 
     value = rewrite(block.body.value, one)
-    return None if value is block.body.value else block.with_(body=block.body.with_(value=value))
+    asked = conjuncts(block.where)
+    where = [c for c in asked if holds(c) is not True]
+    if value is block.body.value and len(where) == len(asked):
+        return None
+    return block.with_(where=all_of(where), body=block.body.with_(value=value))
 
 
 def renamed(s: Schedule, body: Stmt, suffix: str) -> Stmt:

@@ -34,7 +34,7 @@ from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, For, Scope
 from minicompiler.ir.types import int64
 from minicompiler.target import WORTH_SHARING
 
-from . import ahead, analysis, streaming, transposed
+from . import ahead, analysis, streaming, tails, transposed
 
 if TYPE_CHECKING:
     from .schedule import Schedule
@@ -56,6 +56,7 @@ def apply(s: Schedule) -> None:
     for name in [b.name for b in analysis.blocks(s.func)]:
         one_block(s, name)
     streaming.apply(s)
+    tails.apart(s)
 
 
 def follow_readers(s: Schedule) -> None:

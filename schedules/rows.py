@@ -25,7 +25,7 @@ from minicompiler.ir.expr import (
 )
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Scope
 
-from . import ahead, analysis, combining, elementwise, overlapping, streaming, sums
+from . import ahead, analysis, combining, elementwise, overlapping, streaming, sums, tails
 from .loops import kept_apart
 from .schedule import Schedule
 
@@ -74,6 +74,7 @@ def apply(s: Schedule) -> None:
         s.mark(shared, PARALLEL)
     ahead.fetch_rows(s, top, s.target.caches[1] // 4)
     streaming.apply(s)
+    tails.apart(s)
 
 
 def _sum_at_once(s: Schedule, top: str) -> None:
@@ -239,8 +240,8 @@ def _one_row(s: Schedule, name: str, top: str, several: bool) -> None:
     if extent is not None and extent <= vector:
         s.mark(loop, VECTOR)
         return
-    # Whoever fills a row fills at least as much of it as anyone reads.
     short = extent is not None and extent <= lanes
+    # Whoever fills a row fills at least as much of it as anyone reads.
     held = any(x.buffer.scope is Scope.REGISTER for x in analysis.operand_loads(block))
     o, v = s.split(loop, vector if short else lanes, "mask")
     if short and held:  # registers have no addresses

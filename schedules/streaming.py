@@ -11,7 +11,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from minicompiler.ir.expr import FALSE, Expr, wrap
+from minicompiler.ir.expr import (
+    FALSE,
+    TRUE,
+    ZERO,
+    Binary,
+    Dim,
+    Expr,
+    all_of,
+    eq,
+    free_vars,
+    substitute,
+    wrap,
+)
 from minicompiler.ir.tir import UNROLL, VECTOR, Scope, Stmt
 from minicompiler.target import LINE_BYTES
 
@@ -19,6 +31,8 @@ from . import analysis
 
 if TYPE_CHECKING:
     from .schedule import Schedule
+
+ALIGNED = 16  # bytes: to multiples of them can be written past the caches
 
 
 def apply(s: Schedule) -> None:
@@ -36,8 +50,9 @@ def stream(s: Schedule, name: str, above: int) -> None:
     reason = _reason(s, name)
     if reason is not None:
         s.refuse(reason, block)
-    arith = analysis.arith_of(s.func)
-    condition = arith.simplify(wrap(above) <= _bytes(s, name))
+    condition = all_of(
+        [analysis.arith_of(s.func).simplify(wrap(above) <= _bytes(s, name)), *fits(s, name)]
+    )
 
     def one(x: Stmt) -> Stmt | None:
         return x.with_(body=x.body.with_(stream=condition)) if x is block else None
@@ -56,9 +71,35 @@ def _reason(s: Schedule, name: str) -> str | None:
     around = analysis.loops_in(path)
     if not around or around[-1].kind is not VECTOR:
         return f"block {name} stores no vectors"
+    if FALSE in fits(s, name):
+        return f"lines that block {name} writes begin anywhere in memory"
     if len(around) > 1 and around[-2].kind is UNROLL:
         return f"block {name} stores tiles, which are pieces of cache lines"
     return None
+
+
+def fits(s: Schedule, name: str) -> list[Expr]:
+    """What must hold for all lines that a block writes to begin where instructions that write past
+    the caches can store. If only some did, they would write to cache lines of which ordinary stores
+    write the rest, and such a line goes to memory twice."""
+    block, path = s.block(name)
+    arith, buffer = analysis.arith_of(s.func), block.body.buffer
+    offset = substitute(buffer.offset(block.body.indices), analysis.values_of(block))
+    lane = analysis.loops_in(path)[-1].var
+    found: dict[Expr, None] = {}
+    for atoms, factor in arith.poly(offset).items():
+        if any(lane in free_vars(a) or _ends_with_line(a) for a in atoms):
+            continue
+        step: Expr = wrap(factor)
+        for a in atoms:
+            step = step * a if type(a) is Dim else step
+        found[arith.simplify(eq(step % (ALIGNED // buffer.dtype.bytes), ZERO))] = None
+    return [c for c in found if c is not TRUE]
+
+
+def _ends_with_line(e: Expr) -> bool:
+    """True for where the vectors of a line begin, of which the last one ends with the line."""
+    return type(e) is Binary and e.op == "min"
 
 
 def is_large(s: Schedule, name: str) -> bool:

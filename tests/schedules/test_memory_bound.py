@@ -20,6 +20,7 @@ from minicompiler.ir import interp
 from minicompiler.ir.expr import (
     FALSE,
     TRUE,
+    ZERO,
     Dim,
     Expr,
     binary,
@@ -338,3 +339,18 @@ def test_large_operands_are_asked_for_early(op: str, rows: int, wanted: set[int]
     ]
     distances = re.findall(r"prefetch p0\[.*\] \+ (\d+)", nest)
     assert {int(d) // 512 * 512 for d in distances} == wanted  # of the first of some lines
+
+
+@pytest.mark.parametrize(
+    ("width", "streams"),
+    [(1024, "streamed\n"), (1000, "streamed\n"), (1001, ""), (Dim("d", 1, 10**6), "d%4 == 0")],
+)
+def test_lines_are_streamed_if_all_begin_where_that_can_be_done(
+    width: int | Expr, streams: str
+) -> None:
+    """Else some lines would be, of which others write the rest of a cache line in another way."""
+    x = te.placeholder("x", (20_000, width), float32)
+    total = te.sum(x, 1)
+    y = te.compute((20_000, width), lambda i, j: x[i, j] / total[i, ZERO], "y")
+    text = str(scheduled(y, x))
+    assert streams in text if streams else "streamed" not in text

@@ -85,9 +85,9 @@ def test_sums_stay_in_registers(
     text = nest("reduce_sum", shape, axes)
     assert f"float32[{sums}] register" in text, text
     loads = [line for line in text.splitlines() if "p0[" in line]
-    assert len(loads) == 1
-    (add,) = loads
-    assert re.match(r"\s*\w+_s\[", add), add  # into what is staged
+    assert 1 <= len(loads) <= 2  # the last vectors may ask which of their numbers exist
+    for add in loads:
+        assert re.match(r"\s*\w+_s\[", add), add  # into what is staged
 
 
 def test_no_result_is_stored_in_a_loop_over_what_is_added_up() -> None:
