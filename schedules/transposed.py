@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from minicompiler.ir.expr import Load, Select, Var, const_int, walk
+from minicompiler.ir.expr import Dim, Load, Select, Var, const_int, walk
+from minicompiler.ir.polynomials import Poly, mul
 from minicompiler.ir.tir import UNROLL, VECTOR, Block, Scope
 
 from . import analysis, elementwise
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .schedule import Schedule
 
 PANEL = 8  # tiles: so many lines of the result are written side by side
+ONE: Poly = {(): 1}
 LEAST = 4  # lines and columns of a tile
 
 
@@ -69,7 +71,7 @@ def _width(s: Schedule, load: Load, lanes: int, extent: int | None) -> int:
     thrown out before the next piece comes."""
     whole = max(2 * lanes, s.target.vector_bytes // load.buffer.dtype.bytes)
     if extent is None:
-        return whole
+        return lanes
     tail = extent < 8 * lanes and -extent % lanes < -extent % whole  # would be much of it
     return lanes if extent < whole or tail else whole
 
@@ -114,7 +116,8 @@ def _crossing(
         return None
     lanes = s.target.vector_bytes // 4
     sizes = [const_int(s.loop(n)[0].extent) for n in order]
-    steps = [elementwise.steps(s, name, s.loop(n)[0].var) for n in order]
+    places = elementwise.offsets(block, analysis.arith_of(s.func))
+    steps = [[_step(p, s.loop(n)[0].var) for p in places] for n in order]
     # Elements that may not exist can only be loaded as a box, and a tile of fused axes is none.
     conditional = _conditional(block)
     groups: list[list[int]] = []
@@ -122,16 +125,16 @@ def _crossing(
         size = sizes[k]
         if groups and size is not None and not conditional:
             pairs = zip(steps[groups[-1][-1]], inner, strict=True)
-            if all(a is not None and b is not None and a == b * size for a, b in pairs):
+            if all(a is not None and b is not None and a == mul(b, {(): size}) for a, b in pairs):
                 groups[-1].append(k)
                 continue
         groups.append([k])
     extents = [math.prod(sizes[k] or lanes for k in g) for g in groups]
     crossing: dict[int, list[Load]] = {}
     for j, load in enumerate(loads, 1):
-        along = [k for k, g in enumerate(groups[:-1]) if steps[g[-1]][j] == 1]
+        along = [k for k, g in enumerate(groups[:-1]) if steps[g[-1]][j] == ONE]
         plain = all(isinstance(i, Var) or const_int(i) is not None for i in load.indices)
-        if steps[-1][j] in (None, 0, 1) or len(along) != 1 or not plain:
+        if steps[-1][j] in (None, {}, ONE) or len(along) != 1 or not plain:
             continue
         if min(extents[along[0]], extents[-1]) >= LEAST:
             crossing.setdefault(along[0], []).append(load)
@@ -139,3 +142,10 @@ def _crossing(
         return None
     k, found = max(crossing.items(), key=lambda c: len(c[1]))
     return found, [[order[k] for k in g] for g in groups], k
+
+
+def _step(place: Poly, loop: Var) -> Poly | None:
+    """How far an access moves in memory with a loop: a polynomial of sizes, or None."""
+    step = analysis.slope(place, loop)
+    known = step is not None and all(isinstance(a, Dim) for m in step for a in m)
+    return step if known else None
