@@ -46,7 +46,7 @@ class Case:
     """One measured graph: ONNX nodes from the inputs to the outputs y0, y1, ...
 
     numpy: the same in numpy (None where numpy has no such function); flops: of a call, for what the
-    FMA rate bounds.
+    FMA rate bounds; symbolic: whether sizes come with the call (equal ones have one name).
     """
 
     group: str
@@ -58,11 +58,13 @@ class Case:
     numpy: Callable[..., Any] | None = None
     tolerance: float = 2e-5
     flops: float = 0
+    symbolic: bool = False
 
     def model(self) -> ModelProto:
         def value(name: str, a: Array) -> Any:
             kind = helper.np_dtype_to_tensor_dtype(a.dtype)
-            return helper.make_tensor_value_info(name, kind, a.shape)
+            shape = [f"n{n}" if self.symbolic and n > 3 else n for n in a.shape]
+            return helper.make_tensor_value_info(name, kind, shape)
 
         graph = helper.make_graph(
             list(self.nodes),

@@ -1,13 +1,13 @@
 """Single operators along every axis against onnxruntime, alternating in one run.
 
     python benchmarks/operators.py [part of a case's name ...] [--dtype float32] [--threads 1]
-                                   [--turns 9] [--json FILE]
+                                   [--turns 9] [--symbolic] [--json FILE]
 
 The first column is our time over onnxruntime's, the median over turns with quartiles in brackets:
 below 1, minicompiler is faster. Sizes are small enough for the caches, so that code is compared
 rather than memory. At the end come the geometric mean, the cases above 1, and those that failed: a
 refusal, or results that differ by more than a tolerance. What onnxruntime has no kernel for with
-this type is left out.
+this type is left out. With --symbolic both are compiled for any size (above 3).
 """
 
 from __future__ import annotations
@@ -311,6 +311,7 @@ def main() -> int:
                         choices="float32 float16 float64 int32 int64 uint8".split())  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--symbolic", action="store_true", help="sizes come with the call")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
     found, missing, failed = [], [], []
@@ -344,7 +345,7 @@ def main() -> int:
 def measured(made: Case, args: argparse.Namespace) -> dict[str, Any]:
     exact = made.nodes[0].op_type not in MAY_ROUND
     tolerance = max(TOLERANCE.get(args.dtype, 0.0), 0.0 if exact else ROUNDED)
-    made = dataclasses.replace(made, tolerance=tolerance)
+    made = dataclasses.replace(made, tolerance=tolerance, symbolic=args.symbolic)
     row = measure(made, args.threads, args.turns, None, None)
     middle, low, high = row.pop("times_ort")
     return row | {"ratio": (1 / middle, 1 / high, 1 / low)}

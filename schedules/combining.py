@@ -146,8 +146,8 @@ def columns(s: Schedule, name: str, order: list[str], top: str | None = None) ->
     Rows are read in long stretches, and the sums stay in first-level cache. order: the loops that
     choose the element, in that of memory; top: the loop around, if threads share it already."""
     block, path = s.block(name)
-    lanes = 4 * s.target.lanes(block.body.buffer.dtype.bytes)
-    extent = const_int(s.loop(order[-1])[0].extent)
+    extent = const_int(s.loop(order[-1])[0].extent)  # lines of unknown length may be short ones
+    lanes = (2 if extent is None else 4) * s.target.lanes(block.body.buffer.dtype.bytes)
     if extent is not None and extent < 2 * lanes:
         return False
     stretch = longest(s, block)
