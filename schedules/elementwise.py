@@ -239,6 +239,8 @@ def _in_vectors(
         again = again and extent is not None
         big, small = s.split(inner, lanes, "overlap" if again else "mask")
     s.mark(small, VECTOR)
+    if extent is None and not outer:  # of each share but the last, all vectors are whole ones
+        return s.split(big, tails.LONG, "guard")[0]
     if outer and 0 < uneven <= MOST_UNEVEN:
         s.mark(big, UNROLL)
     if _takes_long(block) and streaming.is_large(s, name):
@@ -371,15 +373,16 @@ def as_one(s: Schedule, name: str, outer: str, inner: str) -> bool:
 
 def lanes_for(s: Schedule, block: Block) -> int:
     """How many elements an iteration computes: a vector, or several where each takes long, or the
-    result is large (a load right behind a store may have to wait for it, where their addresses
+    result may be large (a load right behind a store may have to wait for it, where their addresses
     differ by a multiple of 4 KB)."""
     own, long = block.body, _takes_long(block)
     # Small numbers are mostly computed as float32 or int32, and several vectors of one type are
     # as good as one of another.
     widest = min(4, _widest(own.value))
     size = max(own.buffer.dtype.bytes, widest if long else widest // LONG_VECTORS)
-    long = long or streaming.is_large(s, block.name)
-    return s.target.vector_bytes // size * (LONG_VECTORS if long else 1)
+    long = long or streaming.may_be_large(s, block.name)
+    lanes = s.target.vector_bytes // size * (LONG_VECTORS if long else 1)
+    return min(lanes, LONG_VECTORS * s.target.vector_bytes // max(widest, 1))
 
 
 def _widest(e: Expr) -> int:

@@ -107,6 +107,11 @@ def is_large(s: Schedule, name: str) -> bool:
     return analysis.arith_of(s.func).prove(wrap(_limit(s)) <= _bytes(s, name)) is True
 
 
+def may_be_large(s: Schedule, name: str) -> bool:
+    """True unless a block is known to write less."""
+    return _may_reach(s, name, _limit(s))
+
+
 def broken_lines(s: Schedule, name: str, loop: str) -> int:
     """The elements of a cache line, where a block streams what it stores and iterations of an outer
     loop begin anywhere in one, so that instructions that write past the caches do not fit; else 0.
