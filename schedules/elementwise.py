@@ -155,11 +155,11 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
     if analysis.is_reduction(block):
         reduction_block(s, name)
         return
-    lanes = lanes_for(s, block)
     order = memory_order(s, name, below)
     if not order:
         return
     flat = below is None and _same_everywhere(s, name)
+    lanes = lanes_for(s, s.block(name)[0], flat)
     if flat and len(order) > 1:
         order = [s.fuse(*order)]
     elif below is None:
@@ -371,16 +371,17 @@ def as_one(s: Schedule, name: str, outer: str, inner: str) -> bool:
     return True
 
 
-def lanes_for(s: Schedule, block: Block) -> int:
+def lanes_for(s: Schedule, block: Block, flat: bool = False) -> int:
     """How many elements an iteration computes: a vector, or several where each takes long, or the
-    result may be large (a load right behind a store may have to wait for it, where their addresses
-    differ by a multiple of 4 KB)."""
+    result is large (a load right behind a store may have to wait for it, where their addresses
+    differ by a multiple of 4 KB), or may be and all operands are read as it is written."""
     own, long = block.body, _takes_long(block)
     # Small numbers are mostly computed as float32 or int32, and several vectors of one type are
     # as good as one of another.
     widest = min(4, _widest(own.value))
     size = max(own.buffer.dtype.bytes, widest if long else widest // LONG_VECTORS)
-    long = long or streaming.may_be_large(s, block.name)
+    large = streaming.may_be_large if flat else streaming.is_large
+    long = long or large(s, block.name)
     lanes = s.target.vector_bytes // size * (LONG_VECTORS if long else 1)
     return min(lanes, LONG_VECTORS * s.target.vector_bytes // max(widest, 1))
 
