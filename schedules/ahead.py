@@ -89,11 +89,8 @@ def _fetch(s: Schedule, name: str, buffer: Buffer, distance: int, step: int | No
     """Not where other blocks in the loop read elsewhere, or data decides where."""
     loop = _loop(s, name)
     places = hints.starts(buffer, s.loop(loop)[0], analysis.arith_of(s.func))
-    if (
-        step
-        and 0 < step <= LINES * LINE_BYTES
-        and len(places) == 1
-        and hints.known_early(places[0])
-    ):
+    step = step or 0
+    near = 0 < step <= LINES * LINE_BYTES
+    if near and len(places) == 1 and hints.known_early(places[0]):
         lines = -(-step // LINE_BYTES)
         s.prefetch(buffer.name, loop, distance // buffer.dtype.bytes, lines=lines)
