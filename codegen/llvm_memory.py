@@ -15,13 +15,12 @@ from minicompiler.ir.expr import FALSE, TRUE, Binary, Cast, Const, Expr, Load, V
 from minicompiler.ir.polynomials import Poly, plus
 from minicompiler.ir.tir import Buffer, Prefetch, PrimFunc, Scope, Store
 from minicompiler.ir.types import DType
-from minicompiler.target import Target
+from minicompiler.target import STREAMED, Target
 
 from .llvm_text import Operand, mangle, memory_type, value_type, vector
 from .llvm_values import Values
 
 Indices = tuple[Expr, ...]
-STREAMED = 16, 32  # bytes: the alignments that stores past the caches need, and of whole registers
 NOWHERE = 64  # bytes of zeros, for loads that are not wanted
 
 

@@ -53,6 +53,7 @@ _NAMED_CORES = 8
 # long as storing so many elements.
 WORTH_SHARING = 1024
 LINE_BYTES = 64  # of a cache line
+STREAMED = 16, 32  # bytes: the alignments that stores past the caches need, and of whole registers
 _DEFAULT_CACHES = (32 << 10, 1 << 20, 32 << 20)
 _SYS_CPU = Path("/sys/devices/system/cpu")
 _CGROUP = Path("/sys/fs/cgroup")

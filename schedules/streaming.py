@@ -25,22 +25,19 @@ from minicompiler.ir.expr import (
     wrap,
 )
 from minicompiler.ir.tir import UNROLL, VECTOR, Scope, Stmt
-from minicompiler.target import LINE_BYTES
+from minicompiler.target import LINE_BYTES, STREAMED
 
 from . import analysis
 
 if TYPE_CHECKING:
     from .schedule import Schedule
 
-ALIGNED = 16  # bytes: to multiples of them can be written past the caches
-
 
 def apply(s: Schedule) -> None:
     """Marks every block that fills a result in the order of its memory."""
-    above = _limit(s)
     for block in list(analysis.blocks(s.func)):
-        if _reason(s, block.name) is None and _may_reach(s, block.name, above):
-            s.stream(block.name, above)
+        if _reason(s, block.name) is None and may_be_large(s, block.name):
+            s.stream(block.name, _limit(s))
 
 
 def stream(s: Schedule, name: str, above: int) -> None:
@@ -51,7 +48,7 @@ def stream(s: Schedule, name: str, above: int) -> None:
     if reason is not None:
         s.refuse(reason, block)
     condition = all_of(
-        [analysis.arith_of(s.func).simplify(wrap(above) <= _bytes(s, name)), *fits(s, name)]
+        [analysis.arith_of(s.func).simplify(wrap(above) <= _bytes(s, name)), *_fits(s, name)]
     )
 
     def one(x: Stmt) -> Stmt | None:
@@ -71,14 +68,14 @@ def _reason(s: Schedule, name: str) -> str | None:
     around = analysis.loops_in(path)
     if not around or around[-1].kind is not VECTOR:
         return f"block {name} stores no vectors"
-    if FALSE in fits(s, name):
+    if FALSE in _fits(s, name):
         return f"lines that block {name} writes begin anywhere in memory"
     if len(around) > 1 and around[-2].kind is UNROLL:
         return f"block {name} stores tiles, which are pieces of cache lines"
     return None
 
 
-def fits(s: Schedule, name: str) -> list[Expr]:
+def _fits(s: Schedule, name: str) -> list[Expr]:
     """What must hold for all lines that a block writes to begin where instructions that write past
     the caches can store. If only some did, they would write to cache lines of which ordinary stores
     write the rest, and such a line goes to memory twice."""
@@ -93,7 +90,7 @@ def fits(s: Schedule, name: str) -> list[Expr]:
         step: Expr = wrap(factor)
         for a in atoms:
             step = step * a if type(a) is Dim else step
-        found[arith.simplify(eq(step % (ALIGNED // buffer.dtype.bytes), ZERO))] = None
+        found[arith.simplify(eq(step % (STREAMED[0] // buffer.dtype.bytes), ZERO))] = None
     return [c for c in found if c is not TRUE]
 
 
@@ -109,7 +106,8 @@ def is_large(s: Schedule, name: str) -> bool:
 
 def may_be_large(s: Schedule, name: str) -> bool:
     """True unless a block is known to write less."""
-    return _may_reach(s, name, _limit(s))
+    arith = analysis.arith_of(s.func)
+    return arith.simplify(wrap(_limit(s)) <= _bytes(s, name)) is not FALSE
 
 
 def broken_lines(s: Schedule, name: str, loop: str) -> int:
@@ -128,12 +126,6 @@ def broken_lines(s: Schedule, name: str, loop: str) -> int:
 
 def _limit(s: Schedule) -> int:
     return s.target.caches[2] // 2
-
-
-def _may_reach(s: Schedule, name: str, above: int) -> bool:
-    """False where the buffer is known to be smaller."""
-    arith = analysis.arith_of(s.func)
-    return arith.simplify(wrap(above) <= _bytes(s, name)) is not FALSE
 
 
 def _bytes(s: Schedule, name: str) -> Expr:
