@@ -218,7 +218,8 @@ def _enough(s: Schedule, loops: list[str]) -> bool:
 def _in_vectors(
     s: Schedule, name: str, inner: str, lanes: int, outer: list[str], again: bool
 ) -> str | None:
-    """Vectors along the innermost loop of a block; the loop over them, if there are several.
+    """Vectors along the innermost loop of a block; the loop over them, or over shares of them, if
+    there are several.
 
     again: one thread runs all of it, so that the last vectors may overlap."""
     block, _ = s.block(name)
@@ -371,7 +372,7 @@ def as_one(s: Schedule, name: str, outer: str, inner: str) -> bool:
     return True
 
 
-def lanes_for(s: Schedule, block: Block, flat: bool = False) -> int:
+def lanes_for(s: Schedule, block: Block, flat: bool) -> int:
     """How many elements an iteration computes: a vector, or several where each takes long, or the
     result is large (a load right behind a store may have to wait for it, where their addresses
     differ by a multiple of 4 KB), or may be and all operands are read as it is written."""

@@ -240,8 +240,8 @@ def _one_row(s: Schedule, name: str, top: str, several: bool) -> None:
     if extent is not None and extent <= vector:
         s.mark(loop, VECTOR)
         return
-    short = extent is not None and extent <= lanes
     # Whoever fills a row fills at least as much of it as anyone reads.
+    short = extent is not None and extent <= lanes
     held = any(x.buffer.scope is Scope.REGISTER for x in analysis.operand_loads(block))
     o, v = s.split(loop, vector if short else lanes, "mask")
     if short and held:  # registers have no addresses

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .schedule import Schedule
 
 PANEL = 8  # tiles: so many lines of the result are written side by side
-ONE: Poly = {(): 1}
 LEAST = 4  # lines and columns of a tile
+ONE: Poly = {(): 1}  # the distance of neighbours
 
 
 def schedule(s: Schedule, name: str, order: list[str]) -> bool:
@@ -69,9 +69,9 @@ def schedule(s: Schedule, name: str, order: list[str]) -> bool:
 def _width(s: Schedule, load: Load, lanes: int, extent: int | None) -> int:
     """Of a tile along the result's memory. Lines of the result that lie a power of two apart are
     thrown out before the next piece comes."""
-    whole = max(2 * lanes, s.target.vector_bytes // load.buffer.dtype.bytes)
-    if extent is None:
+    if extent is None:  # it may be a short one
         return lanes
+    whole = max(2 * lanes, s.target.vector_bytes // load.buffer.dtype.bytes)
     tail = extent < 8 * lanes and -extent % lanes < -extent % whole  # would be much of it
     return lanes if extent < whole or tail else whole
 

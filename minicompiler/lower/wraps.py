@@ -57,7 +57,8 @@ def unwrap_lines(func: PrimFunc, ctx: object = None) -> PrimFunc:
             body = s.body if s.kind is UNROLL else visit(s.body)
             return s if body is s.body else s.with_(body=body)
         if isinstance(s, Seq):
-            return s.with_(stmts=tuple(visit(x) for x in s.stmts))
+            stmts = tuple(visit(x) for x in s.stmts)
+            return s.with_(stmts=stmts) if stmts != s.stmts else s
         if isinstance(s, If):
             return s.with_(then=visit(s.then), orelse=None if s.orelse is None else visit(s.orelse))
         if isinstance(s, Alloc):

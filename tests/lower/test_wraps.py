@@ -68,7 +68,7 @@ def test_rows_of_one_long_line_stay() -> None:
     x = te.placeholder("x", (10, 33), float32)
     y = te.compute((11, 30), lambda i, j: x[(i * 30 + j) // 33, (i * 30 + j) % 33], "y")
     func = prepared(y, x)
-    assert str(unwrap_lines(func)) == str(func)
+    assert unwrap_lines(func).phases == func.phases
 
 
 @pytest.mark.parametrize("width", [9, 31, 64, 97])
