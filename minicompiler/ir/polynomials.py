@@ -123,6 +123,10 @@ def both(a: Interval, b: Interval) -> Interval:
     return low, bh if ah is None else ah if bh is None else min(ah, bh)
 
 
+def moved(a: Interval, by: int) -> Interval:
+    return None if a[0] is None else a[0] + by, None if a[1] is None else a[1] + by
+
+
 def mul_bounds(a: Interval, b: Interval) -> Interval:
     (al, ah), (bl, bh) = a, b
     if al is not None and al >= 0 and bl is not None and bl >= 0:
