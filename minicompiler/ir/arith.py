@@ -47,7 +47,6 @@ from .polynomials import (
     clean,
     div_bounds,
     divide,
-    moved,
     mul,
     mul_bounds,
     plus,
@@ -361,18 +360,16 @@ class Arith:
             lo, hi = term if c > 0 else term[::-1]
             low = None if low is None or lo is None else low + lo * c
             high = None if high is None or hi is None else high + hi * c
-        fixed = p.get(())
-        if len(p) > 1 + (fixed is not None):  # n*m - 2*n is n*(m - 2), which has a sign
-            first, *others = (m for m in p if m)
+        if len(p) > 1 and () not in p:  # n*m - 2*n is n*(m - 2), which has a sign
+            first, *others = p
             for shared in first:
                 if all(shared in m for m in others):
                     rest: Poly = {}
                     for m, c in p.items():
-                        if m:
-                            k = m.index(shared)
-                            rest[m[:k] + m[k + 1 :]] = c
+                        k = m.index(shared)
+                        rest[m[:k] + m[k + 1 :]] = c
                     factored = mul_bounds(self.interval(shared), self.poly_interval(rest))
-                    return both((low, high), moved(factored, fixed or 0))
+                    return both((low, high), factored)
         return low, high
 
     def nonneg(self, p: Poly) -> bool:

@@ -123,8 +123,9 @@ def both(a: Interval, b: Interval) -> Interval:
     return low, bh if ah is None else ah if bh is None else min(ah, bh)
 
 
-def moved(a: Interval, by: int) -> Interval:
-    return None if a[0] is None else a[0] + by, None if a[1] is None else a[1] + by
+def add_bounds(a: Interval, b: Interval) -> Interval:
+    low, high = ((None if x is None or y is None else x + y) for x, y in zip(a, b, strict=True))
+    return low, high
 
 
 def mul_bounds(a: Interval, b: Interval) -> Interval:

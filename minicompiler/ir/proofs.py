@@ -9,18 +9,31 @@ quotients, minima and maxima by what they are known to be, and known facts are s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import gcd
 from typing import TYPE_CHECKING
 
 from .bounds import eliminate
-from .expr import ZERO, Binary, Const, Expr, free_vars, walk
-from .polynomials import Monomial, Poly, add, clean, mul, plus, subtract
+from .expr import ZERO, Binary, Const, Dim, Expr, free_vars, walk
+from .polynomials import (
+    Interval,
+    Monomial,
+    Poly,
+    add,
+    add_bounds,
+    clean,
+    mul,
+    mul_bounds,
+    plus,
+    subtract,
+)
 from .samples import Samples
 
 if TYPE_CHECKING:
     from .arith import Arith
 
 _MOST_ATOMS = 16  # quotients, minima and maxima in a claim that is taken apart
+_FEW = 3  # terms in a claim that is multiplied by a divisor: each quotient may lead to another one
 _LONG = 16  # steps after which a claim is probably false: few that were proved took more
 _GIVEN_UP = 1 << 30  # terms: of a search for what turned out to be false
 
@@ -101,6 +114,9 @@ class Prover:
         """`nonneg` where numbers alone do not decide."""
         if not depth and any(_never_negative(arith, q) for q in _less_facts(arith, p)):
             return True  # a fact that says it: the search below may come to it late
+        low = _least(arith, p)
+        if low is not None and low >= 0:
+            return True
         many = sum(any(type(a) is Binary for a in m) for m in p) > _MOST_ATOMS
         if many and (fewer := _without_lonely(arith, p)) != p:
             return self.nonneg(arith, fewer, depth + 1)
@@ -112,6 +128,8 @@ class Prover:
                 return True
         if many:
             return False  # what follows has two cases for each
+        if any(self.nonneg(arith, q, depth + 1) for q in _without_pair(arith, p)):
+            return True
         exact = without_quotient(arith, p)
         if exact is not None and self.nonneg(arith, exact, depth + 1):
             return True
@@ -141,30 +159,17 @@ class Prover:
                         rest = {n: d for n, d in p.items() if n != m}
                         if self.nonneg(arith, add(rest, mul(others, arith.poly(limit))), depth + 1):
                             return True
-        # c * (x // d) with d dividing c lies between c/d * (x - d + 1) and c/d * x.
         for m, c in sorted(p.items(), key=_clamped_variables, reverse=True):
             for k, atom in enumerate(m):
                 if type(atom) is Binary and atom.op == "floordiv" and type(atom.b) is Const:
-                    d = atom.b.value
-                    if d > 0 and c % d == 0:
-                        others = {m[:k] + m[k + 1 :]: 1}
-                        if arith.poly_interval(others)[0] in (None, *range(-9, 0)):
-                            continue
-                        x = arith.poly(atom.a)
-                        near = plus(x, 1 - d) if c > 0 else x
-                        rest = {n: k2 for n, k2 in p.items() if n != m}
-                        r = add(rest, mul({(): c // d}, mul(others, near)))
-                        if self.nonneg(arith, r, depth + 1):
-                            return True
+                    if any(self.nonneg(arith, q, depth + 1) for q in _unrounded(arith, p, m, k)):
+                        return True
                 elif type(atom) is Binary and atom.op in ("min", "max"):
                     # min(a, b) <= a and <= b; max(a, b) >= a and >= b: use where the sign allows,
                     # otherwise both cases must hold.
                     rest = {n: k2 for n, k2 in p.items() if n != m}
                     others = mul({m[:k] + m[k + 1 :]: 1}, {(): c})
-                    if arith.poly_interval({m[:k] + m[k + 1 :]: 1})[0] in (
-                        None,
-                        *range(-9, 0),
-                    ):
+                    if not _never_negative(arith, {m[:k] + m[k + 1 :]: 1}):
                         continue
                     cases = [add(rest, mul(others, arith.poly(side))) for side in (atom.a, atom.b)]
                     easy = (atom.op == "max") == (c > 0)
@@ -207,6 +212,14 @@ def _less_facts(arith: Arith, p: Poly) -> Iterator[Poly]:
             if k > 1:
                 scaled = {m: c * k for m, c in p.items()}
                 yield plus(subtract(scaled, f), k - 1)
+        # A fact times n + k, where that is not negative.
+        for n in sorted({a for m in p if len(m) > 1 for a in m if type(a) is Dim}, key=str):
+            rest = subtract(p, mul(f, {(n,): 1}))
+            if len(rest) < len(p):
+                times = {rest[m] // c for m, c in f.items() if m in rest and rest[m] % c == 0}
+                for k in sorted(times):
+                    if n.lo + k >= 0:
+                        yield subtract(rest, mul(f, {(): k}))
 
 
 def _never_negative(arith: Arith, p: Poly) -> bool:
@@ -215,16 +228,50 @@ def _never_negative(arith: Arith, p: Poly) -> bool:
     return low is not None and low >= 0
 
 
+def _least(arith: Arith, p: Poly) -> int | None:
+    """What a polynomial is not less than, by numeric bounds that are tighter than those of its
+    terms: each atom is counted from its least value, so that n*m - n - m + 1 has no negative term
+    where n, m >= 1, and n*m - n is n*(m - 1)."""
+    more = {a for m, c in p.items() if c > 0 for a in m}
+    if any(c < 0 and m and more.isdisjoint(m) for m, c in p.items()):
+        return None  # nothing makes up for this term
+    spans = {a: arith.interval(a) for m in p for a in m}
+    counted: Poly = {}
+    for m, c in p.items():
+        term: Poly = {(): c}
+        for a in m:
+            term = mul(term, clean({(a,): 1, (): spans[a][0] or 0}))
+        counted = add(counted, term)
+    spans = {
+        a: span if span[0] is None else (0, None if span[1] is None else span[1] - span[0])
+        for a, span in spans.items()
+    }
+    return _horner(counted, spans)[0]
+
+
+def _horner(p: Poly, spans: Mapping[Expr, Interval]) -> Interval:
+    """Bounds of a polynomial, the atom that most of its terms share taken out of them first."""
+    uses = Counter(a for m in p for a in dict.fromkeys(m))
+    if not uses:
+        return p.get((), 0), p.get((), 0)
+    atom = max(uses, key=uses.__getitem__)
+    inside: Poly = {}
+    others: Poly = {}
+    for m, c in p.items():
+        if atom in m:
+            k = m.index(atom)
+            inside[m[:k] + m[k + 1 :]] = c
+        else:
+            others[m] = c
+    return add_bounds(mul_bounds(spans[atom], _horner(inside, spans)), _horner(others, spans))
+
+
 def without_quotient(arith: Arith, p: Poly) -> Poly | None:
     """A polynomial that is >= 0 exactly when p is, with one quotient less; None when there is
     none. g*(x // d) + r >= 0 is x + (r // g)*d >= 0, and r >= g*(x // d) is (r // g + 1)*d >
     x. Quotients of loop variables go first: where x // w < (h + 1)//2, it is x that is
     compared with the product of two sizes."""
-    quotients = [
-        (atom, c)
-        for (*others, atom), c in ((m, c) for m, c in p.items() if m)
-        if not others and type(atom) is Binary and atom.op == "floordiv"
-    ]
+    quotients = _quotients(p)
     if len(quotients) > 1:
         quotients.sort(key=lambda t: arith.ranges.keys().isdisjoint(free_vars(t[0])))
         # One inside of another goes after it: (x//3*3 + y)//5 + x//3 < 5 is x//3*8 + y < 25.
@@ -235,6 +282,8 @@ def without_quotient(arith: Arith, p: Poly) -> Poly | None:
         low = arith.poly_interval(d)[0]
         rest = {n: k for n, k in p.items() if n != (atom,)}
         g = abs(c)
+        if low is None or low <= 0:
+            low = _least(arith, d)
         positive = (low is not None and low > 0) or plus(d, -1) in arith.facts
         if not positive or any(k % g for n, k in rest.items() if n):
             continue
@@ -244,6 +293,49 @@ def without_quotient(arith: Arith, p: Poly) -> Poly | None:
             return arith.rejoin(add(x, mul(rest, d)))
         return arith.rejoin(subtract(plus(mul(plus(rest, 1), d), -1), x))
     return None
+
+
+def _quotients(p: Poly) -> list[tuple[Binary, int]]:
+    """The terms of a polynomial that are a number times a quotient."""
+    return [
+        (atom, c)
+        for (*others, atom), c in ((m, c) for m, c in p.items() if m)
+        if not others and type(atom) is Binary and atom.op == "floordiv"
+    ]
+
+
+def _unrounded(arith: Arith, p: Poly, m: Monomial, k: int) -> Iterator[Poly]:
+    """`p` without the quotient at place k of a term, times the divisor where that is needed:
+    c * (x // d) lies between c/d * (x - d + 1) and c/d * x, and is at least c where x >= d."""
+    c, atom = p[m], m[k]
+    assert type(atom) is Binary and type(atom.b) is Const
+    d, others = atom.b.value, {m[:k] + m[k + 1 :]: 1}
+    if d <= 0 or (c % d and (len(m) == 1 or len(p) > _FEW)) or not _never_negative(arith, others):
+        return
+    times = d // gcd(c, d)
+    rest = {n: size * times for n, size in p.items() if n != m}
+    x = arith.poly(atom.a)
+    near = plus(x, 1 - d) if c > 0 else x
+    yield add(rest, mul({(): c * times // d}, mul(others, near)))
+    if c > 0 and len(p) <= _FEW and arith.holds(atom.b <= atom.a):
+        yield add(rest, mul({(): c * times}, others))
+
+
+def _without_pair(arith: Arith, p: Poly) -> Iterator[Poly]:
+    """`p` with the least that x // d - k * (y // (k*d)) is where x >= y, and that its negative is
+    where x <= y, instead of them (d > 0)."""
+    quotients = _quotients(p)
+    for x, c in quotients:
+        least = _least(arith, arith.poly(x.b)) if len(quotients) > 1 else None
+        if least is None or least <= 0:
+            continue
+        for y, d in quotients:
+            k = -d // c
+            if x is y or k <= 0 or d % c or arith.poly(y.b) != mul(arith.poly(x.b), {(): k}):
+                continue
+            if arith.holds(y.a <= x.a if c > 0 else x.a <= y.a):
+                rest = {m: n for m, n in p.items() if m not in ((x,), (y,))}
+                yield plus(rest, 0 if c > 0 else c * (k - 1))
 
 
 def _without_lonely(arith: Arith, p: Poly) -> Poly:

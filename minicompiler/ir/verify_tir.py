@@ -386,6 +386,14 @@ class _Verifier:
             high = high or arith.holds(e < room)
             if low and high:
                 return ""
+        choice = next((x for x in walk(i) if type(x) is Select), None)
+        if choice is not None:  # each branch fits where it is chosen
+            for branch, c in (choice.a, choice.cond), (choice.b, logical_not(choice.cond)):
+                only: dict[Expr, Expr] = {choice: branch}
+                e = rewrite(i, only.get)
+                if bad := self.outside(e, room, (*conditions, *conjuncts(c)), p, own, ranges):
+                    return bad
+            return ""
         return f"below {room}" if low else ">= 0"
 
     def attempts(

@@ -286,6 +286,51 @@ def test_a_quotient_beside_another_one_of_it() -> None:
     assert arith.prove((x // 3 * 8 + y) // 5 < 4) is None
 
 
+def test_all_iterations_but_the_last_stay_inside_fused_axes() -> None:
+    """32 elements each of (3, n, 4), of which the last iteration alone asks which ones exist."""
+    i = Var("i")
+    arith = Arith({A: (ZERO, (N * 3 + 7) // 8 - 2), B: below(32)})
+    assert arith.prove(i % 3 * 3 + (A * 32 + B) // (N * 4) < 9) is True
+    assert arith.prove(i % 3 * 3 + (A * 32 + B) // (N * 4) < 8) is None
+
+
+def test_a_product_of_sizes_less_one_is_positive() -> None:
+    h, w, i = Dim("h", 2), Dim("w", 2), Var("i")
+    rows, columns = h - 1, w - 1
+    arith = Arith({i: below(N * rows * columns)})
+    assert arith.prove(i // columns // rows < N) is True
+    assert arith.prove(i // columns // rows + 1 < N) is None
+    assert Arith().prove(h * w - h - w >= ZERO) is True
+    assert Arith().prove(h * w - h - w >= 1) is None
+    assert Arith({X: below(3)}).prove(N * 24 - N * X * 12 + 4 > 3) is True
+    assert Arith({X: below(4)}).prove(N * 24 - N * X * 12 + 4 > 3) is None
+
+
+def test_quotients_by_one_divisor_compare_as_dividends_do() -> None:
+    last = (N * M + 15) // 16 * 16 - 1
+    arith = Arith({A: below((N * M + 15) // 16), B: below(16)})
+    assert arith.prove(last // N >= (A * 16 + B) // N) is True
+    assert arith.prove(last // N > (A * 16 + B) // N) is None
+
+
+def test_facts_times_sizes() -> None:
+    """Where align_corners takes the last pixel from: (n - 1) * x // (2n - 1) with x < 2n."""
+    x = A * 8 + B % 8
+    arith = Arith({A: below((N + 3) // 4), B: below(16)}, [x < N * 2])
+    assert arith.prove(x * (N - 1) // (N * 2 - 1) < N) is True
+    assert arith.prove(x * (N - 1) // (N * 2 - 1) + 1 < N) is None
+
+
+def test_a_third_of_a_size_lies_below_it() -> None:
+    """The first of three parts, flattened."""
+    arith = Arith({I: (ZERO, (M + 2) // 3 * N - 1)})
+    assert arith.prove(I // N < M) is True
+    assert arith.prove(I // N + 2 < M) is None
+    # x // 4 is at most x / 4, but -x // 4 is not: the factor beside it may have either sign.
+    arith = Arith({I: below(8), J: (Const(-20), Const(-10))})
+    assert arith.prove(J * 4 * (I // 4) >= J * I) is None
+
+
 def test_quotients_by_sums() -> None:
     """What a flattened and unfolded axis leads to: the sum of several terms divides exactly, or
     all but what is smaller than it."""

@@ -103,6 +103,9 @@ GOOD: dict[str, Callable[[], PrimFunc]] = {
     "load in the other branch": lambda: func(
         loops(block(value=select(V < 1, const(0, float32), SHIFTED)))
     ),
+    "an index chosen by position": lambda: func(
+        loops(block(value=Load(X, (select(V < 7, V + 1, V - 7), W))))
+    ),
     "clamped index": lambda: func(
         loops(block(value=Load(X, (maximum(minimum(INDEX, Const(7)), ZERO), W))))
     ),
@@ -247,6 +250,10 @@ WRONG: dict[str, tuple[Callable[[], PrimFunc], str]] = {
     "load before": (lambda: func(loops(block(value=SHIFTED))), "not known to be >= 0"),
     "load under the wrong condition": (
         lambda: func(loops(block(value=select(V >= 1, _one(), SHIFTED)))), "not known to be >= 0",
+    ),
+    "one branch of an index beyond": (
+        lambda: func(loops(block(value=Load(X, (select(V < 7, V + 1, V + 1 - W), W))))),
+        "loads x at .*, not known to be below 8",
     ),
     "store beyond": (lambda: func(loops(block(at=(V, W + 1)))), "stores to y at `w \\+ 1`"),
     "data as an index": (
