@@ -38,6 +38,8 @@ _API = (
 _TEXT = """
 ; A numpy array: reference count, type, data, rank, shape, strides, base, dtype, flags.
 %array = type { i64, ptr, ptr, i32, ptr, ptr, ptr, ptr, i32 }
+; A dtype: reference count, type, type of a scalar; kind, character, byte order, flags and number.
+%dtype = type { i64, ptr, ptr, i64 }
 
 declare ptr @PyLong_AsVoidPtr(ptr)
 declare ptr @PyLong_FromLong(i64)
@@ -91,6 +93,30 @@ define internal ptr @slot(ptr %frame, i64 %k) alwaysinline {
   ret ptr %p
 }
 
+; Whether two dtypes are alike: one object, or, as what `pickle` reads has a dtype of its own, the
+; same scalar type, byte order and number of the type.
+define internal i1 @alike(i64 %a, i64 %b) {
+  %one = icmp eq i64 %a, %b
+  br i1 %one, label %yes, label %look
+look:
+  %p = inttoptr i64 %a to ptr
+  %q = inttoptr i64 %b to ptr
+  %p_scalar = getelementptr %dtype, ptr %p, i32 0, i32 2
+  %q_scalar = getelementptr %dtype, ptr %q, i32 0, i32 2
+  %p_kind = getelementptr %dtype, ptr %p, i32 0, i32 3
+  %q_kind = getelementptr %dtype, ptr %q, i32 0, i32 3
+  %a_scalar = load i64, ptr %p_scalar
+  %b_scalar = load i64, ptr %q_scalar
+  %same_scalar = icmp eq i64 %a_scalar, %b_scalar
+  %a_kind = load i64, ptr %p_kind
+  %b_kind = load i64, ptr %q_kind
+  %same_kind = icmp eq i64 %a_kind, %b_kind
+  %same = and i1 %same_scalar, %same_kind
+  ret i1 %same
+yes:
+  ret i1 true
+}
+
 ; Whether an object is an array as the signature says; notes its address and the bytes it covers.
 ; The elements along an axis lie as in a C-contiguous array whose sizes are the capacities.
 define internal i1 @fits(ptr %object, ptr %frame, i64 %k) {
@@ -103,7 +129,7 @@ look:
   %p_dtype = getelementptr %array, ptr %object, i32 0, i32 7
   %dtype = load i64, ptr %p_dtype
   %w_dtype = call i64 @word(ptr %record, i64 $DTYPE)
-  %same_dtype = icmp eq i64 %dtype, %w_dtype
+  %same_dtype = call i1 @alike(i64 %dtype, i64 %w_dtype)
   %p_rank = getelementptr %array, ptr %object, i32 0, i32 3
   %rank32 = load i32, ptr %p_rank
   %rank = zext i32 %rank32 to i64
@@ -304,6 +330,9 @@ def _layout_is_known() -> bool:
     if sys.implementation.name != "cpython" or object.__basicsize__ != 16:
         return False
     probe = np.zeros((3, 5), np.int16)
+    kind = probe.dtype
+    number = ord(kind.kind) | ord(kind.char) << 8 | ord(kind.byteorder) << 16 | kind.num << 32
+    described = (ctypes.c_int64 * 4).from_address(id(kind))
     words = (ctypes.c_int64 * 9).from_address(id(probe))
     shape = (ctypes.c_int64 * 2).from_address(words[4])
     strides = (ctypes.c_int64 * 2).from_address(words[5])
@@ -312,6 +341,7 @@ def _layout_is_known() -> bool:
         == (id(np.ndarray), probe.ctypes.data, 2, id(probe.dtype))
         and (tuple(shape), tuple(strides)) == (probe.shape, probe.strides)
         and words[8] & _WRITEABLE == _WRITEABLE
+        and (described[2], described[3] & ~(0xFF << 24)) == (id(np.int16), number)
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -84,6 +86,21 @@ def test_usual_calls_need_no_python(module: Module, checked: list[Module]) -> No
         assert named["s"] is s
         module(a, a)  # inputs may overlap each other
     assert not checked
+
+
+def test_arrays_that_pickle_read_need_no_python(module: Module, checked: list[Module]) -> None:
+    """Their dtype is an object of its own. Another byte order or type is not alike."""
+    module(A, B)
+    a, b = pickle.loads(pickle.dumps((A, B)))
+    y = pickle.loads(pickle.dumps(np.zeros((3, 4), np.float32)))
+    assert a.dtype is not A.dtype
+    np.testing.assert_array_equal(module(a, b, out=[y, None])[0], A + B)
+    assert not checked
+    for other in (">f4", np.float64, np.int32):
+        c = A.astype(pickle.loads(pickle.dumps(np.dtype(other))))
+        with contextlib.suppress(RunError):
+            np.testing.assert_array_equal(module(c, b)[0], np.asarray(c, np.float32) + B)
+    assert len(checked) == 3
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int32, np.bool_, ml_dtypes.bfloat16])
