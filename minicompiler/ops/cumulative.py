@@ -102,10 +102,13 @@ def _rows(step: _Step, start: Expr, others: Sequence[Expr], fresh: Fresh) -> Stm
 
 
 def _strips(step: _Step, start: Expr, others: Sequence[Expr], fresh: Fresh) -> Stmt:
-    """Part of a line of the last axis at a time, or as many whole lines as a strip has room for."""
-    outer, (*lines, columns) = others[: step.axis], others[step.axis :]
+    """Part of a line of the last axis at a time, or as many whole lines as a strip has room for.
+    Lines of a length that comes with the call may be short ones: all of them are one line."""
+    outer, inner = others[: step.axis], others[step.axis :]
+    joined = const_int(inner[-1]) is None
+    lines, columns = ((), product(inner)) if joined else (inner[:-1], inner[-1])
     width = min(STRIP, const_int(columns) or STRIP)
-    height = max(1, min(STRIP // width, const_int(product(lines)) or 1))
+    height = max(1, min(STRIP // width, const_int(product(lines)) or STRIP))
     lanes = math.gcd(width, LANES)
     grid = (*outer, ceildiv(product(lines), height), ceildiv(columns, width))
     strip, t = fresh("strip"), fresh("t")
@@ -119,8 +122,8 @@ def _strips(step: _Step, start: Expr, others: Sequence[Expr], fresh: Fresh) -> S
         return For(line, minimum(product(lines) - top * height, height), SERIAL, row)
 
     def next_(r: Expr, j: Expr) -> Stmt:
-        where = [*place, *_index(top * height + r, lines), first + j]
-        return step(t, sums, r * width + j, where)
+        at = _index(first + j, inner) if joined else [*_index(top * height + r, lines), first + j]
+        return step(t, sums, r * width + j, [*place, *at])
 
     run = [
         each(lambda r, j: Store(sums, (r * width + j,), start)),
