@@ -357,6 +357,8 @@ def _worth_inlining(t: te.Tensor, original: te.Tensor, consumers: list[te.Tensor
         )
         if sites > 1 and cost * sites > CHEAP:
             return False
+        if sites > 1 and len(_reads(t, None)) > 1 and _looks_up(c, original):
+            return False
         if c.body is not None and type(c.body) is Reduce:
             once = all(
                 set(c.axes) | set(c.body.axes) <= free_of(e) | _unit_axes(c)
@@ -373,6 +375,11 @@ def _reads(t: te.Tensor, source: te.Tensor | None) -> list[Load]:
     """The loads of t, or only those of one source."""
     every = () if t.body is None else walk(t.body)
     return [e for e in every if type(e) is Load and (source is None or e.buffer is source)]
+
+
+def _looks_up(t: te.Tensor, source: te.Tensor) -> bool:
+    """Whether t reads a source lane by lane: neighbours are looked for, each from anywhere."""
+    return any(type(x) is Load for e in _reads(t, source) for x in walk(e.indices[-1]))
 
 
 def _by_lines(t: te.Tensor, source: te.Tensor) -> bool:

@@ -148,12 +148,13 @@ def _resize_compute(x: te.Tensor, a: ResizeAttrs) -> te.Tensor:
             y = (_linear if a.mode == "linear" else _cubic)(y, shape[k], a, k)
         return te.astype(y, x.dtype)
 
+    places = {k: _nearest_places(x, shape[k], a, k) for k in axes}
+
     def body(*i: Expr) -> Expr:
         arith = Arith({v: (Const(0), s - 1) for v, s in zip(i, shape, strict=True)})
         at = list(i)
-        for k in axes:
-            n, d = _position(i[k], x.shape[k], shape[k], a, k)
-            at[k] = arith.simplify(clamped(_nearest(n, d, a.rounding), x.shape[k]))
+        for k, place in places.items():
+            at[k] = arith.simplify(clamped(place(i[k]), x.shape[k]))
         return x[tuple(at)]
 
     return te.compute(shape, body, "resize")
@@ -166,6 +167,24 @@ def _in_order(axes: list[int], size: Shape, out: Shape) -> list[int]:
     lines = axes[:-1]
     fewer = [k for k in lines if Arith().prove(out[k] < size[k])]
     return [*fewer, *axes[-1:], *(k for k in lines if k not in fewer)]
+
+
+def _nearest_places(x: te.Tensor, out: Expr, a: ResizeAttrs, axis: int) -> Callable[[Expr], Expr]:
+    """Of an output index: the element of x that is nearest; see `_places`."""
+
+    def nearest(i: Expr) -> Expr:
+        return _nearest(*_position(i, x.shape[axis], out, a, axis), a.rounding)
+
+    if not _divides(x, out, a, axis):
+        return nearest
+    table = te.compute((out,), nearest, "place")
+    return lambda i: table[i]
+
+
+def _divides(x: te.Tensor, out: Expr, a: ResizeAttrs, axis: int) -> bool:
+    """Whether positions along an axis take divisions by what is no number."""
+    _, d = _position(Const(0), x.shape[axis], out, a, axis)
+    return const_int(simplified(d)) is None
 
 
 def _places(
@@ -184,7 +203,7 @@ def _places(
         n, d = _position(i, x.shape[axis], out, a, axis)
         return number(n - low(i) * d, x.dtype) / number(d, x.dtype)
 
-    if const_int(simplified(_position(Const(0), x.shape[axis], out, a, axis)[1])) is not None:
+    if not _divides(x, out, a, axis):
         return lambda i: (low(i), weight(i))
     lows, weights = te.compute((out,), low, "place"), te.compute((out,), weight, "weight")
     return lambda i: (lows[i], weights[i])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from minicompiler import te
 from minicompiler.ir.expr import Call, Expr, cast
 from minicompiler.ir.tir import Block, statements
-from minicompiler.ir.types import float32, index
+from minicompiler.ir.types import float32, index, int64
 from minicompiler.lower.to_tir import from_tensors
 
 
@@ -34,3 +36,18 @@ def test_lines_that_data_picks_are_read_whole() -> None:
 
 def test_elements_that_data_picks_one_by_one_are_not_moved_before() -> None:
     assert sampled(channels_last=False) == ["turned"]
+
+
+@pytest.mark.parametrize(("several", "want"), [(True, ["terms", "mixed"]), (False, ["mixed"])])
+def test_what_is_looked_up_twice_is_made_of_one_load(several: bool, want: list[str]) -> None:
+    """Lines of sums are made before their elements are looked up one by one."""
+    x, z = (te.placeholder(n, (32, 64), float32) for n in "xz")
+    at = te.placeholder("at", (100,), int64)
+
+    def term(i: Expr, j: Expr) -> Expr:
+        return x[i, j] + z[i, j] if several else x[i, j] + 1.0
+
+    terms = te.compute((32, 64), term, "terms")
+    y = te.compute((32, 100), lambda i, p: terms[i, at[p]] - terms[i, at[p] + 1], "mixed")
+    func = from_tensors("looked_up", [x, z, at], [y])
+    assert [b.name for p in func.phases for b in statements(p) if isinstance(b, Block)] == want

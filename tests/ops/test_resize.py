@@ -56,6 +56,11 @@ def test_places_are_computed_once_per_axis(mode: str) -> None:
     assert [(const_int(h), w) for h, w in found] == [(7, W)]
 
 
+def test_nearest_places_are_computed_once_per_axis() -> None:
+    once = [b for b in blocks(lowered(7, 9, attrs(H, W, mode="nearest"))) if divides(b)]
+    assert len(once) == 2 and all(len(b.iters) == 1 for b in once)
+
+
 def test_the_last_axis_is_done_where_there_are_fewest_lines() -> None:
     def height_then(*sizes: int) -> list[int | None]:
         made = blocks(lowered(16, 24, attrs(*sizes)))
