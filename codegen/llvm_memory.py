@@ -11,8 +11,26 @@ from __future__ import annotations
 import math
 
 from minicompiler.errors import CodegenError
-from minicompiler.ir.expr import FALSE, TRUE, Binary, Cast, Const, Expr, Load, Var, free_vars, walk
-from minicompiler.ir.polynomials import Poly, plus
+from minicompiler.ir.expr import (
+    FALSE,
+    TRUE,
+    ZERO,
+    Binary,
+    Cast,
+    Const,
+    Dim,
+    Expr,
+    Load,
+    Var,
+    conjuncts,
+    eq,
+    free_vars,
+    minimum,
+    substitute,
+    walk,
+    wrap,
+)
+from minicompiler.ir.polynomials import Poly, add, plus
 from minicompiler.ir.tir import Buffer, Prefetch, PrimFunc, Scope, Store
 from minicompiler.ir.types import DType
 from minicompiler.target import STREAMED, Target
@@ -32,6 +50,8 @@ class Memory(Values):
         self.pointers: dict[Buffer, str] = {}
         self.offsets: dict[tuple[Buffer, Indices], Poly] = {}
         self.texts: dict[tuple[Expr, ...], str] = {}  # of the terms of offsets, to sort them by
+        # Of numbers of 4 and 8 bytes.
+        self.loads_masked = target is not None and "avx" in target.features
         self.turned_tiles: set[Buffer] = set()  # those with columns among the known values
 
     # ---- addresses ------------------------------------------------------------------------------
@@ -161,7 +181,11 @@ class Memory(Values):
         if kind == "any":
             found = None
             if mask is None:
-                found = self.column(buffer, indices) or self.strided(buffer, indices)
+                found = (
+                    self.column(buffer, indices)
+                    or self.strided(buffer, indices)
+                    or self.clamped(buffer, indices)
+                )
             return self.gather(e, mask) if found is None else found
         scalar, align = memory_type(buffer.dtype), buffer.dtype.bytes
         lanes = self.vector[1] if kind == "next" and self.vector is not None else 1
@@ -174,11 +198,7 @@ class Memory(Values):
         if mask is None:
             name = self.op(f"load {t}, ptr {p}, align {align}")
         else:
-            flags = self.splat(mask, "i1", lanes).name
-            f = f"llvm.masked.load.{mangle(t)}.p0"
-            f = self.declare(f, f"{t} @{f}(ptr, <{lanes} x i1>, {t})")
-            where = f"ptr align {align} {p}, <{lanes} x i1> {flags}, {t} zeroinitializer"
-            name = self.op(f"call {t} {f}({where})")
+            name = self.masked_load(buffer.dtype, p, self.splat(mask, "i1", lanes))
         return self.from_memory(Operand(name, lanes), buffer.dtype)
 
     def column(self, buffer: Buffer, indices: Indices) -> Operand | None:
@@ -255,6 +275,45 @@ class Memory(Values):
             order = [*range(group), *range(lanes, lanes + width), *[-1] * (lanes - group - width)]
             result = self.shuffled(vector(scalar, lanes), result, wide, order)
         return self.from_memory(Operand(result, lanes), buffer.dtype)
+
+    def clamped(self, buffer: Buffer, indices: Indices) -> Operand | None:
+        """Neighbours up to a limit, x[min(i + lane, n - 1)]: a masked vector, and in lanes behind
+        the limit what the last one wants. None for other accesses, and where masks are dear."""
+        assert self.vector is not None
+        v, lanes = self.vector
+        poly = self.at_env(self.offset(buffer, indices))
+        varying = [m for m in poly if any(v in free_vars(a) for a in m)]
+        limited = varying[0][0] if len(varying) == 1 and len(varying[0]) == 1 else None
+        if type(limited) is not Binary or limited.op != "min" or poly[varying[0]] != 1:
+            return None
+        if not self.loads_masked or buffer.dtype.bytes not in (4, 8):
+            return None
+        if buffer.scope is Scope.REGISTER:  # it has no addresses
+            return None
+        swapped = v in free_vars(limited.b)
+        place, limit = (limited.b, limited.a) if swapped else (limited.a, limited.b)
+        line = self.at_env(self.arith.poly(place))
+        first = {m: c for m, c in line.items() if m != (v,)}
+        if line.get((v,)) != 1 or any(v in free_vars(a) for m in (*first, (limit,)) for a in m):
+            return None
+        rest = {m: c for m, c in poly.items() if m not in varying}
+        last = self.arith.poly(minimum(substitute(place, {v: Const(lanes - 1)}), limit))
+        p = self.address(buffer, self.at_env(add(rest, last)))
+        scalar = memory_type(buffer.dtype)
+        behind = Operand(self.op(f"load {scalar}, ptr {p}, align {buffer.dtype.bytes}"))
+        flags, t = self.value(place <= limit), vector(scalar, lanes)
+        there = self.masked_load(buffer.dtype, self.address(buffer, add(rest, first)), flags)
+        which = f"{vector('i1', lanes)} {flags.name}"
+        others = self.splat(behind, scalar, lanes).name
+        return Operand(self.op(f"select {which}, {t} {there}, {t} {others}"), lanes)
+
+    def masked_load(self, dtype: DType, p: str, flags: Operand) -> str:
+        """A vector of which only some lanes are read; the others are 0."""
+        t, which = vector(memory_type(dtype), flags.lanes), vector("i1", flags.lanes)
+        f = f"llvm.masked.load.{mangle(t)}.p0"
+        f = self.declare(f, f"{t} @{f}(ptr, {which}, {t})")
+        where = f"ptr align {dtype.bytes} {p}, {which} {flags.name}, {t} zeroinitializer"
+        return self.op(f"call {t} {f}({where})")
 
     def turned(self, rows: list[str], ty: str) -> list[str]:
         """The columns of a square of vectors."""
@@ -399,7 +458,7 @@ class Memory(Values):
         size, (half, whole) = s.buffer.dtype.bytes, STREAMED
         scalar = memory_type(s.buffer.dtype)
         ty = vector(scalar, value.lanes)
-        steps = math.gcd(value.lanes * size, *[c * size for c in poly.values()])
+        steps = math.gcd(value.lanes * size, *[self.step(s, m, c) for m, c in poly.items()])
 
         def plain() -> None:
             self.put(f"store {ty} {value.name}, ptr {p}, align {size}")
@@ -432,6 +491,14 @@ class Memory(Values):
                 lambda: streamed(whole),
                 lambda: self.branch(aligned(whole, half), between, plain),
             )
+
+    def step(self, s: Store, atoms: tuple[Expr, ...], factor: int) -> int:
+        """The bytes of which a term of an address is a multiple, where it goes past the caches."""
+        size, half = s.buffer.dtype.bytes, STREAMED[0]
+        distance = math.prod([a for a in atoms if isinstance(a, Dim)], start=wrap(factor))
+        even = self.arith.simplify(eq(distance % (half // size), ZERO))
+        asked = any(self.arith.simplify(c) is even for c in conjuncts(s.stream))
+        return math.lcm(factor * size, half) if asked else factor * size
 
     def lies_at(self, s: Store, align: int, offset: int, p: str | None) -> str:
         """Whether a vector is written past the caches and lies so many bytes behind a multiple of
