@@ -15,6 +15,7 @@ from minicompiler.ir.arith import Arith, knowing
 from minicompiler.ir.expr import (
     ZERO,
     Binary,
+    Dim,
     Expr,
     Load,
     Select,
@@ -143,6 +144,22 @@ def turn(cond: Expr, var: Expr, arith: Arith) -> Expr | None:
         return None
     least = (1 if cond.op == "lt" else 0) - arith.expr(line)
     return arith.simplify(ceildiv(least, slope) if slope > 0 else -least // -slope + 1)
+
+
+def period(block: Block, loop: For, arith: Arith) -> Expr | None:
+    """After how many iterations of a loop what a block reads along it, x[i % n], begins again,
+    where it does so several times and then ends; None for others."""
+    values, found = values_of(block), set[Expr | None]()
+    for load in operand_loads(block):
+        place = arith.poly(load.buffer.offset(tuple(substitute(i, values) for i in load.indices)))
+        for a in {a for m in place for a in m if loop.var in free_vars(a)}:
+            found.add(a.b if type(a) is Binary and a.op == "mod" and a.a is loop.var else None)
+    n = next(iter(found), None)
+    if n is None or len(found) > 1 or n is arith.simplify(loop.extent):
+        return None
+    if not all(isinstance(v, Dim) for v in free_vars(n)):
+        return None
+    return n if arith.simplify(loop.extent % n) is ZERO else None
 
 
 def strides(buffer: Buffer, indices: tuple[Expr, ...], var: Expr, arith: Arith) -> int | None:

@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from .schedule import Schedule
 
 
-def cut(s: Schedule, name: str, at: int) -> tuple[str, str]:
+def cut(s: Schedule, name: str, at: int, multiple: bool = False) -> tuple[str, str]:
     """The first `at` iterations, and a second nest for the others; for at < 0, the last `-at`.
+    multiple: as many as there are in multiples of `at`, and the fewer than `at` others.
 
         for i in 100:                             ->   for i in 3:
             C[i] = select(i < 3, 0, D[i])                  C[i] = 0
@@ -59,7 +60,10 @@ def cut(s: Schedule, name: str, at: int) -> tuple[str, str]:
     analysis.refuse_parallel_below(s, loop)
     arith = analysis.arith_of(s.func)
     extent = arith.simplify(loop.extent)
-    first = arith.simplify(wrap(at) if at >= 0 else extent + at)
+    if multiple and at < 1:
+        s.refuse(f"there are no multiples of {at} iterations", loop)
+    first = extent // at * at if multiple else wrap(at) if at >= 0 else extent + at
+    first = arith.simplify(first)
     behind = arith.simplify(extent - first)
     if first is ZERO or behind is ZERO or not all(arith.holds(n >= ZERO) for n in (first, behind)):
         s.refuse(f"{at} is not known to lie inside the extent {extent}", loop)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from minicompiler.ir import polynomials
 from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import (
+    ONE,
     ZERO,
     Binary,
     Call,
@@ -167,12 +169,9 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
         if transposed.schedule(s, name, order):
             return
         order = _joined(s, name, _in_pieces(s, name, order))
+    alone = _alone(s, name, order[:-1])
+    order = _in_periods(s, name, order, lanes)
     outer = order[:-1]
-    alone = _alone(s, name, outer)
-    period = _period(s, name, order[-1])
-    if period is not None and period >= lanes:
-        again, order[-1] = s.split(order[-1], period, "perfect")
-        outer = [*outer, again]
     lines = _pieces_of_line(s, name, order[-1]) if alone else [(name, order[-1])]
     vectors = [_in_vectors(s, *line, lanes, outer, alone) for line in lines]
     if parallel:
@@ -181,23 +180,27 @@ def one_block(s: Schedule, name: str, parallel: bool = True, below: str | None =
         shared = [*nest]
         # The iterations of the last are single vectors: its index should stay a plain one.
         longest = max([n for n, _ in lines], key=lambda n: _count(s, s.loops_of(n)))
-        threads_over(s, shared[:-1] if _enough(s, shared[:-1]) else shared, longest)
+        whole = bool(shared) and _vectors_below(s, shared[-1]) > 1
+        threads_over(s, shared if whole or not _enough(s, shared[:-1]) else shared[:-1], longest)
 
 
-def _period(s: Schedule, name: str, loop: str) -> int | None:
-    """After how many iterations of a loop what is read along it, x[i % 37], begins again."""
-    block, _ = s.block(name)
-    var = s.loop(loop)[0].var
-    _, *places = offsets(block, analysis.arith_of(s.func))
-    moving = {a for place in places for m in place for a in m if var in free_vars(a)}
-    found = {
-        const_int(a.b) if type(a) is Binary and a.op == "mod" and a.a is var else None
-        for a in moving
-    }
-    whole, period = const_int(s.loop(loop)[0].extent), next(iter(found), None)
-    if whole is None or period is None or len(found) > 1:
-        return None
-    return period if whole % period == 0 and whole > period else None
+def _vectors_below(s: Schedule, name: str) -> int:
+    """How many loops inside of one are vectors."""
+    return sum(x.kind is VECTOR for x in analysis.loops(s.loop(name)[0].body))
+
+
+def _in_periods(s: Schedule, name: str, order: list[str], lanes: int) -> list[str]:
+    """r[i] = x[i % n]   ->   for i_o: for i_i in n: r[i_o*n + i_i] = x[i_i]
+
+    Vectors of a line that is read again and again begin with it, and no row asks which one of an
+    operand it reads, if that takes a division. The new order."""
+    made = list[str]()
+    for loop in order:
+        n = analysis.period(s.block(name)[0], s.loop(loop)[0], analysis.arith_of(s.func))
+        known = None if n is None else const_int(n)
+        worth_it = known is None or (loop == order[-1] and known >= lanes)
+        made += s.split_by_period(loop, name) if n is not None and worth_it else [loop]
+    return made
 
 
 def _alone(s: Schedule, name: str, outer: list[str]) -> bool:
@@ -224,12 +227,16 @@ def _in_vectors(
     again: one thread runs all of it, so that the last vectors may overlap."""
     block, _ = s.block(name)
     extent = const_int(s.loop(inner)[0].extent)
-    if _copies(s, name, inner):
-        wide = LONG_VECTORS * s.target.vector_bytes // block.body.buffer.dtype.bytes
-        lanes = wide if extent is not None and extent >= 2 * wide else lanes
+    copies, arith = _copies(s, name, inner), analysis.arith_of(s.func)
+    wide = LONG_VECTORS * s.target.vector_bytes // block.body.buffer.dtype.bytes
+    if copies and arith.holds(s.loop(inner)[0].extent >= 2 * wide):
+        lanes = wide
     if extent is not None and extent <= 2 * lanes:
         if extent > 1:
             s.mark(inner, VECTOR)
+        return None
+    if extent is None and again and None not in steps(s, name, s.loop(inner)[0].var):
+        _any_length(s, inner, lanes, copies and lanes < wide)
         return None
     long = bool(outer) and extent is not None and extent >= WORTH_A_LINE * lanes
     line = streaming.broken_lines(s, name, inner) if long and _plain(s, name, inner) else 0
@@ -249,6 +256,24 @@ def _in_vectors(
     return big
 
 
+def _any_length(s: Schedule, inner: str, lanes: int, several: bool) -> None:
+    """Vectors along a line whose length comes with the call, and which one thread runs.
+
+    several: four an iteration, and nests of their own for the fewer than four that are left and
+    for the last one."""
+    big, small = s.split(inner, lanes, tails.at_end(s, inner, lanes))
+    if not several or not analysis.arith_of(s.func).holds(s.loop(big)[0].extent >= ONE):
+        s.mark(small, VECTOR)
+        return
+    big, last = s.cut(big, -1)
+    big, few = s.cut(big, LONG_VECTORS, multiple=True)
+    _, four = s.split(big, LONG_VECTORS, "perfect")
+    s.mark(s.fuse(four, small), VECTOR)
+    for rest in (few, last):
+        (vector,) = analysis.loops(s.loop(rest)[0].body)
+        s.mark(vector.var.name, VECTOR)
+
+
 def _pieces_of_line(s: Schedule, name: str, inner: str) -> list[tuple[str, str]]:
     """r[i] = select(i < 3, 0, x[i - 3])   ->   for i in 3: r[i] = 0;  for i_t in n: r[i_t + 3] = ..
 
@@ -264,12 +289,13 @@ def _pieces_of_line(s: Schedule, name: str, inner: str) -> list[tuple[str, str]]
 
 
 def _turn(s: Schedule, name: str) -> int | None:
-    """An iteration of a loop from which on what its block chooses by position is another: counted
-    from the start, or, below 0, from an end that is not known."""
+    """An iteration of a loop from which on what its block chooses by position is another, or what
+    it reads begins again: counted from the start, or, below 0, from an end that is not known."""
     loop, _ = s.loop(name)
     block, arith = next(analysis.blocks(loop)), analysis.arith_of(s.func)
     values = analysis.values_of(block)
-    for cond in analysis.choices(block.body.value):
+    value = block.body.value
+    for cond in (*analysis.choices(value), *_wraps(value)):
         at = analysis.turn(substitute(cond, values), loop.var, arith)
         if at is None or not (arith.prove(at > ZERO) and arith.prove(at < loop.extent)):
             continue
@@ -277,6 +303,14 @@ def _turn(s: Schedule, name: str) -> int | None:
             if const_int(known) is not None:
                 return const_int(known)
     return None
+
+
+def _wraps(e: Expr) -> Iterator[Expr]:
+    """Comparisons that say where a remainder by a size that comes with the call begins again."""
+    for x in walk(e):
+        wraps = type(x) is Binary and x.op == "mod" and x.dtype is int64 and not loads(x)
+        if wraps and const_int(x.b) is None:  # type: ignore[attr-defined]
+            yield from (x.a < ZERO, x.a < x.b)  # type: ignore[attr-defined]
 
 
 def _in_pieces(s: Schedule, name: str, order: list[str]) -> list[str]:

@@ -73,7 +73,8 @@ def split(s: Schedule, name: str, factor: int, tail: str, multiple: int = 1) -> 
       even     as guard, but the blocks are of equal size and have at most `factor` iterations;
                there are as few as that allows, or the next `multiple` of a number
       overlap  the last iterations begin earlier, so that they end with the extent: of some elements
-               they compute once more what is there
+               they compute once more what is there. Where the extent may be less than `factor`,
+               blocks below get a condition for that
     """
     loop, _ = s.loop(name)
     if tail not in TAILS:
@@ -124,11 +125,13 @@ def split(s: Schedule, name: str, factor: int, tail: str, multiple: int = 1) -> 
         s.swap(loop, For(outer, blocks_outer, SERIAL, For(inner, rest, SERIAL, body)))
     else:
         reason = _once_only(loop)
-        if reason or arith.prove(factor <= extent) is not True:
-            s.refuse(reason or f"the extent {extent} is not known to reach {factor}", loop)
-        body = substitute_stmt(
-            loop.body, {loop.var: minimum(outer * factor, extent - factor) + inner}
-        )
+        long = arith.prove(factor <= extent)
+        if reason or long is False:
+            s.refuse(reason or f"the extent {extent} does not reach {factor}", loop)
+        start = minimum(outer * factor, extent - factor)
+        index = (start if long else maximum(start, 0)) + inner
+        body = substitute_stmt(loop.body, {loop.var: index})
+        body = body if long else add_condition(body, index < extent)
         s.swap(loop, For(outer, blocks_outer, SERIAL, For(inner, Const(factor), SERIAL, body)))
     return outer.name, inner.name
 
@@ -180,6 +183,46 @@ def split_at_lines(s: Schedule, name: str, factor: int, block: str, line: int) -
     body = add_condition(body, binary("and", Const(0) <= index, index < extent))
     trips = arith.simplify(ceildiv(extent + (line - 1), factor))
     s.swap(loop, For(outer, trips, SERIAL, For(inner, Const(factor), SERIAL, body)))
+    return outer.name, inner.name
+
+
+def split_by_period(s: Schedule, name: str, block: str) -> tuple[str, str]:
+    """i -> i_o, i_i with i = i_o * n + i_i, where `block` reads x[i % n] and n, which may be a size
+    that comes with the call, divides the extent.
+
+        for i in 2*n:              ->   for i_o in 2:
+            C[i] = D[i % n]                 for i_i in n:
+                                                C[i_o*n + i_i] = D[i_i]
+    """
+    loop, _ = s.loop(name)
+    reader, around = s.block(block)
+    if loop.kind is not SERIAL:
+        s.refuse(f"loop {name} is marked {loop.kind.value} already", loop, "split before mark")
+    keep_order(s, loop)
+    if loop not in around:
+        s.refuse(f"block {block} is not inside loop {name}", loop)
+    arith = analysis.arith_of(s.func)
+    n = analysis.period(reader, loop, arith)
+    if n is None:
+        s.refuse(f"what {block} reads does not begin again after a part of {name}", reader)
+    assert n is not None
+    outer, inner = s.fresh_var(name + "_o"), s.fresh_var(name + "_i")
+
+    def straight(x: Stmt) -> Stmt | None:
+        """A block that reads at the place in a period."""
+        if not isinstance(x, Block):
+            return None
+        values = analysis.values_of(x)
+
+        def one(e: Expr) -> Expr | None:
+            again = type(e) is Binary and e.op == "mod" and e.b is n
+            return inner if again and values.get(e.a) is loop.var else None  # type: ignore[attr-defined]
+
+        return x.with_(body=x.body.with_(value=rewrite(x.body.value, one)))
+
+    body = substitute_stmt(map_statements(loop.body, straight), {loop.var: outer * n + inner})
+    again = arith.simplify(loop.extent // n)
+    s.swap(loop, For(outer, again, SERIAL, For(inner, n, SERIAL, body)))
     return outer.name, inner.name
 
 

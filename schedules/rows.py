@@ -243,7 +243,10 @@ def _one_row(s: Schedule, name: str, top: str, several: bool) -> None:
     # Whoever fills a row fills at least as much of it as anyone reads.
     short = extent is not None and extent <= lanes
     held = any(x.buffer.scope is Scope.REGISTER for x in analysis.operand_loads(block))
-    o, v = s.split(loop, vector if short else lanes, "mask")
+    # Of results whose length comes with the call, whole vectors are stored at the end, too.
+    again = extent is None and block.body.buffer in s.func.params
+    tail = tails.at_end(s, loop, lanes) if again else "mask"
+    o, v = s.split(loop, vector if short else lanes, tail)
     if short and held:  # registers have no addresses
         s.mark(o, UNROLL)
     s.mark(v, VECTOR)

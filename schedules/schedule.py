@@ -225,10 +225,26 @@ class Schedule:
             line=line,
         )
 
-    def cut(self, loop: str, at: int) -> tuple[str, str]:
+    def split_by_period(self, loop: str, block: str) -> tuple[str, str]:
+        """Loop i becomes i_o around i_i, whose n iterations read x[i % n] of a block once."""
+        return self._apply(
+            "split_by_period",
+            lambda: loops.split_by_period(self, loop, block),
+            loop=loop,
+            block=block,
+        )
+
+    def cut(self, loop: str, at: int, multiple: bool = False) -> tuple[str, str]:
         """The first `at` iterations of a loop (for at < 0, all but the last), then the others in a
-        nest of their own; the two loops."""
-        return self._apply("cut", lambda: cutting.cut(self, loop, at), loop=loop, at=at)
+        nest of their own; the two loops. multiple: the first ones are a multiple of `at`, the
+        others fewer."""
+        return self._apply(
+            "cut",
+            lambda: cutting.cut(self, loop, at, multiple),
+            loop=loop,
+            at=at,
+            **({"multiple": True} if multiple else {}),
+        )
 
     def fuse(self, *names: str) -> str:
         """Directly nested loops become one, outermost named first."""

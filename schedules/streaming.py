@@ -96,7 +96,7 @@ def _fits(s: Schedule, name: str) -> list[Expr]:
 
 def _ends_with_line(e: Expr) -> bool:
     """True for where the vectors of a line begin, of which the last one ends with the line."""
-    return type(e) is Binary and e.op == "min"
+    return type(e) is Binary and e.op in ("min", "max")
 
 
 def is_large(s: Schedule, name: str) -> bool:

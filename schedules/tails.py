@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from minicompiler.ir.arith import knowing
-from minicompiler.ir.expr import ONE, ZERO, Expr, const_int, free_vars, substitute
+from minicompiler.ir.expr import ONE, ZERO, Expr, const_int, free_vars, substitute, wrap
 from minicompiler.ir.tir import SERIAL, UNROLL, VECTOR, For
 
 from . import analysis
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 
 WORTH_IT = 4  # iterations, of which one has code of its own
 LONG = 32  # iterations, of which one asks without need in all pieces of a line but the last
+
+
+def at_end(s: Schedule, loop: str, lanes: int) -> str:
+    """The tail of a split into vectors of which the last one ends with a line, if that may have
+    room for one; not where there may be no last one, so that all of them had to ask."""
+    extent, arith = s.loop(loop)[0].extent, analysis.arith_of(s.func)
+    short = arith.prove(wrap(lanes) <= extent) is False
+    return "mask" if short or not arith.holds(extent >= ONE) else "overlap"
 
 
 def apart(s: Schedule) -> None:

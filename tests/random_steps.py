@@ -45,7 +45,11 @@ def split(s: Schedule, pick: Pick) -> None:
 
 
 def cut(s: Schedule, pick: Pick) -> None:
-    s.cut(pick(loop_names(s)), pick((1, 2, 3, 4, -1, -3)))
+    s.cut(pick(loop_names(s)), pick((1, 2, 3, 4, -1, -3)), pick((False, True)))
+
+
+def split_by_period(s: Schedule, pick: Pick) -> None:
+    s.split_by_period(pick(loop_names(s)), pick(block_names(s)))
 
 
 def split_at_lines(s: Schedule, pick: Pick) -> None:
@@ -167,7 +171,7 @@ def prefetch_next(s: Schedule, pick: Pick) -> None:
 
 STEPS = (
     split, split, split, fuse, reorder, reorder, mark, inline, compute_at, compute_at,
-    split_at_lines, cut, compute_with, compute_with, delay, delay,
+    split_at_lines, split_by_period, cut, cut, compute_with, compute_with, delay, delay,
     decompose_reduction, decompose_reduction, stage, stage, stage, relayout, rfactor, rolling,
     slide, prefetch, prefetch, prefetch_next, skip,
 )  # fmt: skip

@@ -154,11 +154,18 @@ def chain_dynamic() -> Sample:
     return Sample(from_tensors("chain", [x], [relu(a * 2.0), a + x]), {"n": 7})
 
 
+def repeated() -> Sample:
+    n = Dim("n", 1, 64)
+    x = tensor("x", n, 3)
+    y = te.compute((n * 2, 9), lambda i, j: x[i % n, j % 3], "repeated")
+    return Sample(from_tensors("repeated", [x], [y]), {"n": 5})
+
+
 SAMPLES: dict[str, Callable[[], Sample]] = {
     f.__name__: f
     for f in (
         matmul, matmul_dynamic, plain_matmul, conv, softmax, softmax_dynamic, layer_norm,
-        transpose, gather, pooling, chain_dynamic,
+        transpose, gather, pooling, chain_dynamic, repeated,
     )
 }  # fmt: skip
 

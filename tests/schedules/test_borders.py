@@ -40,12 +40,10 @@ def test_nothing_is_chosen_in_a_line(width: int | Expr) -> None:
     made = hoist_conditions(lower_blocks(padded(width)))
     lines = [s for s in statements(made) if isinstance(s, For) and s.kind is VECTOR]
     chosen = [e for s in lines for x in stores(s) for e in walk(x.value) if type(e) is Select]
-    # Two borders, a line of the image and one above or below, which end in vectors of their own
-    # where it is not known how long they are.
-    assert len(lines) == (6 if isinstance(width, Dim) else 4)
+    # Two borders, a line of the image and one above or below; all vectors of these are whole ones.
+    assert len(lines) == 4
     assert not chosen
-    masks = [s for line in lines for s in statements(line) if isinstance(s, If)]
-    assert not masks or isinstance(width, Dim)  # of the vectors at the end
+    assert not [s for line in lines for s in statements(line) if isinstance(s, If)]
 
 
 @pytest.mark.parametrize(("dtype", "lanes"), [("float32", 32), ("uint8", 32), ("float64", 16)])
