@@ -177,4 +177,4 @@ def np_encode(x: np.ndarray, dtype: DType, saturate: bool, rounding: str) -> np.
     if saturate:
         info: Any = ml_dtypes.finfo(dtype.numpy)
         wide = np.clip(wide, float(info.min), float(info.max))
-    return wide.astype(dtype.numpy)
+    return np.asarray(wide.astype(dtype.numpy))  # not a scalar, as `clip` makes of rank 0

@@ -459,7 +459,7 @@ def _coded_samples(draw: Draw) -> tuple[list[np.ndarray], CastAttrs]:
     code = DType(choice(draw, CODED))
     x = array(draw, shape(draw), "float32", 0 if "u" in code.name[:4] else -5, 700)
     if "int" in code.name:
-        x = np.rint(x / 100)
+        x = np.asarray(np.rint(x / 100))
     a = CastAttrs(code, flag(draw), choice(draw, ("nearest", "up", "down")))
     if flag(draw):
         return [_cast_reference(x, a)], CastAttrs(DType(choice(draw, ("float32", "float16"))))
