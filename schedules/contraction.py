@@ -23,6 +23,7 @@ from .panels import axis_of, block_of
 from .schedule import Schedule
 
 STREAMS = 8  # rows of a matrix that are read side by side: the ways of a first-level cache
+_COPIES = 4  # elements that a block may make of each one of a tile: they are unrolled
 _DEPTHS = (STREAMS // 2, STREAMS, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024)
 
 
@@ -69,6 +70,22 @@ def _can_follow(s: Schedule, main: Block) -> bool:
                 if it is not None and not analysis.stays_within(it, size, arith):
                     return False
     return True
+
+
+def _near(s: Schedule, main: str) -> list[str]:
+    """Of the blocks that read the sum those computed tile by tile: up to the first one that makes
+    many elements of one, r[i, j, k] = f(c[i, j], x[i, j, k])."""
+    made = {s.block(main)[0].body.buffer}
+    near = list[str]()
+    for name in _followers(s, main):
+        block, _ = s.block(name)
+        at = {i for x in analysis.block_loads(block) if x.buffer in made for i in x.indices}
+        copies = [const_int(i.extent) or math.inf for i in block.iters if i.var not in at]
+        if math.prod(copies) > _COPIES:
+            break
+        near.append(name)
+        made.add(block.body.buffer)
+    return near
 
 
 def product_loads(block: Block) -> tuple[Load, Load] | None:
@@ -161,8 +178,8 @@ def _analyse(s: Schedule, name: str) -> Nest | None:
             in_order.append(it)
     if not in_order:
         return None
-    vector = in_order[-1]
     a, b = loads
+    vector = _along_rows(s, in_order, reduce, a, b) or in_order[-1]
     if vector.var in _vars(a) and vector.var not in _vars(b):
         broad, wide = b, a
     elif vector.var in _vars(b) and vector.var not in _vars(a):
@@ -187,6 +204,17 @@ def _analyse(s: Schedule, name: str) -> Nest | None:
         rows = [only[-1]]
     outer = [i for i in spatial if i is not vector and i not in rows]
     return Nest(block, vector, broad, wide, rows, outer, reduce)
+
+
+def _along_rows(
+    s: Schedule, in_order: list[Iter], reduce: list[Iter], a: Load, b: Load
+) -> Iter | None:
+    """Where the last axis of the result is one of both operands, which are contiguous along the
+    reduction: the last axis that only one of them has."""
+    last = in_order[-1].var
+    if last not in _vars(a) & _vars(b) or not dots.along(s, reduce, (a, b)):
+        return None
+    return next((i for i in reversed(in_order) if (i.var in _vars(a)) != (i.var in _vars(b))), None)
 
 
 def _apart(layout: IndexMap, block: Block, vector: Iter, it: Iter, rows: list[Iter]) -> bool:
@@ -370,7 +398,7 @@ def _schedule(s: Schedule, nest: Nest) -> None:
             packed = panels.pack_first(s, nest, width, packed_depth)
         home = row_o if row_o is not None else v_o
     # ---- what comes after, and the register tile ------------------------------------------------
-    for b in _followers(s, name):
+    for b in _near(s, name):
         s.compute_at(b, home)
     init = s.decompose_reduction(name, depth[0])
     staged = s.stage(out.buffer.name, home, Scope.REGISTER)

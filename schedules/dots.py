@@ -9,12 +9,15 @@ Turning W into panels would take longer than all the products.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from minicompiler.ir.expr import Var, const_int
+from minicompiler.ir import polynomials
+from minicompiler.ir.expr import Load, Var, const_int
+from minicompiler.ir.polynomials import Poly
 from minicompiler.ir.tir import UNROLL, VECTOR, Iter, Scope
 
-from . import analysis, elementwise, streaming
+from . import analysis, elementwise, streaming, tails
 
 if TYPE_CHECKING:
     from .contraction import Nest
@@ -26,14 +29,24 @@ _STREAMS = 4  # rows of W
 
 
 def applies(s: Schedule, nest: Nest) -> bool:
-    """True when both operands are contiguous along the only reduction, and the rows are few."""
+    """True when both operands are contiguous along the reduction, and the rows are few."""
     rows = math.prod(const_int(r.extent) or 64 for r in nest.rows)
-    if rows > FEW or nest.wide.buffer.constant or len(nest.reduce) != 1:
+    if rows > FEW or nest.wide.buffer.constant:
         return False
+    return along(s, nest.reduce, (nest.broad, nest.wide))
+
+
+def along(s: Schedule, reduce: Sequence[Iter], sides: Sequence[Load]) -> bool:
+    """Whether operands step through the axes of a reduction as through one line of memory."""
     arith = analysis.arith_of(s.func)
-    depth = nest.reduce[0].var
-    sides = (nest.broad, nest.wide)
-    return all(analysis.strides(x.buffer, x.indices, depth, arith) == 1 for x in sides)
+    for load in sides:
+        offset = arith.poly(load.buffer.offset(load.indices))
+        step: Poly = {(): 1}
+        for it in reversed(reduce):
+            if analysis.slope(offset, it.var) != step:
+                return False
+            step = polynomials.mul(step, arith.poly(it.extent))
+    return bool(reduce)
 
 
 def apply(s: Schedule, nest: Nest) -> None:
@@ -43,13 +56,15 @@ def apply(s: Schedule, nest: Nest) -> None:
     others = [b.name for b in analysis.blocks(s.func) if b.name != name]
     rows = math.prod(const_int(r.extent) or 1 for r in nest.rows)
     streams = min(_STREAMS, _SUMS // rows, const_int(nest.vector.extent) or _STREAMS)
-    depth = const_int(nest.reduce[0].extent)
+    reduce = [_loop(i) for i in nest.reduce]
+    line = s.fuse(*reduce) if len(reduce) > 1 else reduce[0]
+    depth = const_int(s.loop(line)[0].extent)
     width = lanes * max(1, _SUMS // (rows * streams))
     if depth is not None and depth < 4 * width:
         width = lanes
     outer = [_loop(i) for i in nest.outer]
     column, column_i = s.split(_loop(nest.vector), streams, "mask")
-    k, k_i = s.split(_loop(nest.reduce[0]), width, "mask")
+    k, k_i = s.split(line, width, "mask")
     tile = [*[_loop(i) for i in nest.rows], column_i]
     s.reorder(*outer, column, k, *tile, k_i)
     partial, sums = s.rfactor(name, k_i)
@@ -70,6 +85,7 @@ def apply(s: Schedule, nest: Nest) -> None:
     for b in others:
         elementwise.one_block(s, b)
     streaming.apply(s)
+    tails.apart(s)
 
 
 def _loop(it: Iter) -> str:

@@ -40,7 +40,7 @@ def applies(s: Schedule) -> bool:
         return False
     (main,) = found
     last = list(analysis.blocks(s.func))[-1]
-    if not main.body.indices or not _windows(last):
+    if not main.body.indices or not _windows(last) or not _in_planes(s, main):
         return False
     channels = _channel(main, last)
     if len(channels & {i.var for i in last.iters}) != 1:
@@ -65,6 +65,20 @@ def _operands(block: Block) -> tuple[Load, Load] | None:
     if update is None or update[0] != "add" or loads is None:
         return None
     return loads if all(type(x) is Load for x in loads) else None  # type: ignore[return-value]
+
+
+def _in_planes(s: Schedule, main: Block) -> bool:
+    """Whether both operands share an axis that what reads the products sums up. One that it has as
+    well is a batch, whose results may have been reshaped."""
+    a, b = (frozenset().union(*map(free_vars, x.indices)) for x in _operands(main) or ())
+    shared = [k for k, i in enumerate(main.body.indices) if i in a & b]
+    return any(
+        load.buffer is main.body.buffer and not free_vars(load.indices[k]) & own
+        for reader in analysis.readers(s.func, main.body.buffer)
+        for own in [{i.var for i in reader.iters if not i.reduce}]
+        for load in analysis.operand_loads(reader)
+        for k in shared
+    )
 
 
 def _windows(block: Block) -> dict[Expr, int]:

@@ -8,9 +8,9 @@ import pytest
 import minicompiler as mc
 from minicompiler.context import Context, Options
 from minicompiler.frontend.builder import Builder
-from minicompiler.ir.expr import Const, Dim, Expr
+from minicompiler.ir.expr import Const, Dim, Expr, const_int
 from minicompiler.ir.graph import Constant, Function, Input, apply
-from minicompiler.ir.tir import Prefetch, PrimFunc, Scope, statements
+from minicompiler.ir.tir import UNROLL, VECTOR, Prefetch, PrimFunc, Scope, statements
 from minicompiler.ir.types import TensorType, float32
 from minicompiler.kernel import lower_kernel
 from minicompiler.ops.conv import ConvAttrs, conv
@@ -173,3 +173,42 @@ def test_what_goes_on_beyond_a_sum_is_complete(case: str) -> None:
     for threads in (1, 2):
         (made,) = mc.compile(fn, threads=threads)(*given)
         np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["", "any size"])
+@pytest.mark.parametrize("axes", [(3,), (2, 3)], ids=["lines", "images"])
+def test_lines_are_weighed_and_scale_what_is_larger(axes: tuple[int, ...], known: bool) -> None:
+    """The last axis of the sums is one of both operands: both are read along their lines, nothing
+    is packed, and the elements that a sum scales are no part of its tile."""
+    sizes = 20, 4, 130
+    net = Builder("weighed")
+    c, h, w = sizes if known else (Dim(x, 1, 1000) for x in "CHW")
+    x, p, z = (net.input(n, (1, k, h, w)) for n, k in (("x", c), ("p", 1), ("z", c)))
+    y = net.mul(net.reduce_sum(net.mul(x, p), axes=axes), net.relu(z))
+    fn = net.function(y=y)
+    func = scheduled(fn)
+    assert scopes(func) == []
+    assert any("_rf" in b.name for b in analysis.blocks(func))
+    inner = [x.extent for x in analysis.loops(func) if x.kind in (VECTOR, UNROLL)]
+    assert all(const_int(n) is not None and const_int(n) <= 64 for n in inner)
+    rng = np.random.default_rng(0)
+    given = [rng.standard_normal((1, n, *sizes[1:]), np.float32) for n in (sizes[0], 1, sizes[0])]
+    (wanted,) = run_reference(fn, given)
+    for threads in (1, 2):
+        (made,) = mc.compile(fn, threads=threads)(*given)
+        np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_matrix_product_that_is_repeated_is_a_loop_of_its_own() -> None:
+    """Elements that are made of each one of a tile are not all unrolled."""
+    net = Builder("repeated")
+    a, b, c = (net.input(*of) for of in (("a", (24, 40)), ("b", (40, 24)), ("c", (24, 24, 200))))
+    fn = net.function(y=net.mul(net.reshape(net.matmul(a, b), shape=(24, 24, 1)), c))
+    func = scheduled(fn)
+    inner = [const_int(x.extent) or 0 for x in analysis.loops(func) if x.kind in (VECTOR, UNROLL)]
+    assert max(inner) <= 64
+    rng = np.random.default_rng(0)
+    given = [rng.standard_normal(s, np.float32) for s in ((24, 40), (40, 24), (24, 24, 200))]
+    (wanted,) = run_reference(fn, given)
+    (made,) = mc.compile(fn, threads=1)(*given)
+    np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=1e-4)
