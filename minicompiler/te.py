@@ -41,10 +41,10 @@ class Tensor:
     """A tensor defined by one expression per element, or a placeholder (`body` None).
 
     `axes[d]` is the index variable of dimension d in `body`; a Reduce may stand only at the top of
-    it.
+    it. kept: readers never compute an element again.
     """
 
-    __slots__ = ("axes", "body", "dtype", "name", "shape", "source")
+    __slots__ = ("axes", "body", "dtype", "kept", "name", "shape", "source")
 
     def __init__(
         self,
@@ -57,6 +57,7 @@ class Tensor:
         self.name, self.shape, self.dtype = name, tuple(wrap(s) for s in shape), dtype
         self.axes, self.body = axes, body
         self.source: Extern | Scan | None = None  # what computes it, where it has no formula
+        self.kept = False
 
     def __getitem__(self, indices: Any) -> Expr:
         """The element at some indices (Exprs or ints), one per dimension."""

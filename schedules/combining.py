@@ -35,7 +35,8 @@ def schedule_reduction(s: Schedule, name: str, top: str | None = None) -> bool:
     spatial = [x for x in inside if x not in reducing]
     if goes_across(block, spatial, arith):
         deep = const_int(reducing[-1].extent)
-        if top is None and block.body.buffer.layout is None and (deep is None or deep >= DEEP):
+        rows = block.body.buffer.layout is None and _together(block) == 1
+        if top is None and rows and (deep is None or deep >= DEEP):
             order = elementwise.memory_order(s, name)
             if columns(s, name, order):
                 return True
@@ -85,6 +86,11 @@ def _blocks_of(block: Block, it: Iter) -> int:
     return 1
 
 
+def _together(block: Block) -> int:
+    """How many neighbouring results lie together in a blocked operand."""
+    return max([_blocks_of(block, i) for i in block.iters if not i.reduce], default=1)
+
+
 def _axis(block: Block, it: Iter) -> int:
     return next(k for k, i in enumerate(block.body.indices) if i is it.var)
 
@@ -109,7 +115,7 @@ def _across(s: Schedule, name: str, top: str | None, lanes: int) -> bool:
     inner = order[-1]
     extent = const_int(s.loop(inner)[0].extent)
     outer = order[:-1]
-    together = max([_blocks_of(block, i) for i in block.iters if not i.reduce], default=1)
+    together = _together(block)
     if extent is None or extent > 4 * lanes or (extent > together > 1):
         size = 2 * lanes if extent is None or extent >= 2 * lanes else lanes
         big, inner = s.split(inner, together if together > 1 else size, "mask")

@@ -45,10 +45,11 @@ def apply(s: Schedule) -> None:
     results = [b for b in analysis.blocks(s.func) if b.body.buffer in s.func.params]
     row = None
     if len(results) == 1 and len(names) > 1 and not analysis.is_reduction(s.block(last)[0]):
+        beside = _side_by_side(s)
         for n in names[:-1]:
-            if is_cheap(s.block(n)[0]):
+            if not beside and is_cheap(s.block(n)[0]):
                 s.inline(n)
-        row = None if _side_by_side(s) else _row_loops(s, last) or _group_loops(s, last)
+        row = None if beside else _row_loops(s, last) or _group_loops(s, last)
     if row is None or _are_columns(s, last, row):
         elementwise.apply(s)
         return

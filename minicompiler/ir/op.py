@@ -82,6 +82,7 @@ class Compute:
     applies: Callable[..., bool] | None = None  # (types, attrs) -> bool; None: always
     cost: Callable[..., float] | None = None  # (types, attrs) -> estimated time, to choose by
     constants: tuple[int, ...] = ()  # arguments that must be constants for it to pay
+    blocked: bool = False  # the way to take where the first operand has a layout in blocks
     error: float = (
         0.0  # max |error| / max |result| beyond rounding (reduced-multiplication algorithms)
     )

@@ -221,6 +221,10 @@ def choose_compute(v: Apply, constant: set[int], max_error: float) -> Compute:
     assert isinstance(v.op, Op)
     first, *others = v.op.computes
     types = [None if a is None else type_of(a) for a in v.args]
+    if v.args and v.args[0] is not None and layout_of(v.args[0]) is not None:
+        for c in others:
+            if c.blocked and (c.applies is None or c.applies(types, v.attrs)):
+                return c
     if first.cost is None:
         return first
     best, least = first, first.cost(types, v.attrs)
@@ -294,7 +298,9 @@ def _inline_once(order: list[te.Tensor], results: Sequence[te.Tensor]) -> list[t
             body = rewrite(t.body, one)
             if body is not t.body:
                 new = te.Tensor(t.name, t.shape, t.dtype, t.axes, body)
-        if t.body is not None and t not in named and _worth_inlining(new, t, uses.get(t, [])):
+                new.kept = t.kept
+        free = t.body is not None and t not in named and not t.kept
+        if free and _worth_inlining(new, t, uses.get(t, [])):
             inlined[t] = new
         else:
             if t not in named:

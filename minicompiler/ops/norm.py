@@ -6,15 +6,15 @@ layer_norm(x, scale?, bias?; axis, epsilon)     over the axes from `axis` to the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .. import te
-from ..ir.expr import Call, Const, Expr, binary, const, product, select
-from ..ir.op import Arg, Op, Precision, register
+from ..ir.expr import Call, Const, Expr, binary, const, const_int, product, select
+from ..ir.op import Arg, Compute, Op, Precision, register
 from ..ir.types import TensorType
 from .draws import FLOATS, Draw, array, choice, flag, integer, shape
 from .reduce import mean
@@ -233,15 +233,13 @@ def _group_norm_infer(x: Arg, s: Arg, b: Arg, a: GroupNormAttrs) -> TensorType:
 
 
 def _group_norm_compute(x: te.Tensor, s: te.Tensor, b: te.Tensor, a: GroupNormAttrs) -> te.Tensor:
-    wide_x = widened(x)
-    channels = need_const("group_norm", "the number of channels", x.shape[1])
-    per = channels // (a.groups or channels)
+    wide_x, per = widened(x), _channels_of_group(x, a)
     sizes = x.shape[2:]
-    n = number(product((Const(per), *sizes)), wide_x.dtype)
+    n = _group_size(wide_x, per)
     r = te.reduce_vars(1 + len(sizes))
     over = {v: e for v, e in zip(r, (Const(per), *sizes), strict=True) if e is not Const(1)}
     at = tuple(v if v in over else Const(0) for v in r)
-    groups = (x.shape[0], Const(channels // per))
+    groups = (x.shape[0], Const(_channels(x) // per))
 
     def moment(f: Callable[[Expr, Expr, Expr], Expr], name: str) -> te.Tensor:
         def body(i: Expr, g: Expr) -> Expr:
@@ -260,6 +258,61 @@ def _group_norm_compute(x: te.Tensor, s: te.Tensor, b: te.Tensor, a: GroupNormAt
         return (wide_x[(i, c, *rest)] - mu[i, g]) * inverse[i, g] * scale[c] + bias[c]
 
     return te.astype(te.compute(x.shape, body, "group_norm"), x.dtype)
+
+
+def _group_norm_by_channels(
+    x: te.Tensor, s: te.Tensor, b: te.Tensor, a: GroupNormAttrs
+) -> te.Tensor:
+    """Each channel is added up alone, and then those of a group; mean and factor are made for each
+    channel again. Channels that lie in blocks are vectors then, whatever groups they belong to."""
+    wide_x, per = widened(x), _channels_of_group(x, a)
+    sizes = x.shape[2:]
+    n = _group_size(wide_x, per)
+    k, *r = te.reduce_vars(1 + len(sizes))
+    over = {v: e for v, e in zip(r, sizes, strict=True) if e is not Const(1)}
+    at = tuple(v if v in over else Const(0) for v in r)
+    groups = (x.shape[0], Const(_channels(x) // per))
+
+    def total(f: Callable[[Expr, Expr, Expr], Expr], name: str) -> te.Tensor:
+        def channel(i: Expr, c: Expr) -> Expr:
+            return f(wide_x[(i, c, *at)], i, c)
+
+        each = te.compute(x.shape[:2], channel, f"{name}_of_channel", ("sum", over))
+        whole = ("sum", {k: Const(per)})
+        return te.compute(groups, lambda i, g: each[i, g * per + k], name, whole)
+
+    def of_channel(f: Callable[[Expr, Expr, Expr], Expr], name: str) -> te.Tensor:
+        made = te.compute(x.shape[:2], lambda i, c: f(i, c, c // per), name)
+        made.kept = True
+        return made
+
+    mean_of_group = total(lambda e, i, c: e, "mean")
+    mu = of_channel(lambda i, c, g: mean_of_group[i, g] / n, "centre")
+    var = total(lambda e, i, c: (e - mu[i, c]) * (e - mu[i, c]), "variance")
+    inverse = _inverse_std(te.map_elements(lambda e: e / n, var, name="variance"), a.epsilon)
+    scale, bias = widened(s), widened(b)
+    factor = of_channel(lambda i, c, g: inverse[i, g] * scale[c], "factor")
+
+    def body(i: Expr, c: Expr, *rest: Expr) -> Expr:
+        return (wide_x[(i, c, *rest)] - mu[i, c]) * factor[i, c] + bias[c]
+
+    return te.astype(te.compute(x.shape, body, "group_norm"), x.dtype)
+
+
+def _channels(x: te.Tensor) -> int:
+    return need_const("group_norm", "the number of channels", x.shape[1])
+
+
+def _channels_of_group(x: te.Tensor, a: GroupNormAttrs) -> int:
+    return _channels(x) // (a.groups or _channels(x))
+
+
+def _group_size(x: te.Tensor, per: int) -> Expr:
+    return number(product((Const(per), *x.shape[2:])), x.dtype)
+
+
+def _has_groups_of_channels(types: Sequence[TensorType], a: GroupNormAttrs) -> bool:
+    return types[0].rank > 2 and 0 < a.groups < (const_int(types[0].shape[1]) or 0)
 
 
 def _group_norm_reference(x: Array, s: Array, b: Array, a: GroupNormAttrs) -> Array:
@@ -286,7 +339,10 @@ group_norm = register(
         "group_norm",
         GroupNormAttrs,
         _group_norm_infer,
-        direct(_group_norm_compute),
+        (
+            *direct(_group_norm_compute),
+            Compute("by channels", _group_norm_by_channels, _has_groups_of_channels, blocked=True),
+        ),
         float32_inside(_group_norm_reference),
         _group_norm_samples,
         precision=Precision.FLOAT32_INSIDE,
