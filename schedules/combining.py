@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from minicompiler.ir.arith import Arith
 from minicompiler.ir.expr import TRUE, Expr, Var, const_int, free_vars
-from minicompiler.ir.tir import VECTOR, Block, For, Iter, Scope
+from minicompiler.ir.tir import UNROLL, VECTOR, Block, For, Iter, Scope
 
 from . import analysis, elementwise
 from .schedule import Schedule
@@ -116,18 +116,22 @@ def _across(s: Schedule, name: str, top: str | None, lanes: int) -> bool:
     extent = const_int(s.loop(inner)[0].extent)
     outer = order[:-1]
     together = _together(block)
+    tile = [inner]
     if extent is None or extent > 4 * lanes or (extent > together > 1):
         size = 2 * lanes if extent is None or extent >= 2 * lanes else lanes
-        big, inner = s.split(inner, together if together > 1 else size, "mask")
+        size = together if together > 1 else size
+        big, inner = s.split(inner, size, "mask")
         outer = [*outer, big]
+        # Vectors have a power of two of lanes.
+        tile = [*s.split(inner, lanes)] if size & (size - 1) and size % lanes == 0 else [inner]
     elif not outer and top is not None and block.body.buffer.scope is Scope.GLOBAL:
         # Once around, for the registers: whoever holds the buffer at `top` still finds it.
         big, inner = s.split(inner, extent, "perfect")
-        outer = [big]
+        outer, tile = [big], [inner]
     block, path = s.block(name)
     reduce = [x.var.name for x in analysis.reduce_loops(block, analysis.loops_in(path))]
     if outer or reduce:
-        wanted = [*outer, *reduce, inner]
+        wanted = [*outer, *reduce, *tile]
         if len(wanted) > 1:
             s.reorder(*wanted)
     init = s.decompose_reduction(name, reduce[0])
@@ -135,10 +139,11 @@ def _across(s: Schedule, name: str, top: str | None, lanes: int) -> bool:
     home = outer[-1] if outer else top
     if home is not None:
         staged = s.stage(block.body.buffer.name, home, Scope.REGISTER)
-        s.mark(inner, VECTOR)
         elementwise.around_tile(s, init, staged, home)
-    else:
-        s.mark(inner, VECTOR)
+    for n in tile[:-1]:
+        s.mark(n, UNROLL)
+    s.mark(tile[-1], VECTOR)
+    if home is None:
         n = s.loops_of(init)[-1]
         s.mark(n, VECTOR)
     if top is None and outer:

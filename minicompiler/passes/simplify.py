@@ -31,6 +31,7 @@ from ..ir.graph import (
 from ..ir.op import Op
 from ..ir.types import TensorType, float32
 from ..ops import activations, conv, elementwise, index, padding, pieces, pool, scatter, shape
+from ..ops import norm as norms
 from . import borders, positions
 
 Rule = Callable[[Apply], Value | None]
@@ -249,6 +250,28 @@ def _reshaped(v: Apply, x: Value | None) -> Apply:
     return _again(v, shape.reshape, x, attrs=attrs)
 
 
+def _normalised_groups(v: Apply) -> Value | None:
+    """reshape(norm of each channel of reshape(x, [n, groups, ..])) is a norm of groups of channels
+    of x: so exporters write it, and x keeps its layout then."""
+    norm = _operand(v, 0, norms.group_norm)
+    view = None if norm is None else norm.args[0]
+    if norm is None or not isinstance(view, Apply) or view.op not in _VIEWS:
+        return None
+    x, *parameters = view.args[0], *norm.args[1:]
+    whole, cut = type_of(v).shape, type_of(norm).shape
+    if x is None or type_of(x) != v.type or len(whole) < 2 or whole[0] is not cut[0]:
+        return None
+    channels, parts = const_int(whole[1]), const_int(cut[1])
+    if not channels or not parts or channels % parts:
+        return None
+    if not all(isinstance(p, Constant) for p in parameters):
+        return None
+    each = [Constant(np.repeat(p.data, channels // parts)) for p in parameters]  # type: ignore[union-attr]
+    attrs = norms.GroupNormAttrs(norm.attrs.groups or parts, norm.attrs.epsilon)
+    locs = (*norm.locs, *v.locs)
+    return apply(norms.group_norm, x, *each, attrs=attrs, locs=locs, name=v.name)
+
+
 def _whole_slice(v: Apply) -> Value | None:
     """A slice as large as its operand; a reversed one has that size too."""
     return v.args[0] if all(step == 1 for step in v.attrs.steps) else None
@@ -338,7 +361,7 @@ RULES: dict[Op, tuple[Rule, ...]] = {
     padding.pad: (_unpadded,),
     pieces.strided_slice: (_whole_slice,),
     shape.transpose: (_transpose,),
-    shape.reshape: (_view,),
+    shape.reshape: (_normalised_groups, _view),
     shape.squeeze: (_view,),
     shape.unsqueeze: (_view,),
     pieces.concat: (_one_part, _flat_concat, _joined_split),

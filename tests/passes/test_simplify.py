@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from minicompiler.ir.expr import Const
-from minicompiler.ir.graph import Constant, Function, Input, Item, Value, applies, apply
+from minicompiler.ir.graph import Apply, Constant, Function, Input, Item, Value, applies, apply
 from minicompiler.ir.types import TensorType, bool_, float32, int32
 from minicompiler.ops import activations as act
 from minicompiler.ops import elementwise as el
-from minicompiler.ops import padding
+from minicompiler.ops import norm, padding
 from minicompiler.ops import pieces as pc
 from minicompiler.ops import reduce as red
 from minicompiler.ops import shape as sh
+from minicompiler.ops.evaluate import run_reference
 from minicompiler.passes.simplify import simplify
 
 
@@ -195,3 +196,33 @@ def test_logic_with_constants() -> None:
 
 def test_relu_twice_is_relu() -> None:
     assert ops(apply(act.relu, apply(act.relu, X))) == ["relu"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts", "own", "groups"),
+    [((2, 12, 5, 3), 4, 0, 4), ((2, 12, 7), 12, 3, 3), ((2, 12, 5, 3), 1, 0, 1)],
+)
+def test_groups_that_are_normalised_as_channels(
+    shape: tuple[int, ...], parts: int, own: int, groups: int
+) -> None:
+    """As exporters write GroupNorm: the reshapes go, and each parameter is that of its channels."""
+    rng = np.random.default_rng(0)
+    x, values = tensor(*shape), rng.standard_normal(shape).astype(np.float32)
+    parameters = [c(rng.standard_normal(parts)) for _ in range(2)]
+    attrs = norm.GroupNormAttrs(own, 1e-3)
+    view = reshaped(x, shape[0], parts, -1)
+    back = reshaped(apply(norm.group_norm, view, *parameters, attrs=attrs), *shape)
+    found = simple(back, x)
+    assert isinstance(found, Apply)
+    assert found.op is norm.group_norm
+    assert found.attrs.groups == groups
+    got, want = (run_reference(Function("f", (x,), (r,)), [values])[0] for r in (found, back))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_that_are_no_channels_of_the_result_stay() -> None:
+    x = tensor(2, 12, 5)
+    for view, back in (((4, 6, 5), (2, 12, 5)), ((2, 5, 12), (2, 12, 5)), ((2, 4, 15), (2, 15, 4))):
+        ones = [c(np.ones(view[1])) for _ in range(2)]
+        normal = apply(norm.group_norm, reshaped(x, *view), *ones, attrs=norm.GroupNormAttrs())
+        assert ops(reshaped(normal, *back), x) == ["reshape", "group_norm", "reshape"]

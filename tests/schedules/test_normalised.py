@@ -10,6 +10,7 @@ from one_operator import run
 
 import minicompiler as mc
 from minicompiler.frontend.builder import Builder
+from minicompiler.ops.evaluate import run_reference
 
 
 @pytest.mark.parametrize("groups", [3, 12])
@@ -204,3 +205,27 @@ def test_local_arrays_begin_in_the_middle_of_a_page(columns: int, placed: bool) 
     for name, size in found:
         assert int(size) == columns * 4 + 2048
         assert f"getelementptr i8, ptr {name}, i64 2048" in code
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "known"),
+    [(64, 32, True), (48, 16, True), (48, 1, True), (36, 2, True), (48, 16, False)],
+    ids=lambda x: str(x),
+)
+def test_groups_of_channels_in_blocks(channels: int, groups: int, known: bool) -> None:
+    """A block may hold several groups, or parts of some: channels are added up alone, in vectors,
+    and then those of each group."""
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((2, 16, 9, 10), np.float32)
+    weights = rng.standard_normal((2, channels * 16), np.float32) / 4
+    into, out = weights[0].reshape(channels, 16, 1, 1), weights[1].reshape(16, channels, 1, 1)
+    scale, bias = rng.standard_normal((2, channels)).astype(np.float32)
+    net = Builder("norm")
+    v = net.conv(net.input("x", x.shape if known else (2, 16, "H", "W")), into)
+    v = net.relu(net.group_norm(v, scale, bias, groups=groups))
+    fn = net.function(y=net.conv(v, out))
+    m = mc.compile(fn, threads=2, checked=True)
+    np.testing.assert_allclose(m(x)[0], run_reference(fn, [x])[0], rtol=1e-4, atol=1e-4)
+    nest = next(s.text for s in m.stages if s.name == "schedule" and "mean_of_channel" in s.text)
+    assert "block group_norm" not in nest  # it is a part of what follows
+    assert re.search(r"vector \S+ in (8|16):\s+block variance_of_channel\(", nest)
