@@ -277,6 +277,16 @@ def _blocks_together(block: int, extent: int | None, lanes: int) -> int:
     return min((3, 2), key=lambda n: -(-extent // (block * n)) * n)
 
 
+def _block(s: Schedule, nest: Nest) -> int:
+    """Neighbours along the vector axis that lie in one block of the result's layout (1: none), and
+    belong to one group, as far as that leaves whole vectors."""
+    out = nest.block.body
+    block = block_of(out.buffer.layout, axis_of(out, nest.vector))
+    group = analysis.group_along(nest.broad, nest.vector.var)
+    narrower = block if group is None else math.gcd(group, block)
+    return block if narrower % s.target.lanes(out.buffer.dtype.bytes) else narrower
+
+
 def _tile(s: Schedule, nest: Nest) -> tuple[int, int, int, int | None]:
     """The register tile: (lanes of the vector axis, vectors, rows), and the number of rows if
     known."""
@@ -284,14 +294,15 @@ def _tile(s: Schedule, nest: Nest) -> tuple[int, int, int, int | None]:
     out = nest.block.body
     lanes = t.lanes(out.buffer.dtype.bytes)
     vector_extent = const_int(nest.vector.extent)
-    blocked = block_of(out.buffer.layout, axis_of(out, nest.vector))
+    blocked = _block(s, nest)
+    group = analysis.group_along(nest.broad, nest.vector.var)
     row_extent: int | None = 1
     for r in nest.rows:
         e = const_int(r.extent)
         row_extent = None if e is None or row_extent is None else row_extent * e
-    depthwise = nest.vector.var in _vars(nest.broad)
     if blocked > 1:
-        width = _blocks_together(blocked, vector_extent, lanes) * blocked
+        together = _blocks_together(blocked, vector_extent, lanes)
+        width = blocked * (together if group is None else math.gcd(group // blocked, together))
     elif row_extent == 1:
         # Rows of a matrix that no panel holds are read side by side, in shorter pieces.
         several = (8 if nest.wide.buffer.constant else 4) * lanes
@@ -306,7 +317,7 @@ def _tile(s: Schedule, nest: Nest) -> tuple[int, int, int, int | None]:
     vectors = max(1, width // (min(blocked, lanes) if blocked > 1 else lanes))
     # A depthwise tile loads a vector per row instead of broadcasting one, and may keep no operand.
     rows = tile_rows(row_extent, vectors, t.registers)
-    if depthwise:
+    if group is not None and group % width:
         rows = min(rows, 4 if vectors > 1 else 7)
     rows = s.choose("rows", tuple(range(1, 33)), rows)
     return width, vectors, rows, row_extent
@@ -346,7 +357,7 @@ def _schedule(s: Schedule, nest: Nest) -> None:
             part = part_of(row_extent)
     if row_loops:
         row = s.fuse(*row_loops) if len(row_loops) > 1 else row_loops[0]
-    block = block_of(out.buffer.layout, axis_of(out, nest.vector))
+    block = _block(s, nest)
     v_o, v_i = s.split(_loop(nest.vector), block if block > 1 else width, "mask")
     tile = [v_i]
     if 1 < block < width:  # several blocks
@@ -616,8 +627,8 @@ def _reduction_order(s: Schedule, nest: Nest) -> tuple[list[str], list[tuple[int
         if axis is None:  # the channels of one group
             around = [k for k, x in enumerate(nest.broad.indices) if i.var in free_vars(x)]
             size = block_of(layout, around[0]) if len(around) == 1 else 1
-            whole = size > 1 and (const_int(i.extent) or 1) % size == 0
-            size = size if whole else 1
+            size = math.gcd(size, const_int(i.extent) or 1)
+            size = size if size >= s.target.lanes(nest.broad.buffer.dtype.bytes) else 1
         if size > 1:
             o, inner = s.split(n, size, "guard")
             outer_names.append(o)

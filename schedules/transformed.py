@@ -18,7 +18,7 @@ import dataclasses
 import math
 
 from minicompiler.ir.expr import Binary, Const, Expr, Load, const_int, factors, free_vars, walk
-from minicompiler.ir.layout import IndexMap
+from minicompiler.ir.layout import IndexMap, axes
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Scope
 
 from . import analysis, contraction, elementwise, reductions, shares
@@ -226,7 +226,12 @@ def apply(s: Schedule) -> None:
         order = [outer if n == axis else n for n in order] + [inner]
     vector = order[-1]
     width = const_int(s.loop(vector)[0].extent) or lanes
-    (channels,) = [n for n in order[:-1] if n not in loop_of.values()]
+    panel = [n for n in order[:-1] if n not in loop_of.values()]
+    own_outputs = analysis.group_along(broad, main.body.indices[-1])
+    if own_outputs is not None and own_outputs % width:
+        width = math.gcd(own_outputs, width)
+        narrower, vector = s.split(vector, width)
+        panel.append(narrower)
     images, along = _tile_axes(main, final, loop_of, planes)
     pixels: list[str] = []  # of a tile
     tiles: list[str] = []
@@ -247,17 +252,20 @@ def apply(s: Schedule) -> None:
     around = [*batch, *tile.blocks]
     # One vector at a time: the transform of a tile takes all registers.
     each, vector = s.split(vector, lanes if width % lanes == 0 else width)
-    s.reorder(*around, channels, *planes, *together, *tile.inside, each, *pixels, vector)
+    s.reorder(*around, *panel, *planes, *together, *tile.inside, each, *pixels, vector)
+    channels = s.fuse(*panel) if len(panel) > 1 else panel[0]
     # Each thread transforms the input of its own blocks, if there are enough of them.
     blocks = _extent(s, around)
-    own = tile.rows is not None or blocks >= 2 * s.target.cores
+    own = tile.rows is not None or own_outputs is not None or blocks >= 2 * s.target.cores
     local = s.choose("local", (False, True), own)
     panels = _extent(s, [channels])
     options = tuple(g for g in range(1, panels + 1) if panels % g == 0) if local else (1,)
+    if own_outputs is not None and local:  # a group's outputs have an input of their own
+        options = tuple(g for g in options if own_outputs % (panels // g * width) == 0)
     even = shares.even(blocks, options, s.target.cores)
     if tile.rows is not None:  # there may be one block only
         most = min(s.target.cores, panels * width // OUTPUTS if made else 1)
-        even = max((g for g in options if g <= most), default=1)
+        even = max((g for g in options if g <= most), default=options[0])
     groups = s.choose("groups", options, even)
     home = around[-1]
     if groups > 1:
@@ -272,6 +280,8 @@ def apply(s: Schedule) -> None:
     copies = [n for n in data if _copies(s, n)]
     data = [n for n in data if n not in copies]
     for name in copies:
+        if own_outputs is not None:
+            _blocks_within_groups(s, name, _channels(main, broad))
         contraction.follow_reader_layout(s, name)
     part = _part(s, main, broad, PART if made else 4 * PART)
     depth = len(broad.buffer.shape) - 1
@@ -381,9 +391,27 @@ def _is_near(s: Schedule, buffer: Buffer) -> bool:
 
 def _part(s: Schedule, main: Block, data: Load, most: int) -> int:
     """How many input channels lie together in the transformed input, tile beside tile."""
-    (channels,) = [const_int(i.extent) or 1 for i in main.iters if i.var is data.indices[-1]]
+    channels = _channels(main, data)
     options = tuple(d for d in (8, 16, 32, 64, channels) if channels % d == 0)
     return s.choose("part", options, max([d for d in options if d <= most], default=channels))
+
+
+def _channels(main: Block, data: Load) -> int:
+    """The channels that are summed up: those of a group."""
+    used = free_vars(data.indices[-1])
+    return next(const_int(i.extent) or 1 for i in main.iters if i.reduce and i.var in used)
+
+
+def _blocks_within_groups(s: Schedule, name: str, channels: int) -> None:
+    """A copy of what lies in blocks that belong to several groups has blocks of its own."""
+    block, _ = s.block(name)
+    buffer = block.body.buffer
+    rank = len(buffer.shape)
+    (layout,) = {x.buffer.layout for x in analysis.operand_loads(block)}
+    for axis, d in enumerate(axes(rank)):
+        size = 1 if layout is None else layout.factor(d)
+        if channels % size:
+            s.relayout(buffer.name, IndexMap.blocked(rank, axis, math.gcd(channels, size)))
 
 
 def _reads_constants(s: Schedule, load: Load) -> bool:

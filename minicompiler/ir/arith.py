@@ -294,6 +294,8 @@ class Arith:
             return TRUE if decided else FALSE
         # Canonical: all terms moved to one side, then split back by sign so it reads naturally.
         diff = subtract(self.poly(e.b), self.poly(e.a))
+        if e.op in ("lt", "le"):
+            diff = self._in_steps(diff, least=1 if e.op == "lt" else 0)
         factor = 0
         for c in diff.values():
             factor = gcd(factor, c)
@@ -302,6 +304,20 @@ class Arith:
         right = {m: c for m, c in diff.items() if c > 0}
         left = {m: -c for m, c in diff.items() if c < 0}
         return binary(e.op, self.expr(left), self.expr(right))
+
+    def _in_steps(self, diff: Poly, least: int) -> Poly:
+        """16*q + s >= least is q >= least where 0 <= s - least < 16: what is less than a step, such
+        as the lane of a vector, does not matter."""
+        for g in sorted({abs(c) for m, c in diff.items() if m and abs(c) > 1}, reverse=True):
+            small = {m: c for m, c in diff.items() if m and c % g}
+            low, high = self.poly_interval(small)
+            if not small or low is None or high is None or high - low >= g:
+                continue
+            rest = (diff.get((), 0) - least + low) % g  # of the constant, to what is small
+            if rest + high - low < g:
+                steps = {m: c // g for m, c in diff.items() if m and not c % g}
+                return plus(steps, (diff.get((), 0) - least + low) // g + least)
+        return diff
 
     # ---- bounds ---------------------------------------------------------------------------------
     def interval(self, e: Expr) -> Interval:

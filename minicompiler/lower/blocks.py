@@ -142,8 +142,8 @@ def _two_loops(s: For) -> Stmt | None:
 
 def _loop_for_each(s: For) -> Stmt | None:
     """for k: r[k] = select(c, a[k], b)   ->   if c: (for k: r[k] = a[k]) else: (for k: r[k] = b)"""
-    chosen = _chosen_outside(s)
-    if not chosen:
+    chosen = next(_chosen_outside(s), None)
+    if chosen is None:
         return None
 
     def other(e: Expr) -> Expr | None:
@@ -151,25 +151,25 @@ def _loop_for_each(s: For) -> Stmt | None:
 
     bodies = _assume(s.body, chosen), map_exprs(s.body, lambda e: rewrite(e, other))
     cases = [s.with_(body=b) for b in bodies]
-    if all(_chosen_outside(x) for x in cases):
-        return None  # several choices, each of which would double the code
+    left, right = ({c for found in _chosen_outside(x) for c in found} for x in cases)
+    if left & right:
+        return None  # choices of their own, each of which would double the code
     then, orelse = [_loop_for_each(x) or x for x in cases]
     return If(all_of(sorted(chosen, key=str)), then, orelse)
 
 
-def _chosen_outside(s: For) -> set[Expr]:
+def _chosen_outside(s: For) -> Iterator[set[Expr]]:
     """Conditions by which a loop over vectors chooses what to load, and which are the same in all
     of it."""
     made = [*stores(s.body)]
     if s.kind is not SERIAL or s.tag or len(made) != 1 or made[0].buffer in read_buffers(s.body):
-        return set()
+        return
     within = {x.var for x in statements(s) if isinstance(x, For)}
     for e in walk(made[0].value, into_loads=False):
         if type(e) is Select and (_loads(e.a) or _loads(e.b)):
             same = {c for c in conjuncts(e.cond) if not free_vars(c) & within and not _loads(c)}
             if same:
-                return same
-    return set()
+                yield same
 
 
 def _under(conditions: list[Expr], body: Stmt) -> Stmt:

@@ -1,4 +1,4 @@
-"""Winograd's minimal filtering as a named compute of convolution: 3 taps, stride 1, one group.
+"""Winograd's minimal filtering as a named compute of convolution: 3 taps, stride 1.
 
     F(m x m, 3 x 3): (m + 2)^2 products per m x m outputs and channel pair instead of 9 m^2.
 
@@ -194,17 +194,20 @@ def _division(m: int, depth: int) -> tuple[int, int]:
 
 
 def applies(types: list[TensorType | None], attrs: Any) -> bool:
-    """Windows with an axis to transform, several tiles along it, one group, float32 or pairs that
-    stay exact, at most one lane of vectors of 8 empty for three channels. Only sizes along axes
-    that are transformed may be symbolic."""
+    """Windows with an axis to transform, several tiles along it, float32 or pairs that stay exact,
+    at most one lane of vectors of 8 empty for three channels, none where there are several groups.
+    Only sizes along axes that are transformed may be symbolic."""
     x, w = types[0], types[1]
-    if x is None or w is None or attrs.groups != 1:
+    if x is None or w is None:
         return False
     if not (attrs.tiles if attrs.in_pairs else x.dtype is float32):
         return False
     windows = _windows(w, attrs)
-    channels = [const_int(w.shape[0]), const_int(w.shape[1])]
-    if windows is None or any(c is None or -c % 8 > c // 3 for c in channels):
+    o, c = const_int(w.shape[0]), const_int(w.shape[1])
+    if windows is None or o is None or c is None:
+        return False
+    channels = (o // attrs.groups, c)  # of a group
+    if any(-n % 8 > (n // 3 if attrs.groups == 1 else 0) for n in channels):
         return False
     axes = transformed(windows)
     sizes = [const_int(s) for s in x.shape[2:]]
@@ -234,7 +237,7 @@ def cost(m: int, types: list[TensorType | None], attrs: Any) -> float:
     tiles = math.prod(-(-n // m) if axis in axes else n for axis, n in enumerate(sizes))
     each_tile = 2 * points * taps * o * c / 93e3
     filters = min(4 * points * taps * o * c / 15e3 / 2, 3.5 * each_tile)
-    moved = (c * 1.6 + o * 1.3) * points * len(axes) / 2
+    moved = (attrs.groups * c * 1.6 + o * 1.3) * points * len(axes) / 2
     return each_tile * tiles + filters + tiles * moved / 8e3
 
 
@@ -281,7 +284,8 @@ def build(m: int, in_pairs: bool = False) -> Any:
 
         kernel = tuple(w.shape[2 + k] for k in others)
         names = ("filter_rows", "filters")[-depth:]
-        filters = _transform(g, depth * (3,), (*kernel, o, c), weight, names, closed)
+        inputs, outputs = w.shape[1], simplified(o // attrs.groups)  # of a group
+        filters = _transform(g, depth * (3,), (*kernel, o, inputs), weight, names, closed)
         taps, over = windows.taps()
         (channel,) = te.reduce_vars(1)
 
@@ -292,11 +296,12 @@ def build(m: int, in_pairs: bool = False) -> Any:
                 spatial[k] = windows.position(k, spatial[k], taps[k]) - windows.begin[k]
                 if windows.begin[k] or windows.end[k]:
                     conds.append(inside(spatial[k], sizes[k]))
-            load = select(all_of(conds), data[(*points, b, *spatial, channel)], const(0, x.dtype))
+            read = channel if attrs.groups == 1 else f // outputs * inputs + channel
+            load = select(all_of(conds), data[(*points, b, *spatial, read)], const(0, x.dtype))
             factor = filters[(*points, *[taps[k] for k in others], f, channel)]
             return multiply(load, factor, in_pairs)
 
-        summed = {channel: c, **{taps[k]: over[taps[k]] for k in others if taps[k] in over}}
+        summed = {channel: inputs, **{taps[k]: over[taps[k]] for k in others if taps[k] in over}}
         made = (n, *[tiles.get(k, s) for k, s in enumerate(out)], o)
         product = te.compute((*depth * (a,), *made), products, "products", reduce=("sum", summed))
         half = product

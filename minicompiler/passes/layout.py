@@ -11,6 +11,7 @@ products of matrices, and stay in rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ _FEW, _SOME, _MANY = 32, 8, 3
 _PIXELS = 32  # one in so many may be missing in the last vectors of a product
 
 Place = tuple[int, int]  # id of a node, number of its result
+Wish = tuple[int, int]  # one lane in so many may be empty (as above), channels of a group (0: any)
 Blocks = tuple[tuple[int, int], ...]  # how many lanes may be empty (as above), size of a block
 
 
@@ -71,7 +73,7 @@ def convert_layout(fn: Function, ctx: Any) -> Function:
         if v.op in _CONVOLUTIONS and not rows:
             args = (_copied(args[0], blocks, copies), *args[1:])
         if isinstance(v.type, tuple):
-            each = [_block_layout(t, blocks, wanted[id(v), k])
+            each = [_block_layout(t, blocks, *wanted[id(v), k])
                     if (id(v), k) in wanted and (id(v), k) not in results
                     else None for k, t in enumerate(v.type)]  # fmt: skip
             layouts = tuple(old or new for old, new in zip(v.layouts, each, strict=True))
@@ -104,25 +106,38 @@ def blocks_for(target: Target | None) -> Blocks:
     return tuple((n, b) for n in (_FEW, _SOME, _MANY) for b in sizes if n == _FEW or b >= lanes)
 
 
-def _wanted(fn: Function, products: set[int]) -> dict[Place, int]:
-    """The values that convolutions and pools read, directly or through what keeps the channels, and
-    how many lanes may be empty there: many where one reader sums over the channels."""
-    wanted: dict[Place, int] = {}
+def _wanted(fn: Function, products: set[int]) -> dict[Place, Wish]:
+    """The values that convolutions and pools read, directly or through what keeps the channels,
+    how many lanes may be empty there, many where one reader sums over the channels, and the groups
+    in which they are read."""
+    wanted: dict[Place, Wish] = {}
     for v in reversed(list(topological(fn.results))):
         if not isinstance(v, Apply):
             continue
         own = wanted.get((id(v), 0))
         if own is not None:
-            asked, empty = _passed_on(v), own
+            asked, (empty, group) = _passed_on(v), own
         else:
             asked = v.args[:1] if v.op in _SPATIAL and id(v) not in products else ()
-            empty = _SOME
+            empty, group = _SOME, 0
         if v.op in _SPATIAL:
-            empty = _MANY if v.op in _CONVOLUTIONS and v.attrs.groups == 1 else _SOME
+            dense = v.op in _CONVOLUTIONS and v.attrs.groups == 1
+            empty, group = _MANY if dense else _SOME, _groups(v, made=False)
         for a in asked:
             if a is not None and type_of(a).rank in _RANKS:
-                wanted[_place(a)] = min(wanted.get(_place(a), _FEW), empty)
+                before = wanted.get(_place(a), (_FEW, 0))
+                wanted[_place(a)] = min(before[0], empty), math.gcd(before[1], group)
     return wanted
+
+
+def _groups(v: Apply, made: bool) -> int:
+    """The channels of a group that a convolution reads (made: makes); 0: of all, or of one."""
+    if v.op is not conv.conv or v.attrs.groups == 1:
+        return 0
+    x = v.args[0]
+    assert x is not None
+    channels = const_int(type_of(v if made else x).shape[1])
+    return 0 if channels in (None, v.attrs.groups) else (channels or 0) // v.attrs.groups
 
 
 def _products(fn: Function) -> set[int]:
@@ -174,13 +189,17 @@ def _place(v: Value) -> Place:
     return (id(v.tuple), v.index) if isinstance(v, Item) else (id(v), 0)
 
 
-def _block_layout(t: TensorType, blocks: Blocks, empty: int = _SOME) -> IndexMap | None:
-    """The layout in blocks of channels, where the channels fill some but for one in `empty`."""
+def _block_layout(
+    t: TensorType, blocks: Blocks, empty: int = _SOME, group: int = 0
+) -> IndexMap | None:
+    """The layout in blocks of channels, where the channels fill some but for one in `empty`; in
+    blocks of several vectors that make up groups, if there are such ones."""
     channels = const_int(t.shape[1]) if t.rank in _RANKS else None
     if channels is None:
         return None
-    fits = (b for part, b in blocks if part >= empty and -channels % b <= channels // part)
-    block = next(fits, None)
+    fits = [b for part, b in blocks if part >= empty and -channels % b <= channels // part]
+    whole = (b for b in fits if group and group % b == 0 and b > min(BLOCKS))
+    block = next(whole, next(iter(fits), None))
     return None if block is None else IndexMap.blocked(t.rank, 1, block)
 
 
@@ -205,7 +224,7 @@ def _in_rows(x: Value, copies: dict[int, Value]) -> Value:
 
 
 def _layout(
-    v: Apply, args: tuple[Value | None, ...], blocks: Blocks, wanted: int | None
+    v: Apply, args: tuple[Value | None, ...], blocks: Blocks, wanted: Wish | None
 ) -> IndexMap | None:
     t = v.type
     if not isinstance(t, TensorType) or t.rank not in _RANKS:
@@ -213,10 +232,11 @@ def _layout(
     if v.op in _SPATIAL:
         x = args[0]
         dense = v.op in _CONVOLUTIONS and x is not None and layout_of(x) is not None
-        return _block_layout(t, blocks, _MANY if dense else _SOME)
+        group = math.gcd(_groups(v, made=True), wanted[1] if wanted else 0)
+        return _block_layout(t, blocks, _MANY if dense else _SOME, group)
     follow = _joined(v, args) if v.op is pieces.concat else _followed(v, t, args)
     if follow is None and wanted is not None and kind_of(v) is not Kind.OPAQUE:
-        return _block_layout(t, blocks, wanted)
+        return _block_layout(t, blocks, *wanted)
     return follow
 
 

@@ -313,6 +313,21 @@ def test_quotients_by_one_divisor_compare_as_dividends_do() -> None:
     assert arith.prove(last // N > (A * 16 + B) // N) is None
 
 
+@SEED
+def test_lanes_leave_comparisons_of_whole_steps(seed: int) -> None:
+    """The value for every assignment; a lane is left out where it cannot matter."""
+    rng = Random(seed)
+    step, lanes, start = rng.choice([3, 8, 16]), rng.choice([1, 2, 8, 16]), rng.randint(-20, 20)
+    limit, op = rng.randint(-30, 160), rng.choice(["lt", "le"])
+    arith = Arith({I: below(9), J: below(lanes)})
+    cond = binary(op, I * step + J * rng.choice([1, -1]) + start, Const(limit))
+    made = arith.simplify(cond)
+    values = {(i, j): evaluate_int(cond, {"i": i, "j": j}) for i in range(9) for j in range(lanes)}
+    assert values == {(i, j): evaluate_int(made, {"i": i, "j": j}) for i, j in values}
+    if lanes <= step and all(len({values[i, j] for j in range(lanes)}) == 1 for i in range(9)):
+        assert J not in free_vars(made)
+
+
 def test_facts_times_sizes() -> None:
     """Where align_corners takes the last pixel from: (n - 1) * x // (2n - 1) with x < 2n."""
     x = A * 8 + B % 8

@@ -12,12 +12,14 @@ from onnx_models import graph, model, node, numbers, reference_of
 from tolerance import assert_close
 
 import minicompiler as mc
+from minicompiler.context import Context, Options
 from minicompiler.frontend.builder import Builder
 from minicompiler.ir.graph import Apply, Function, applies, layout_of
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ops import conv, elementwise
 from minicompiler.ops.evaluate import run_reference
 from minicompiler.passes.layout import convert_layout
+from minicompiler.target import Target
 
 RNG = np.random.default_rng(0)
 
@@ -180,3 +182,18 @@ def test_control_flow_reads_rows(make: Callable[[], ModelProto], decides: bool |
     found = mc.compile(make()).run(feeds)
     for got, want in zip(found.values(), reference_of(make(), feeds), strict=True):
         assert_close(got, want, 27 * 144)
+
+
+@pytest.mark.parametrize(("group", "block"), [(24, 24), (40, 40), (48, 16), (56, 16), (8, 16)])
+def test_blocks_make_up_groups(group: int, block: int) -> None:
+    """What a convolution with groups reads and makes lies in blocks that belong to one group, where
+    there are such ones of several vectors."""
+    net = Builder("groups")
+    channels = 16 * group
+    x = net.relu(net.conv(net.input("x", (1, 3, 12, 12)), weight(channels, 3, 3, 3)))
+    y = net.conv(x, weight(channels, group, 3, 3), strides=(2, 2), groups=16)
+    fn = net.function(y=net.conv(net.relu(y), weight(8, channels, 1, 1)))
+    made = convert_layout(fn, Context(Target.parse("cpu:avx2"), Options()))
+    _, grouped, last = [v for v in applies(made) if v.op is conv.conv]
+    want = IndexMap.blocked(4, 1, block)
+    assert [layout_of(v) for v in (grouped, grouped.args[0], last.args[0]) if v] == 3 * [want]

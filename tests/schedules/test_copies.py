@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from minicompiler.ir.verify_tir import verify_tir
 from minicompiler.lower.blocks import hoist_conditions, lower_blocks, unswitch
 from minicompiler.lower.to_tir import from_tensors
 from minicompiler.lower.wraps import unwrap_lines
+from minicompiler.ops.evaluate import run_reference
 from minicompiler.ops.rules import clamped
 from minicompiler.schedules.cpu import schedule
 from minicompiler.schedules.elementwise import MOST_UNEVEN
@@ -86,6 +88,31 @@ def test_uneven_pieces_of_a_line_have_no_tails(sizes: tuple[int, ...]) -> None:
     assert all(type(s.value) is Load for p in made.phases for s in stores(p))
     given = [np.random.default_rng(0).standard_normal((512, n), np.float32) for n in sizes]
     np.testing.assert_array_equal(interp.run(made, given)[0], np.concatenate(given, 1))
+
+
+@pytest.mark.parametrize("count", [5, 20])
+def test_parts_in_blocks_of_channels_have_loops_of_their_own(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which part a block of channels belongs to is asked once per line of pixels."""
+    monkeypatch.setenv("MINICOMPILER_CACHE", str(tmp_path))  # what comes from it has no stages
+    rng = np.random.default_rng(0)
+    net = Builder("dense")
+    x = net.input("x", (1, 3, 8, 8))
+    parts = [net.conv(x, rng.standard_normal((32, 3, 3, 3), np.float32)) for _ in range(count)]
+    z = net.conv(
+        net.relu(net.concat(*parts, axis=1)),
+        rng.standard_normal((16, 32 * count, 3, 3), np.float32) / 64,
+    )
+    fn = net.function(z=z)
+    module = mc.compile(fn, threads=1)
+    made = [s.text for s in module.stages if s.name == "hoist_conditions" and "concat" in s.text]
+    assert made
+    assert "select" not in made[-1]
+    assert made[-1].count("max(p") == count
+    given = rng.standard_normal((1, 3, 8, 8), np.float32)
+    (want,) = run_reference(fn, [given])
+    np.testing.assert_allclose(module(given)[0], want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
 def test_rows_that_are_repeated_are_copied_one_after_the_other() -> None:

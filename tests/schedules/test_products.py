@@ -10,6 +10,7 @@ from minicompiler.context import Context, Options
 from minicompiler.frontend.builder import Builder
 from minicompiler.ir.expr import Const, Dim, Expr, const_int
 from minicompiler.ir.graph import Constant, Function, Input, apply
+from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import UNROLL, VECTOR, Prefetch, PrimFunc, Scope, statements
 from minicompiler.ir.types import TensorType, float32
 from minicompiler.kernel import lower_kernel
@@ -212,3 +213,20 @@ def test_a_matrix_product_that_is_repeated_is_a_loop_of_its_own() -> None:
     (wanted,) = run_reference(fn, given)
     (made,) = mc.compile(fn, threads=1)(*given)
     np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("group", "block", "lanes"),
+    [(48, 16, 16), (56, 16, 8), (24, 24, 8), (40, 40, 8), (4, 16, 16)],
+)
+def test_a_tile_has_outputs_of_one_group(group: int, block: int, lanes: int) -> None:
+    """Its vectors then share what they read of the input. Groups of 4 are no whole vectors."""
+    layout = IndexMap.blocked(4, 1, block)
+    x = Input("x", TensorType(tuple(map(Const, (1, 6 * group, 15, 15))), float32), layout)
+    w = Input("w", TensorType(tuple(map(Const, (6 * group, group, 3, 3))), float32))
+    made = apply(conv, x, w, attrs=ConvAttrs(strides=(2, 2), groups=6)).with_(layouts=(layout,))
+    func = scheduled(Function("f", (x, w), (made,), result_names=("y",)), weights=True)
+    path = analysis.find_block(func, "conv")
+    assert path is not None
+    tile = [x for x in analysis.loops_in(path[1]) if x.kind in (UNROLL, VECTOR)]
+    assert const_int(tile[-1].extent) == lanes
