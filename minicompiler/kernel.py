@@ -44,6 +44,7 @@ from .lower.blocks import lower_blocks
 from .lower.cost import flops, moved, points
 from .lower.guards import guard_accesses, run_time_guards
 from .lower.join_axes import join_axes
+from .lower.join_results import join_results
 from .lower.lift_constants import Prepared, lift_constants
 from .lower.memory import to_size
 from .lower.one_row import of_one_row, one_or_many
@@ -210,7 +211,7 @@ def lower_kernel(fn: Function, constant: tuple[bool, ...], ctx: Context) -> Prim
 
 def plain_loops(fn: Function, constant: tuple[bool, ...], max_error: float) -> PrimFunc:
     """The loop nest of a fused function over the axes that suit schedules best."""
-    return keep_shape(join_axes(lower_function(fn, constant, max_error)))
+    return keep_shape(join_results(join_axes(lower_function(fn, constant, max_error))))
 
 
 def final_loops(
