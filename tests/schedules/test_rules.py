@@ -76,14 +76,22 @@ def conv(groups: int = 1, channels: int = 8, **kwargs: Any) -> PrimFunc:
     return operator("conv", shapes, ConvAttrs(groups=groups, **SAME), **kwargs)
 
 
+def grouped(block: int) -> PrimFunc:
+    """Two groups of 8 channels, in blocks of so many."""
+    shapes: list[tuple[int | Expr, ...]] = [(1, 16, 4, 7), (16, 8, 3, 3)]
+    layout = IndexMap.blocked(4, 1, block)
+    return operator("conv", shapes, ConvAttrs(groups=2, **SAME), layouts={0: layout, -1: layout})
+
+
 def winograd(
-    m: int, sizes: tuple[int | Expr, ...], kernel: tuple[int, ...], in_pairs: bool = False
-) -> PrimFunc:
-    """Of 8 channels; the border keeps the size."""
-    shapes: list[tuple[int | Expr, ...]] = [(1, 8, *sizes), (8, 8, *kernel)]
-    layout = IndexMap.blocked(2 + len(sizes), 1, 8)
+    m: int, sizes: tuple[int | Expr, ...], kernel: tuple[int, ...], in_pairs: bool = False,
+    groups: int = 1, block: int = 8,
+) -> PrimFunc:  # fmt: skip
+    """Of groups of 8 channels; the border keeps the size."""
+    shapes: list[tuple[int | Expr, ...]] = [(1, 8 * groups, *sizes), (8 * groups, 8, *kernel)]
+    layout = IndexMap.blocked(2 + len(sizes), 1, block)
     border = tuple(k // 2 for k in kernel)
-    attrs = ConvAttrs(pads_begin=border, pads_end=border, in_pairs=in_pairs)
+    attrs = ConvAttrs(pads_begin=border, pads_end=border, in_pairs=in_pairs, groups=groups)
     held = {0: layout, -1: layout}
     if not in_pairs:
         return operator("conv", shapes, attrs, f"winograd{m}", held)
@@ -130,6 +138,13 @@ BIG: dict[str, Callable[[], Sample]] = {
     "conv_plain": lambda: Sample(conv(channels=5)),
     "conv_blocked": lambda: Sample(conv(layouts={0: NCHW8C, -1: NCHW8C}, then_relu=True)),
     "conv_depthwise": lambda: Sample(conv(groups=8, layouts={0: NCHW8C, -1: NCHW8C})),
+    "conv_groups": lambda: Sample(grouped(8)),
+    "conv_groups_in_a_block": lambda: Sample(grouped(16)),
+    "winograd_groups": lambda: Sample(winograd(2, (4, 4), (3, 3), groups=2)),
+    "winograd_groups_in_a_block": lambda: Sample(winograd(2, (4, 4), (3, 3), groups=2, block=16)),
+    "winograd_groups_dynamic": lambda: Sample(
+        winograd(2, (Dim("h", 1, 64), 4), (3, 3), groups=3), {"h": 5}
+    ),
     "winograd2": lambda: Sample(winograd(2, (4, 4), (3, 3))),
     "winograd4": lambda: Sample(winograd(4, (5, 5), (3, 3))),
     "winograd_pairs": lambda: Sample(winograd(4, (5, 5), (3, 3), True)),
