@@ -290,7 +290,8 @@ def apply(s: Schedule) -> None:
     if local:
         s.compute_at(data[-1], home)
     rank = len(windows)  # of the transform
-    _data_block(s, data, rank, home if local else None, lanes)
+    whole = lanes if own_outputs is None else math.gcd(_channels(main, broad), lanes)
+    _data_block(s, data, rank, home if local else None, whole)
     for name in reversed(copies):
         if local:
             s.compute_at(name, home)

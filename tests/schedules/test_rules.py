@@ -44,7 +44,7 @@ from minicompiler.ops.reduce import ArgAttrs, AxisAttrs, ReduceAttrs
 from minicompiler.schedules.cpu import RULES, Rule, schedule
 from minicompiler.target import Target
 
-AVX2, SSE = Target.parse("cpu:avx2"), Target.parse("cpu:sse")
+AVX512, AVX2, SSE = (Target.parse(f"cpu:{n}") for n in ("avx512", "avx2", "sse"))
 NCHW8C = IndexMap.blocked(4, 1, 8)
 SAME = {"pads_begin": (1, 1), "pads_end": (1, 1)}
 
@@ -223,6 +223,12 @@ def test_the_default_is_right(name: str) -> None:
         s = schedule(case(name).func, target, after_step=verify_tir)
         verify_tir(s.func, finished=True)
     right(name, s.func)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vectors_may_be_wider(name: str) -> None:
+    """Than the blocks and groups that they are made of."""
+    verify_tir(schedule(case(name).func, AVX512).func, finished=True)
 
 
 @functools.cache
