@@ -71,6 +71,7 @@ COMBINE = {
     "sum": "add", "prod": "mul", "max": "max", "maxnum": "maxnum", "min": "min", "and": "and",
     "or": "or",
 }  # fmt: skip
+GROUP = 8  # neighbours that read the same: fewer may as well compute it each
 CHEAP = 6  # arithmetic operations worth repeating rather than storing
 LOOKUP = 4  # what an element counts that does not lie beside that of the neighbour
 DEAR = 7  # from here on, a division alone, they are done once for all who need the same
@@ -367,7 +368,7 @@ def _worth_inlining(t: te.Tensor, original: te.Tensor, consumers: list[te.Tensor
             return False
         if c.body is not None and type(c.body) is Reduce:
             once = all(
-                set(c.axes) | set(c.body.axes) <= free_of(e) | _unit_axes(c)
+                set(c.axes) | set(c.body.axes) <= _told_apart(e) | _unit_axes(c)
                 for e in walk(c.body) if type(e) is Load and e.buffer is original
             )  # fmt: skip
             if not once and (cost > 0 or gathers):
@@ -414,6 +415,19 @@ def _has_gaps(e: Expr) -> bool:
 def free_of(e: Load) -> frozenset[Expr]:
     """The variables in a load's indices."""
     return frozenset().union(*[free_vars(i) for i in e.indices], frozenset())
+
+
+def _told_apart(e: Load) -> frozenset[Expr]:
+    """The variables in a load's indices but for those that only tell groups of neighbours."""
+
+    def groups(v: Expr) -> bool:
+        uses = [x for i in e.indices for x in walk(i) if v in x.children()]
+        return v not in e.indices and all(
+            type(x) is Binary and x.op == "floordiv" and (const_int(x.b) or 0) >= GROUP
+            for x in uses
+        )
+
+    return frozenset(v for v in free_of(e) if not groups(v))
 
 
 def _unit_axes(t: te.Tensor) -> set[Expr]:

@@ -142,6 +142,7 @@ BIG: dict[str, Callable[[], Sample]] = {
     "conv_groups_in_a_block": lambda: Sample(grouped(16)),
     "winograd_groups": lambda: Sample(winograd(2, (4, 4), (3, 3), groups=2)),
     "winograd_groups_in_a_block": lambda: Sample(winograd(2, (4, 4), (3, 3), groups=2, block=16)),
+    "winograd_groups_volume": lambda: Sample(winograd(2, (3, 3, 4), (3, 3, 3), groups=2, block=16)),
     "winograd_groups_dynamic": lambda: Sample(
         winograd(2, (Dim("h", 1, 64), 4), (3, 3), groups=3), {"h": 5}
     ),
