@@ -93,6 +93,7 @@ TIMM = {
         "regnety_032", "regnety_080", "densenet161", "densenet264d", "dpn92", "convnext_atto",
         "coatnet_bn_0_rw_224", "twins_pcpvt_small", "res2net50d", "skresnet50d", "fbnetc_100",
         "mobilenetv2_075", "seresnet50t", "fasternet_s", "ghostnetv3_050", "xcit_small_24_p8_224",
+        "regnetz_b16", "lowformer_b0",
     ),
     240: ("crossvit_9_240",),
     256: (

@@ -7,7 +7,6 @@ region(func, loop.body, buffer)     [(lowest index, extent) per dimension] touch
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +15,6 @@ from minicompiler.ir.arith import Arith, knowing
 from minicompiler.ir.expr import (
     ZERO,
     Binary,
-    Const,
     Dim,
     Expr,
     Load,
@@ -169,20 +167,6 @@ def strides(buffer: Buffer, indices: tuple[Expr, ...], var: Expr, arith: Arith) 
     None when it varies or is not known."""
     change = slope(arith.poly(buffer.offset(indices)), var)
     return None if change is None else constant(change)
-
-
-def group_along(load: Load, var: Expr) -> int | None:
-    """How many neighbours along an axis read the same elements, those of a group: 8 of
-    `x[i // 8 * 4 + k]`. 1 where none do; None where all do, as `i` has no part in the indices."""
-    uses = [e for i in load.indices for e in walk(i) if var in e.children()]
-    groups = [
-        e.b.value
-        for e in uses
-        if type(e) is Binary and e.op == "floordiv" and e.a is var and type(e.b) is Const
-    ]
-    if var in load.indices or len(groups) < len(uses):
-        return 1
-    return math.gcd(*groups) if groups else None
 
 
 def slope(poly: Poly, var: Expr) -> Poly | None:

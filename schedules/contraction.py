@@ -14,7 +14,17 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from minicompiler.ir.expr import Cast, Expr, Load, Var, const_int, factors, free_vars, substitute
+from minicompiler.ir.expr import (
+    Cast,
+    Expr,
+    Load,
+    Var,
+    const_int,
+    factors,
+    free_vars,
+    group_along,
+    substitute,
+)
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Iter, Scope
 
@@ -282,7 +292,7 @@ def _block(s: Schedule, nest: Nest) -> int:
     belong to one group, as far as that leaves whole vectors."""
     out = nest.block.body
     block = block_of(out.buffer.layout, axis_of(out, nest.vector))
-    group = analysis.group_along(nest.broad, nest.vector.var)
+    group = group_along(nest.broad, nest.vector.var)
     narrower = block if group is None else math.gcd(group, block)
     return block if narrower % s.target.lanes(out.buffer.dtype.bytes) else narrower
 
@@ -295,7 +305,7 @@ def _tile(s: Schedule, nest: Nest) -> tuple[int, int, int, int | None]:
     lanes = t.lanes(out.buffer.dtype.bytes)
     vector_extent = const_int(nest.vector.extent)
     blocked = _block(s, nest)
-    group = analysis.group_along(nest.broad, nest.vector.var)
+    group = group_along(nest.broad, nest.vector.var)
     row_extent: int | None = 1
     for r in nest.rows:
         e = const_int(r.extent)

@@ -17,7 +17,17 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from minicompiler.ir.expr import Binary, Const, Expr, Load, const_int, factors, free_vars, walk
+from minicompiler.ir.expr import (
+    Binary,
+    Const,
+    Expr,
+    Load,
+    const_int,
+    factors,
+    free_vars,
+    group_along,
+    walk,
+)
 from minicompiler.ir.layout import IndexMap, axes
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Buffer, Scope
 
@@ -227,7 +237,7 @@ def apply(s: Schedule) -> None:
     vector = order[-1]
     width = const_int(s.loop(vector)[0].extent) or lanes
     panel = [n for n in order[:-1] if n not in loop_of.values()]
-    own_outputs = analysis.group_along(broad, main.body.indices[-1])
+    own_outputs = group_along(broad, main.body.indices[-1])
     if own_outputs is not None and own_outputs % width:
         width = math.gcd(own_outputs, width)
         narrower, vector = s.split(vector, width)

@@ -11,6 +11,7 @@ Expressions are interned, so `a is b` means structurally equal and `a == b` is t
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Union
@@ -620,3 +621,17 @@ def walk(e: Expr, into_loads: bool = True) -> Iterator[Expr]:
 def loads(e: Expr) -> list[Load]:
     """The distinct loads in `e`."""
     return [x for x in walk(e) if type(x) is Load]
+
+
+def group_along(load: Load, var: Expr) -> int | None:
+    """How many neighbours along an axis read the same elements, those of a group: 8 of
+    `x[i // 8 * 4 + k]`. 1 where none do; None where all do, as `i` has no part in the indices."""
+    uses = [e for i in load.indices for e in walk(i) if var in e.children()]
+    groups = [
+        e.b.value
+        for e in uses
+        if type(e) is Binary and e.op == "floordiv" and e.a is var and type(e.b) is Const
+    ]
+    if var in load.indices or len(groups) < len(uses):
+        return 1
+    return math.gcd(*groups) if groups else None

@@ -32,6 +32,7 @@ from minicompiler.ir.expr import (
     eq,
     factors,
     free_vars,
+    group_along,
     rewrite,
     select,
     substitute,
@@ -419,15 +420,7 @@ def free_of(e: Load) -> frozenset[Expr]:
 
 def _told_apart(e: Load) -> frozenset[Expr]:
     """The variables in a load's indices but for those that only tell groups of neighbours."""
-
-    def groups(v: Expr) -> bool:
-        uses = [x for i in e.indices for x in walk(i) if v in x.children()]
-        return v not in e.indices and all(
-            type(x) is Binary and x.op == "floordiv" and (const_int(x.b) or 0) >= GROUP
-            for x in uses
-        )
-
-    return frozenset(v for v in free_of(e) if not groups(v))
+    return frozenset(v for v in free_of(e) if (group_along(e, v) or 1) < GROUP)
 
 
 def _unit_axes(t: te.Tensor) -> set[Expr]:
