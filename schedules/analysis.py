@@ -15,6 +15,7 @@ from minicompiler.ir.arith import Arith, knowing
 from minicompiler.ir.expr import (
     ZERO,
     Binary,
+    Cast,
     Dim,
     Expr,
     Load,
@@ -22,6 +23,7 @@ from minicompiler.ir.expr import (
     ceildiv,
     conjuncts,
     const_int,
+    factors,
     free_vars,
     loads,
     maximum,
@@ -471,6 +473,17 @@ def update_operand(block: Block) -> tuple[str, Expr] | None:
         own: Store = block.body
         if v.a.buffer is own.buffer and v.a.indices == own.indices:
             return v.op, v.b
+    return None
+
+
+def product_loads(block: Block) -> tuple[Load, Load] | None:
+    """The two operands of a block that adds up products of two buffers, through conversions."""
+    update = update_operand(block)
+    if update is None or update[0] != "add" or not is_reduction(block):
+        return None
+    sides = [x.a if type(x) is Cast else x for x in factors(update[1]) or ()]
+    if sides and all(type(x) is Load for x in sides) and sides[0] is not sides[1]:
+        return sides[0], sides[1]  # type: ignore[return-value]
     return None
 
 

@@ -62,7 +62,7 @@ def applies(s: Schedule) -> bool:
 
 def _find(s: Schedule) -> _Nest | None:
     blocks = list(analysis.blocks(s.func))
-    products = [b for b in blocks if contraction.product_loads(b)]
+    products = [b for b in blocks if analysis.product_loads(b)]
     if len(products) != 2 or blocks[0] is not products[0]:
         return None
     if any(_is_clamped(i) for b in products for i in _operand_indices(b)):
@@ -78,7 +78,7 @@ def _find(s: Schedule) -> _Nest | None:
         return None
     if followers and analysis.is_reduction(followers[0]):
         return None
-    loads = contraction.product_loads(values)
+    loads = analysis.product_loads(values)
     assert loads is not None
     weights = [x for x in loads if x.buffer in made]
     reduce = [i for i in values.iters if i.reduce]
@@ -111,7 +111,7 @@ def _find(s: Schedule) -> _Nest | None:
 
 
 def _operand_indices(product: Block) -> list[Expr]:
-    return [i for x in contraction.product_loads(product) or () for i in x.indices]
+    return [i for x in analysis.product_loads(product) or () for i in x.indices]
 
 
 def _is_clamped(index: Expr) -> bool:
@@ -404,7 +404,7 @@ def _pack(s: Schedule, name: str, lane: Expr, width: int, at: str | None, rows: 
     """Panels [blocks of lanes][depth][width] of the operand of a product that has the iterator
     `lane`, so that the product reads it as one stream. The packed buffer; None: as it is."""
     block, _ = s.block(name)
-    loads = contraction.product_loads(block)
+    loads = analysis.product_loads(block)
     assert loads is not None
     load = next(x for x in loads if lane in _vars(x))
     buffer = load.buffer

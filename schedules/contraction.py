@@ -15,12 +15,10 @@ import dataclasses
 import math
 
 from minicompiler.ir.expr import (
-    Cast,
     Expr,
     Load,
     Var,
     const_int,
-    factors,
     free_vars,
     group_along,
     substitute,
@@ -28,12 +26,11 @@ from minicompiler.ir.expr import (
 from minicompiler.ir.layout import IndexMap
 from minicompiler.ir.tir import PARALLEL, UNROLL, VECTOR, Block, Iter, Scope
 
-from . import analysis, dots, elementwise, hints, lines, panels, shares
+from . import analysis, dots, elementwise, followers, hints, lines, panels, shares
 from .panels import axis_of, block_of
 from .schedule import Schedule
 
 STREAMS = 8  # rows of a matrix that are read side by side: the ways of a first-level cache
-_COPIES = 4  # elements that a block may make of each one of a tile: they are unrolled
 _DEPTHS = (STREAMS // 2, STREAMS, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024)
 
 
@@ -52,61 +49,8 @@ class Nest:
 
 def applies(s: Schedule) -> bool:
     """Exactly one block is a sum of products, and what follows can be computed tile by tile."""
-    products = [b for b in analysis.blocks(s.func) if product_loads(b)]
-    return len(products) == 1 and _can_follow(s, products[0])
-
-
-def _can_follow(s: Schedule, main: Block) -> bool:
-    """Whether all that waits for the sum reads it (and what follows it) at its own points."""
-    arith = analysis.arith_of(s.func)
-    every = list(analysis.blocks(s.func))
-    later = {b.body.buffer for b in every[every.index(main) :]}
-    followers = [s.block(n)[0] for n in _followers(s, main.name)]
-    made = {b.body.buffer for b in (main, *followers)}
-    for block in followers:
-        # A sum of its own has more loops than the tile.
-        if analysis.is_reduction(block):
-            return False
-        own: dict[Expr, Iter] = {i.var: i for i in block.iters if not i.reduce}
-        for load in analysis.block_loads(block):
-            if load.buffer not in made:
-                if load.buffer in later:
-                    return False
-                continue
-            for index, size in zip(load.indices, load.buffer.shape, strict=True):
-                it = own.get(index)
-                if it is None and const_int(index) is None:
-                    return False
-                if it is not None and not analysis.stays_within(it, size, arith):
-                    return False
-    return True
-
-
-def _near(s: Schedule, main: str) -> list[str]:
-    """Of the blocks that read the sum those computed tile by tile: up to the first one that makes
-    many elements of one, r[i, j, k] = f(c[i, j], x[i, j, k])."""
-    made = {s.block(main)[0].body.buffer}
-    near = list[str]()
-    for name in _followers(s, main):
-        block, _ = s.block(name)
-        at = {i for x in analysis.block_loads(block) if x.buffer in made for i in x.indices}
-        copies = [const_int(i.extent) or math.inf for i in block.iters if i.var not in at]
-        if math.prod(copies) > _COPIES:
-            break
-        near.append(name)
-        made.add(block.body.buffer)
-    return near
-
-
-def product_loads(block: Block) -> tuple[Load, Load] | None:
-    """The two operands of a block that adds up products of two buffers, through conversions."""
-    update = analysis.update_operand(block)
-    if update is None or update[0] != "add" or not analysis.is_reduction(block):
-        return None
-    sides = [x.a if type(x) is Cast else x for x in factors(update[1]) or ()]
-    if sides and all(type(x) is Load for x in sides) and sides[0] is not sides[1]:
-        return sides[0], sides[1]  # type: ignore[return-value]
-    return None
+    products = [b for b in analysis.blocks(s.func) if analysis.product_loads(b)]
+    return len(products) == 1 and followers.can_follow(s, products[0])
 
 
 def _vars(load: Load) -> frozenset[Expr]:
@@ -114,9 +58,9 @@ def _vars(load: Load) -> frozenset[Expr]:
 
 
 def apply(s: Schedule) -> None:
-    main = next(b for b in analysis.blocks(s.func) if product_loads(b))
+    main = next(b for b in analysis.blocks(s.func) if analysis.product_loads(b))
     _follow_result_layout(s, main)
-    for other in [b.name for b in analysis.blocks(s.func) if not product_loads(b)]:
+    for other in [b.name for b in analysis.blocks(s.func) if not analysis.product_loads(b)]:
         if _before(s, other, main.name):
             follow_reader_layout(s, other)
     nest = _analyse(s, main.name)
@@ -171,7 +115,7 @@ def follow_reader_layout(s: Schedule, name: str) -> None:
 
 def _analyse(s: Schedule, name: str) -> Nest | None:
     block, _ = s.block(name)
-    loads = product_loads(block)
+    loads = analysis.product_loads(block)
     assert loads is not None
     spatial = [i for i in block.iters if not i.reduce]
     reduce = [i for i in block.iters if i.reduce]
@@ -419,7 +363,7 @@ def _schedule(s: Schedule, nest: Nest) -> None:
             packed = panels.pack_first(s, nest, width, packed_depth)
         home = row_o if row_o is not None else v_o
     # ---- what comes after, and the register tile ------------------------------------------------
-    for b in _near(s, name):
+    for b in followers.near(s, name):
         s.compute_at(b, home)
     init = s.decompose_reduction(name, depth[0])
     staged = s.stage(out.buffer.name, home, Scope.REGISTER)
@@ -446,7 +390,7 @@ def _schedule(s: Schedule, nest: Nest) -> None:
         s.mark(n, UNROLL)
     s.mark(tile[-1], VECTOR)
     elementwise.around_tile(s, init, staged, home)
-    for b in _followers(s, staged):
+    for b in followers.of(s, staged):
         elementwise.vector_tile(s, b, home)
     # ---- threads --------------------------------------------------------------------------------
     _share(s, around, name)
@@ -579,27 +523,6 @@ def _share(s: Schedule, loops: list[str], block: str) -> None:
         return
     top = s.fuse(*loops) if len(loops) > 1 else loops[0]
     s.mark(top, PARALLEL)
-
-
-def _followers(s: Schedule, main: str) -> list[str]:
-    """Blocks of phases of their own that read the sum (or what follows it), in order."""
-    names = [b.name for b in analysis.blocks(s.func)]
-    if main not in names:
-        # The buffer that holds the tile: blocks reading it are inside already.
-        return [
-            b.name
-            for b in analysis.blocks(s.func)
-            if any(x.buffer.name == main for x in analysis.block_loads(b))
-            and b.tag == ""
-            and not product_loads(b)
-        ]
-    buffers = {s.block(main)[0].body.buffer}
-    found = []
-    for b in analysis.blocks(s.func):
-        if b.name != main and any(x.buffer in buffers for x in analysis.block_loads(b)):
-            found.append(b.name)
-            buffers.add(b.body.buffer)
-    return found
 
 
 def _is_root_preparation(s: Schedule, name: str, main: str) -> bool:

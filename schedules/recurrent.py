@@ -105,7 +105,7 @@ def _vars(load: Load) -> set[Var]:
 def _analyse(s: Schedule, name: str, t: str) -> _Product | None:
     """None for a reduction that is no product of a state and weights with plain indices."""
     block, _ = s.block(name)
-    loads = contraction.product_loads(block)
+    loads = analysis.product_loads(block)
     iters = [i for i in block.iters if not (isinstance(i.value, Var) and i.value.name == t)]
     spatial = [i for i in iters if not i.reduce]
     vector = next((i for i in spatial if i.var is block.body.indices[-1]), None)
